@@ -1,0 +1,1 @@
+"""What a process holds through descriptors: one module a kind."""

@@ -1,0 +1,185 @@
+"""Another process's memory: bulk reads and writes, and which of its pages exist.
+
+Sources: process_vm_readv(2), proc_pid_mem(5), ioctl PAGEMAP_SCAN (Linux 6.7,
+Documentation/admin-guide/mm/pagemap.rst), mmap(2), madvise(2).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import struct
+from collections.abc import Sequence
+from typing import Final
+
+from . import PAGE_BYTES, libc
+
+PROT_READ: Final = 1
+PROT_WRITE: Final = 2
+PROT_EXEC: Final = 4
+
+MAP_SHARED: Final = 0x1
+MAP_PRIVATE: Final = 0x2
+MAP_FIXED: Final = 0x10
+MAP_ANONYMOUS: Final = 0x20
+MAP_GROWSDOWN: Final = 0x100
+MAP_LOCKED: Final = 0x2000
+MAP_NORESERVE: Final = 0x4000
+MAP_STACK: Final = 0x20000
+MAP_SYNC: Final = 0x80000
+MAP_FIXED_NOREPLACE: Final = 0x100000
+MAP_DROPPABLE: Final = 0x08
+
+MREMAP_MAYMOVE: Final = 1
+MREMAP_FIXED: Final = 2
+
+MADV_RANDOM: Final = 1
+MADV_SEQUENTIAL: Final = 2
+MADV_DONTFORK: Final = 10
+MADV_MERGEABLE: Final = 12
+MADV_HUGEPAGE: Final = 14
+MADV_NOHUGEPAGE: Final = 15
+MADV_DONTDUMP: Final = 16
+MADV_WIPEONFORK: Final = 18
+MADV_GUARD_INSTALL: Final = 102
+
+MLOCK_ONFAULT: Final = 1
+
+IOV_MAX: Final = 1024
+
+_PAGEMAP_SCAN: Final = 0xC0606610  # _IOWR('f', 16, struct pm_scan_arg)
+PAGE_IS_FILE: Final = 1 << 2
+PAGE_IS_PRESENT: Final = 1 << 3
+PAGE_IS_SWAPPED: Final = 1 << 4
+PAGE_IS_PFNZERO: Final = 1 << 5
+PAGE_IS_GUARD: Final = 1 << 8
+
+
+class _Iovec(ctypes.Structure):
+    _fields_ = [("base", ctypes.c_void_p), ("length", ctypes.c_size_t)]
+
+
+_ARGUMENTS = [
+    ctypes.c_int,
+    ctypes.c_void_p,
+    ctypes.c_ulong,
+    ctypes.c_void_p,
+    ctypes.c_ulong,
+    ctypes.c_ulong,
+]
+_readv = libc.process_vm_readv
+_readv.restype = ctypes.c_ssize_t
+_readv.argtypes = _ARGUMENTS
+_writev = libc.process_vm_writev
+_writev.restype = ctypes.c_ssize_t
+_writev.argtypes = _ARGUMENTS
+
+
+def address_of(buffer: memoryview) -> int:
+    """The address of a writable buffer's first byte."""
+    return ctypes.addressof(ctypes.c_char.from_buffer(buffer))
+
+
+def read_process(pid: int, runs: Sequence[tuple[int, int]], into: memoryview) -> None:
+    """Fill `into` with the (address, length in bytes) `runs` of `pid`, one after the other.
+
+    Raises OSError; EFAULT where a run is not readable.
+    """
+    _transfer(_readv, pid, runs, address_of(into))
+
+
+def write_process(pid: int, runs: Sequence[tuple[int, int]], content: memoryview) -> None:
+    """Write the writable buffer `content` over the (address, length) `runs` of `pid`."""
+    _transfer(_writev, pid, runs, address_of(content))
+
+
+def _transfer(call: ctypes._NamedFuncPointer, pid: int, runs: Sequence[tuple[int, int]], local: int) -> None:
+    for start in range(0, len(runs), IOV_MAX):
+        part = runs[start : start + IOV_MAX]
+        vector = (_Iovec * len(part))(*part)
+        remaining = sum(length for _, length in part)
+        position = 0
+        while remaining:
+            here = _Iovec(local, remaining)
+            moved = call(
+                pid,
+                ctypes.addressof(here),
+                1,
+                ctypes.addressof(vector) + 16 * position,
+                len(part) - position,
+                0,
+            )
+            if moved <= 0:
+                number = ctypes.get_errno() if moved < 0 else errno.EFAULT
+                raise OSError(number, f"{os.strerror(number)} at {vector[position].base:#x} of pid {pid}")
+            remaining -= moved
+            local += moved
+            while moved and moved >= vector[position].length:  # a partial transfer: go on behind it
+                moved -= vector[position].length
+                position += 1
+            if moved:
+                vector[position].base += moved
+                vector[position].length -= moved
+
+
+def open_memory(pid: int) -> int:
+    """/proc/PID/mem: a tracer may write through it into read-only pages (FOLL_FORCE)."""
+    return os.open(f"/proc/{pid}/mem", os.O_RDWR | os.O_CLOEXEC)
+
+
+def scan_pages(
+    pagemap: int, start: int, end: int, *, every: int = 0, none: int = 0, some: int = 0
+) -> list[tuple[int, int]]:
+    """Ranges of pages in [start, end) with all flags of `every`, none of `none`, one of `some`.
+
+    `pagemap` is an open /proc/PID/pagemap; flags are PAGE_IS_…. Raises OSError(ENOTTY) on a
+    kernel before 6.7.
+    """
+    libc_ioctl = libc.ioctl
+    capacity = 4096
+    vector = ctypes.create_string_buffer(24 * capacity)
+    found: list[tuple[int, int]] = []
+    while start < end:
+        argument = ctypes.create_string_buffer(
+            struct.pack(
+                "<12Q", 96, 0, start, end, 0, ctypes.addressof(vector), capacity, 0,
+                none, every | none, some, every | none | some or PAGE_IS_PRESENT,
+            ),
+            96,
+        )  # fmt: skip
+        count = libc_ioctl(pagemap, ctypes.c_ulong(_PAGEMAP_SCAN), ctypes.byref(argument))
+        if count < 0:
+            number = ctypes.get_errno()
+            raise OSError(number, f"PAGEMAP_SCAN of {start:#x}-{end:#x}: {os.strerror(number)}")
+        found += [(a, b) for a, b, _ in struct.iter_unpack("<QQQ", vector.raw[: 24 * count])]
+        start = struct.unpack_from("<Q", argument, 32)[0]
+    return _join(found)
+
+
+def read_pagemap(pagemap: int, start: int, end: int) -> list[tuple[int, int]]:
+    """As `scan_pages` for anonymous pages that exist, on kernels without PAGEMAP_SCAN.
+
+    Bit 63 present, 62 swapped, 61 file page or shared anonymous (proc_pid_pagemap(5)); the zero
+    page cannot be told from others, which costs time but loses nothing.
+    """
+    found: list[tuple[int, int]] = []
+    while start < end:
+        step = min(end - start, PAGE_BYTES << 16)
+        entries = os.pread(pagemap, step // PAGE_BYTES * 8, start // PAGE_BYTES * 8)
+        for index, (entry,) in enumerate(struct.iter_unpack("<Q", entries)):
+            if entry >> 62 and not entry >> 61 & 1:
+                page = start + index * PAGE_BYTES
+                found.append((page, page + PAGE_BYTES))
+        start += step
+    return _join(found)
+
+
+def _join(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    joined: list[tuple[int, int]] = []
+    for start, end in ranges:
+        if joined and joined[-1][1] == start:
+            joined[-1] = (joined[-1][0], end)
+        else:
+            joined.append((start, end))
+    return joined

@@ -1,0 +1,228 @@
+"""Numbers and layouts for making processes and threads: clone3, prctl, timers, scheduling.
+
+Sources: clone(2), prctl(2), PR_SET_MM(2const), sched_setattr(2), ioprio_set(2), capset(2),
+arch/x86/entry/syscalls/syscall_64.tbl, include/uapi/linux/*.h.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import struct
+from typing import Final
+
+from . import libc, syscall
+
+# x86-64 system call numbers, those that lzy makes by number or injects
+SYS_MMAP: Final = 9
+SYS_MPROTECT: Final = 10
+SYS_MUNMAP: Final = 11
+SYS_BRK: Final = 12
+SYS_RT_SIGACTION: Final = 13
+SYS_MREMAP: Final = 25
+SYS_MADVISE: Final = 28
+SYS_GETITIMER: Final = 36
+SYS_SETITIMER: Final = 38
+SYS_CLONE: Final = 56
+SYS_WAIT4: Final = 61
+SYS_FCNTL: Final = 72
+SYS_CLOSE: Final = 3
+SYS_PERSONALITY: Final = 135
+SYS_UMASK: Final = 95
+SYS_SETGROUPS: Final = 116
+SYS_SETRESUID: Final = 117
+SYS_SETRESGID: Final = 119
+SYS_SETFSUID: Final = 122
+SYS_SETFSGID: Final = 123
+SYS_CAPSET: Final = 126
+SYS_RT_SIGQUEUEINFO: Final = 129
+SYS_SIGALTSTACK: Final = 131
+SYS_PRCTL: Final = 157
+SYS_ARCH_PRCTL: Final = 158
+SYS_SETRLIMIT: Final = 160
+SYS_SET_TID_ADDRESS: Final = 218
+SYS_TIMER_CREATE: Final = 222
+SYS_TIMER_SETTIME: Final = 223
+SYS_TIMER_GETTIME: Final = 224
+SYS_TIMER_GETOVERRUN: Final = 225
+SYS_TIMER_DELETE: Final = 226
+SYS_TGKILL: Final = 234
+SYS_MBIND: Final = 237
+SYS_SET_MEMPOLICY: Final = 238
+SYS_GET_MEMPOLICY: Final = 239
+SYS_IOPRIO_SET: Final = 251
+SYS_IOPRIO_GET: Final = 252
+SYS_SET_ROBUST_LIST: Final = 273
+SYS_GET_ROBUST_LIST: Final = 274
+SYS_RT_TGSIGQUEUEINFO: Final = 297
+SYS_PRLIMIT64: Final = 302
+SYS_KCMP: Final = 312
+SYS_SCHED_SETATTR: Final = 314
+SYS_SCHED_GETATTR: Final = 315
+SYS_USERFAULTFD: Final = 323
+SYS_MEMBARRIER: Final = 324
+SYS_MLOCK2: Final = 325
+SYS_RSEQ: Final = 334
+SYS_CLONE3: Final = 435
+SYS_RESTART_SYSCALL: Final = 219
+
+CLONE_VM: Final = 0x100
+CLONE_FS: Final = 0x200
+CLONE_FILES: Final = 0x400
+CLONE_SIGHAND: Final = 0x800
+CLONE_PARENT: Final = 0x8000
+CLONE_THREAD: Final = 0x10000
+CLONE_NEWNS: Final = 0x20000
+CLONE_SYSVSEM: Final = 0x40000
+CLONE_CHILD_CLEARTID: Final = 0x200000
+CLONE_NEWPID: Final = 0x20000000
+CLONE_NEWTIME: Final = 0x80
+
+PR_SET_PDEATHSIG: Final = 1
+PR_GET_PDEATHSIG: Final = 2
+PR_GET_DUMPABLE: Final = 3
+PR_SET_DUMPABLE: Final = 4
+PR_SET_KEEPCAPS: Final = 8
+PR_SET_NAME: Final = 15
+PR_GET_SECUREBITS: Final = 27
+PR_SET_SECUREBITS: Final = 28
+PR_SET_TIMERSLACK: Final = 29
+PR_GET_TIMERSLACK: Final = 30
+PR_SET_MM: Final = 35
+PR_SET_MM_MAP: Final = 14
+PR_SET_CHILD_SUBREAPER: Final = 36
+PR_GET_CHILD_SUBREAPER: Final = 37
+PR_SET_NO_NEW_PRIVS: Final = 38
+PR_GET_TID_ADDRESS: Final = 40
+PR_SET_THP_DISABLE: Final = 41
+PR_GET_THP_DISABLE: Final = 42
+PR_CAP_AMBIENT: Final = 47
+PR_CAP_AMBIENT_RAISE: Final = 2
+PR_SET_IO_FLUSHER: Final = 57
+PR_SET_MDWE: Final = 65
+PR_GET_MDWE: Final = 66
+PR_SET_MEMORY_MERGE: Final = 67
+PR_GET_MEMORY_MERGE: Final = 68
+PR_TIMER_CREATE_RESTORE_IDS: Final = 77
+
+ARCH_GET_XCOMP_PERM: Final = 0x1022
+ARCH_REQ_XCOMP_PERM: Final = 0x1023
+
+SIGNALS: Final = range(1, 65)
+IOPRIO_WHO_PROCESS: Final = 1
+
+_PyDLL_syscall = ctypes.PyDLL(None, use_errno=True).syscall
+_PyDLL_syscall.restype = ctypes.c_long
+
+
+def clone3(
+    *, flags: int = 0, exit_signal: int = 17, set_tid: int = 0
+) -> int:
+    """Fork with a chosen pid (in the innermost namespace); 0 in the child, the pid in the parent.
+
+    The GIL is kept during the call and Python's own fork hooks run, so the child may go on in
+    Python; the caller must have no other running threads. EEXIST: the pid is taken. EPERM:
+    CAP_CHECKPOINT_RESTORE is missing. Source: clone(2).
+    """
+    tids = (ctypes.c_int32 * 1)(set_tid)
+    arguments = ctypes.create_string_buffer(
+        struct.pack(
+            "<11Q", flags, 0, 0, 0, exit_signal, 0, 0, 0,
+            ctypes.addressof(tids) if set_tid else 0, 1 if set_tid else 0, 0,
+        ),
+        88,
+    )  # fmt: skip
+    ctypes.pythonapi.PyOS_BeforeFork()
+    result: int = _PyDLL_syscall(SYS_CLONE3, ctypes.byref(arguments), ctypes.c_size_t(88))
+    error = ctypes.get_errno() if result < 0 else 0
+    if result == 0:
+        ctypes.pythonapi.PyOS_AfterFork_Child()
+    else:
+        ctypes.pythonapi.PyOS_AfterFork_Parent()
+    if result < 0:
+        raise OSError(error, os.strerror(error))
+    return result
+
+
+def thread_clone_arguments(tid_address: int, clear_tid_address: int) -> bytes:
+    """struct clone_args (88 bytes) for a thread whose id stands at `tid_address` of the caller."""
+    flags = (
+        CLONE_VM | CLONE_FS | CLONE_FILES | CLONE_SIGHAND | CLONE_THREAD | CLONE_SYSVSEM
+    )  # fmt: skip
+    if clear_tid_address:
+        flags |= CLONE_CHILD_CLEARTID
+    return struct.pack("<11Q", flags, 0, clear_tid_address, 0, 0, 0, 0, 0, tid_address, 1, 0)
+
+
+def prctl(option: int, *arguments: int) -> int:
+    """prctl(2) on ourselves."""
+    return syscall(SYS_PRCTL, option, *arguments, *[0] * (4 - len(arguments)))
+
+
+def io_priority(tid: int) -> int:
+    """The thread's I/O priority as a number, ioprio_get(2)."""
+    return syscall(SYS_IOPRIO_GET, IOPRIO_WHO_PROCESS, tid)
+
+
+def set_io_priority(tid: int, priority: int) -> None:
+    """Set the thread's I/O priority, ioprio_set(2)."""
+    syscall(SYS_IOPRIO_SET, IOPRIO_WHO_PROCESS, tid, priority)
+
+
+def scheduling(tid: int) -> bytes:
+    """struct sched_attr of a thread: policy, nice, priority, deadline, clamps; sched_getattr(2)."""
+    buffer = ctypes.create_string_buffer(64)
+    syscall(SYS_SCHED_GETATTR, tid, ctypes.addressof(buffer), 64, 0)
+    return buffer.raw[: struct.unpack_from("<I", buffer)[0]]
+
+
+def set_scheduling(tid: int, attributes: bytes) -> None:
+    """Set what `scheduling` gave, sched_setattr(2)."""
+    buffer = ctypes.create_string_buffer(attributes, len(attributes))
+    syscall(SYS_SCHED_SETATTR, tid, ctypes.addressof(buffer), 0)
+
+
+def robust_list(tid: int) -> tuple[int, int]:
+    """(head address, length in bytes) of a thread's robust futexes, get_robust_list(2)."""
+    head = ctypes.c_uint64()
+    length = ctypes.c_uint64()
+    syscall(SYS_GET_ROBUST_LIST, tid, ctypes.addressof(head), ctypes.addressof(length))
+    return head.value, length.value
+
+
+def get_limits(pid: int) -> dict[int, tuple[int, int]] | None:
+    """Resource limits {resource: (soft, hard)} by prlimit(2); None where that needs more rights."""
+    limits: dict[int, tuple[int, int]] = {}
+    buffer = (ctypes.c_uint64 * 2)()
+    for resource in range(16):
+        try:
+            syscall(SYS_PRLIMIT64, pid, resource, 0, ctypes.addressof(buffer))
+        except OSError:
+            return None
+        limits[resource] = (buffer[0], buffer[1])
+    return limits
+
+
+def open_pidfd(pid: int) -> int:
+    """A descriptor for the process, pidfd_open(2)."""
+    return os.pidfd_open(pid)
+
+
+def unshare(flags: int) -> None:
+    """unshare(2) for ourselves."""
+    syscall(272, flags)
+
+
+def mount(source: str, target: str, kind: str, flags: int) -> None:
+    """mount(2)."""
+    libc.mount.argtypes = [ctypes.c_char_p] * 3 + [ctypes.c_ulong, ctypes.c_char_p]
+    if libc.mount(source.encode(), target.encode(), kind.encode(), flags, None) < 0:
+        error = ctypes.get_errno()
+        raise OSError(error, f"{os.strerror(error)}: mount {kind} on {target}")
+
+
+MS_REC: Final = 0x4000
+MS_PRIVATE: Final = 1 << 18
+MS_NOSUID: Final = 2
+MS_NODEV: Final = 4
+MS_NOEXEC: Final = 8

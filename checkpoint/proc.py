@@ -1,0 +1,241 @@
+"""What /proc tells about a process, parsed: mappings, status, stat, timers, limits.
+
+Everything here only reads; see proc(5).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from .errors import AccessDenied, NotFound
+
+_HEADER = re.compile(
+    rb"^([0-9a-f]+)-([0-9a-f]+) (....) ([0-9a-f]+) ([0-9a-f]+):([0-9a-f]+) (\d+) *(.*)$"
+)
+_SMAPS = re.compile(rb"^(?:[0-9a-f]+-[0-9a-f]+ .*|VmFlags: .*)$", re.M)
+_SPECIAL = {
+    b"[vdso]": "vdso",
+    b"[vvar]": "vvar",
+    b"[vvar_vclock]": "vvar",
+    b"[vsyscall]": "vsyscall",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Vma:
+    """One mapped range: addresses, permissions, what is behind it, and the kernel's VmFlags.
+
+    `kind` is anonymous, file (behind a path), memory (shared anonymous or deleted or memfd:
+    content that lives in no directory), vdso, vvar or vsyscall.
+    """
+
+    start: int
+    end: int
+    permissions: str
+    offset: int
+    device: int
+    inode: int
+    path: str
+    kind: str
+    flags: frozenset[str]
+
+    @property
+    def shared(self) -> bool:
+        return self.permissions[3] == "s"
+
+    @property
+    def length(self) -> int:
+        return self.end - self.start
+
+    @property
+    def protection(self) -> int:
+        """PROT_READ 1 | PROT_WRITE 2 | PROT_EXEC 4."""
+        p = self.permissions
+        return (p[0] == "r") | (p[1] == "w") << 1 | (p[2] == "x") << 2
+
+
+def _unescape(path: bytes) -> bytes:
+    return path.replace(b"\\012", b"\n")
+
+
+def parse_mappings(text: bytes) -> list[Vma]:
+    """The VMAs of /proc/PID/maps or, with flags, of /proc/PID/smaps."""
+    found: list[Vma] = []
+    pending: re.Match[bytes] | None = None
+    for line in _SMAPS.findall(text):
+        if line.startswith(b"VmFlags:"):
+            if pending:
+                found.append(_vma(pending, frozenset(line[8:].decode().split())))
+                pending = None
+            continue
+        if pending:
+            found.append(_vma(pending, frozenset()))
+        pending = _HEADER.match(line)
+    if pending:
+        found.append(_vma(pending, frozenset()))
+    return found
+
+
+def _vma(match: re.Match[bytes], flags: frozenset[str]) -> Vma:
+    start, end, permissions, offset, major, minor, inode, name = match.groups()
+    path = _unescape(name)
+    if path in _SPECIAL:
+        kind = _SPECIAL[path]
+    elif int(inode) == 0 and (
+        not path or path.startswith((b"[heap]", b"[stack", b"[anon:", b"[anon_shmem:"))
+    ):
+        kind = "anonymous"
+    elif path.startswith((b"/memfd:", b"/dev/zero (deleted)", b"/SYSV", b"[anon_shmem:")):
+        kind = "memory"
+    elif path.endswith(b" (deleted)"):
+        kind = "memory"
+    else:
+        kind = "file"
+    return Vma(
+        int(start, 16),
+        int(end, 16),
+        permissions.decode(),
+        int(offset, 16),
+        os.makedev(int(major, 16), int(minor, 16)),
+        int(inode),
+        os.fsdecode(path),
+        kind,
+        flags,
+    )
+
+
+def read_bytes(pid: int, name: str) -> bytes:
+    """/proc/PID/name; NotFound or AccessDenied."""
+    try:
+        return Path(f"/proc/{pid}/{name}").read_bytes()
+    except (FileNotFoundError, ProcessLookupError) as error:
+        raise NotFound(f"no process has pid {pid}", pid=pid) from error
+    except PermissionError as error:
+        raise AccessDenied(
+            f"cannot read /proc/{pid}/{name}: {error.strerror}",
+            remedy="lzy looks after your own processes; run it as their owner or as root",
+            pid=pid,
+        ) from error
+
+
+def mappings(pid: int, *, with_flags: bool = True) -> list[Vma]:
+    """The process's VMAs in address order; without flags it is much faster."""
+    return parse_mappings(read_bytes(pid, "smaps" if with_flags else "maps"))
+
+
+def status(pid: int, tid: int | None = None) -> dict[str, str]:
+    """/proc/PID/status (or of one thread) as names and values."""
+    text = read_bytes(pid, f"task/{tid}/status" if tid else "status").decode()
+    return dict(line.split(":\t", 1) for line in text.splitlines() if ":\t" in line)
+
+
+def stat(pid: int, tid: int | None = None) -> list[str]:
+    """The fields of /proc/PID/stat, index 0 being the pid and 1 the comm, as proc_pid_stat(5)."""
+    text = read_bytes(pid, f"task/{tid}/stat" if tid else "stat").decode("utf-8", "surrogateescape")
+    head, _, tail = text.rpartition(")")
+    number, _, comm = head.partition(" (")
+    return [number, comm, *tail.split()]
+
+
+def start_time(pid: int) -> int:
+    """Clock ticks after boot at which the process began: tells a reused pid from the old one."""
+    return int(stat(pid)[21])
+
+
+def threads(pid: int) -> list[int]:
+    """The thread ids of a process, the leader first."""
+    try:
+        found = [int(name) for name in os.listdir(f"/proc/{pid}/task")]
+    except FileNotFoundError as error:
+        raise NotFound(f"no process has pid {pid}", pid=pid) from error
+    return sorted(found, key=lambda tid: (tid != pid, tid))
+
+
+def children(pid: int) -> list[int]:
+    """The pids of all children, of whichever thread, zombies included."""
+    found: list[int] = []
+    for tid in threads(pid):
+        try:
+            found += map(int, Path(f"/proc/{pid}/task/{tid}/children").read_text().split())
+        except FileNotFoundError:
+            continue
+    return found
+
+
+def innermost(value: str) -> int:
+    """The last number of an NSpid-like line: what the process itself sees."""
+    return int(value.split()[-1])
+
+
+@dataclass(frozen=True, slots=True)
+class PosixTimer:
+    """One line group of /proc/PID/timers; `value` is what the signal carries (sigev_value)."""
+
+    number: int
+    signal: int
+    value: int
+    notify: str
+    target: int
+    clock: int
+
+
+def posix_timers(pid: int) -> list[PosixTimer]:
+    """The POSIX timers of a process, timer_create(2), from /proc/PID/timers (Linux 3.10)."""
+    found: list[PosixTimer] = []
+    fields: dict[str, str] = {}
+    for line in read_bytes(pid, "timers").decode().splitlines():
+        name, _, value = line.partition(": ")
+        fields[name] = value
+        if name == "ClockID":
+            signal, _, carried = fields["signal"].partition("/")
+            notify, _, target = fields["notify"].rpartition(".")
+            found.append(
+                PosixTimer(
+                    int(fields["ID"]),
+                    int(signal),
+                    int(carried, 16),
+                    notify,
+                    int(target),
+                    int(fields["ClockID"]),
+                )
+            )
+    return found
+
+
+LIMIT_NAMES = (
+    "Max cpu time", "Max file size", "Max data size", "Max stack size", "Max core file size",
+    "Max resident set", "Max processes", "Max open files", "Max locked memory",
+    "Max address space", "Max file locks", "Max pending signals", "Max msgqueue size",
+    "Max nice priority", "Max realtime priority", "Max realtime timeout",
+)  # fmt: skip
+INFINITE = 0xFFFFFFFFFFFFFFFF
+
+
+def limits(pid: int) -> dict[int, tuple[int, int]]:
+    """Resource limits {number: (soft, hard)}; infinite is 2**64-1."""
+    found: dict[int, tuple[int, int]] = {}
+    for line in read_bytes(pid, "limits").decode().splitlines()[1:]:
+        name = line[:26].strip()
+        if name in LIMIT_NAMES:
+            soft, hard = line[26:].split()[:2]
+            found[LIMIT_NAMES.index(name)] = (
+                INFINITE if soft == "unlimited" else int(soft),
+                INFINITE if hard == "unlimited" else int(hard),
+            )
+    return found
+
+
+def boot_id() -> str:
+    """A name for this boot of the kernel."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def cpu_features() -> list[str]:
+    """The CPU's features by the kernel's names."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("flags"):
+            return line.partition(":")[2].split()
+    return []

@@ -1,0 +1,445 @@
+"""A process under ptrace: stop all its threads, run system calls inside it, let it go unharmed.
+
+*Guarantee*: whatever happens to lzy while a process is traced (`kill -9` included), the process
+runs on as if nothing had happened. Its registers are changed only while the code they point to can
+put them back by itself (see `machine`); that code and its context stand in bytes that the process
+never executes: the zeros behind the end of the vDSO (or of another mapped text).
+
+All methods must be called by the operating system thread that seized the process.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import struct
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from . import machine, proc
+from .errors import AccessDenied, KernelError, LzyError, NotFound, Unsupported
+from .linux import PAGE_BYTES, memory, process, ptrace
+from .machine import Call
+
+ALL_SIGNALS = 0xFFFFFFFFFFFFFFFF
+_CANDIDATES = (signal.SIGURG, signal.SIGWINCH, signal.SIGCHLD)  # ignored by default, signal(7)
+ARENA_BYTES = 1 << 20
+
+
+class Batch:
+    """System calls to be made inside a tracee in one go, with the data they point to.
+
+    Data is placed from `base` on, the table of calls behind it; `base` is memory of the tracee.
+    """
+
+    def __init__(self, base: int, capacity_bytes: int) -> None:
+        self.base = base
+        self._capacity_bytes = capacity_bytes
+        self._data = bytearray()
+        self.calls: list[Call] = []
+        self.results: list[int] = []
+
+    def put(self, content: bytes) -> int:
+        """Place `content`; its address in the tracee (16-byte aligned)."""
+        self._data += b"\0" * (-len(self._data) % 16)
+        address = self.base + len(self._data)
+        self._data += content
+        return address
+
+    def room(self, length_bytes: int) -> int:
+        """Place zeros for a result; their address in the tracee."""
+        return self.put(bytes(length_bytes))
+
+    def call(self, number: int, *arguments: int, tolerate: bool = False, what: str = "") -> int:
+        """Add a call; the index of its result. `what` names it in errors."""
+        self.calls.append(Call(number, arguments, tolerate, what))
+        return len(self.calls) - 1
+
+    @property
+    def size_bytes(self) -> int:
+        return len(self._data) + len(self.calls) * machine.RECORD_BYTES + 64
+
+    @property
+    def full(self) -> bool:
+        """Whether little room is left, so that it had better be run now."""
+        return self.size_bytes > self._capacity_bytes - 8192
+
+    def pack(self) -> tuple[bytes, int]:
+        """The bytes for `base` and the address of the table in them."""
+        data = self._data + b"\0" * (-len(self._data) % 16)
+        content = bytes(data) + machine.pack_table(self.calls)
+        if len(content) > self._capacity_bytes:
+            raise ValueError(f"{len(self.calls)} calls do not fit {self._capacity_bytes} bytes")
+        return content, self.base + len(data)
+
+    def take(self, content: bytes) -> None:
+        """Read results and data back from the tracee's bytes."""
+        offset = len(content) - len(self.calls) * machine.RECORD_BYTES - 8
+        self._data = bytearray(content[:offset])
+        self.results = [
+            struct.unpack_from("<q", content, offset + i * machine.RECORD_BYTES + 56)[0]
+            for i in range(len(self.calls))
+        ]
+
+    def read(self, address: int, length_bytes: int) -> bytes:
+        """Bytes of the data after the run."""
+        offset = address - self.base
+        return bytes(self._data[offset : offset + length_bytes])
+
+    def check(self, pid: int) -> None:
+        """Raise KernelError for the first call that failed and was not tolerated."""
+        for call, result in zip(self.calls, self.results, strict=True):
+            if -4095 <= result < 0 and not call.tolerate:
+                arguments = ", ".join(f"{a:#x}" for a in call.arguments)
+                raise KernelError(
+                    f"system call {call.number}({arguments}) inside pid {pid}"
+                    + (f" ({call.what})" if call.what else ""),
+                    -result,
+                    pid=pid,
+                )
+
+
+class Thread:
+    """One stopped thread: its registers and signal mask as they were found."""
+
+    def __init__(self, tid: int) -> None:
+        self.tid = tid
+        self.registers = machine.unpack_registers(
+            ptrace.read_register_set(tid, ptrace.NT_PRSTATUS)
+        )
+        self.mask = ptrace.read_signal_mask(tid)
+        self.in_group_stop = False
+        self.disturbed = False  # registers or mask differ from what was found
+
+
+class Tracee:
+    """A process whose threads are all stopped and traced by us."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self.threads: dict[int, Thread] = {}
+        self.memory = -1
+        self.code = 0
+        self.arena = 0
+        self.arena_bytes = 0
+        self._signal = 0
+        self._restore_text: tuple[int, bytes] | None = None
+
+    # -- stopping and letting go -------------------------------------------------------------
+
+    def seize(self) -> None:
+        """Seize and stop all threads, again until no new one appears.
+
+        Raises AccessDenied, NotFound, or Unsupported where somebody else traces the process; in
+        every case nothing stays stopped.
+        """
+        try:
+            while True:
+                new = [tid for tid in proc.threads(self.pid) if tid not in self.threads]
+                if not new:
+                    break
+                seized = [tid for tid in new if self._seize_thread(tid)]
+                for tid in seized:
+                    self._interrupt(tid)
+                for tid in seized:
+                    self._await_stop(tid)
+            if self.pid not in self.threads:
+                if not self.threads:
+                    raise NotFound(f"process {self.pid} ended", pid=self.pid)
+                raise Unsupported(
+                    f"the main thread of pid {self.pid} has ended while others live",
+                    remedy="such a process cannot be dumped yet; let its other threads finish",
+                    pid=self.pid,
+                )
+            self.memory = memory.open_memory(self.pid)
+        except BaseException:
+            self.let_go()
+            raise
+
+    def _seize_thread(self, tid: int) -> bool:
+        try:
+            ptrace.seize(tid)
+        except OSError as error:
+            if error.errno == errno.ESRCH:
+                return False
+            if tid != self.pid and not os.path.exists(f"/proc/{self.pid}/task/{tid}"):
+                return False
+            state = proc.stat(self.pid, tid)[2]
+            if state == "Z":
+                return False
+            raise refusal_to_trace(self.pid, error) from error
+        return True
+
+    def _interrupt(self, tid: int) -> None:
+        try:
+            ptrace.interrupt(tid)
+        except OSError as error:
+            if error.errno != errno.ESRCH:
+                raise
+
+    def _await_stop(self, tid: int) -> None:
+        """Wait for the stop we asked for; signals that come in between are given back."""
+        while True:
+            try:
+                _, status = os.waitpid(tid, ptrace.WALL)
+            except ChildProcessError:
+                return
+            if not os.WIFSTOPPED(status):
+                return  # it ended
+            if status >> 16 == ptrace.PTRACE_EVENT_STOP:
+                thread = Thread(tid)
+                thread.in_group_stop = os.WSTOPSIG(status) != signal.SIGTRAP
+                self.threads[tid] = thread
+                return
+            # a signal was about to be delivered: deliver it; the stop we asked for follows
+            ptrace.resume(tid, os.WSTOPSIG(status))
+
+    def let_go(self) -> None:
+        """Put everything back and detach from every thread; the process runs on."""
+        self.release_arena()
+        for thread in self.threads.values():
+            try:
+                self._put_back(thread)
+                ptrace.detach(thread.tid)
+            except OSError as error:
+                if error.errno != errno.ESRCH:  # it was killed meanwhile
+                    raise
+        self.threads.clear()
+        self.close()
+
+    def close(self) -> None:
+        """Close what lzy holds open of the process."""
+        if self.memory >= 0:
+            os.close(self.memory)
+            self.memory = -1
+
+    def _put_back(self, thread: Thread) -> None:
+        registers = machine.restartable(thread.registers, keep_block=True)
+        if thread.disturbed or registers is not thread.registers:
+            ptrace.write_register_set(
+                thread.tid, ptrace.NT_PRSTATUS, machine.pack_registers(registers)
+            )
+        if thread.disturbed:
+            ptrace.write_signal_mask(thread.tid, thread.mask)
+            thread.disturbed = False
+
+    # -- running system calls inside ----------------------------------------------------------
+
+    def prepare(self, *, arena_bytes: int = ARENA_BYTES) -> None:
+        """Place our code in unused bytes of the process and map an arena for batches."""
+        leader = self.threads[self.pid]
+        self._signal = self._choose_signal()
+        place = self._find_unused_text()
+        self._restore_text = (place, bytes(machine.CODE_BYTES + machine.CONTEXT_BYTES))
+        os.pwrite(self.memory, machine.CODE.ljust(machine.CODE_BYTES, b"\0"), place)
+        self.code = place
+        result = self.run_one(
+            leader,
+            Call(
+                process.SYS_MMAP,
+                (
+                    0,
+                    arena_bytes,
+                    memory.PROT_READ | memory.PROT_WRITE,
+                    memory.MAP_PRIVATE | memory.MAP_ANONYMOUS,
+                    -1,
+                    0,
+                ),
+            ),
+        )
+        if -4095 <= result < 0:
+            raise KernelError(f"cannot map an arena in pid {self.pid}", -result, pid=self.pid)
+        self.arena, self.arena_bytes = result, arena_bytes
+
+    def release_arena(self) -> None:
+        """Unmap the arena and clear our code, if they are there."""
+        if self.arena and self.code:
+            arena, self.arena = self.arena, 0
+            try:
+                self.run_one(
+                    self.threads[self.pid], Call(process.SYS_MUNMAP, (arena, self.arena_bytes))
+                )
+            except (OSError, LzyError):
+                if os.path.exists(f"/proc/{self.pid}"):
+                    raise
+        if self._restore_text:
+            place, content = self._restore_text
+            self._restore_text = None
+            self.code = 0
+            for thread in self.threads.values():
+                try:
+                    self._put_back(thread)  # nobody may point at the code any more
+                except OSError:
+                    continue
+            try:
+                os.pwrite(self.memory, content, place)
+            except OSError as error:
+                if error.errno not in (errno.EIO, errno.ESRCH):  # the process is gone
+                    raise
+
+    def _choose_signal(self) -> int:
+        """A signal whose arrival the process would not notice."""
+        status = proc.status(self.pid)
+        noticed = int(status["SigCgt"], 16) | int(status["ShdPnd"], 16)
+        for thread in self.threads.values():
+            noticed |= thread.mask | int(proc.status(self.pid, thread.tid)["SigPnd"], 16)
+        for candidate in _CANDIDATES:
+            if not noticed >> (candidate - 1) & 1:
+                return int(candidate)
+        return int(signal.SIGURG)  # its handlers expect to be called without cause
+
+    def _find_unused_text(self) -> int:
+        """The address of enough zero bytes at the end of some mapped text."""
+        wanted = machine.CODE_BYTES + machine.CONTEXT_BYTES
+        texts = [v for v in proc.mappings(self.pid, with_flags=False) if "x" in v.permissions]
+        texts = [v for v in texts if v.kind in ("vdso", "file") and not v.shared]
+        for vma in sorted(texts, key=lambda v: v.kind != "vdso"):
+            place = vma.end - wanted
+            tail = os.pread(self.memory, wanted, place)
+            if not any(tail) or tail.startswith(machine.CODE):
+                return place
+        raise Unsupported(
+            f"pid {self.pid} has no {wanted} unused bytes in any mapped text",
+            remedy="report this program; no way around is known",
+            pid=self.pid,
+        )
+
+    def run_one(self, thread: Thread, call: Call, *, entry: int = machine.ONE) -> int:
+        """Make one call from registers, with the context block beside the code."""
+        context = self.code + machine.CODE_BYTES
+        self._write_text(context, self._context(thread))
+        names = ("rdi", "rsi", "rdx", "r10", "r8", "r9")
+        arguments = (*call.arguments, 0, 0, 0, 0, 0, 0)[:6]
+        self._launch(
+            thread, entry, context, dict(zip(names, arguments, strict=True)) | {"rax": call.number}
+        )
+        after = self._await_notice(thread)
+        return machine.signed(after["r12"])
+
+    def _write_text(self, address: int, content: bytes) -> None:
+        os.pwrite(self.memory, content, address)
+
+    def _context(self, thread: Thread) -> bytes:
+        tgid, tid = self.own_numbers(thread.tid)
+        return machine.pack_context(
+            machine.rewind(thread.registers), thread.mask, tgid, tid, self._signal
+        )
+
+    def own_numbers(self, tid: int) -> tuple[int, int]:
+        """Process and thread id as the tracee itself sees them, in its pid namespace."""
+        status = proc.status(self.pid, tid)
+        return proc.innermost(status["NStgid"]), proc.innermost(status["NSpid"])
+
+    def batch(self, slot: int = 0, slots: int = 1) -> Batch:
+        """A batch in the arena, or in one of `slots` equal parts of it."""
+        part = self.arena_bytes // slots & ~63
+        base = self.arena + slot * part
+        return Batch(base + machine.CONTEXT_BYTES, part - machine.CONTEXT_BYTES)
+
+    def run(self, thread: Thread, batch: Batch) -> Batch:
+        """Run a batch in one thread and read its results; KernelError at the first failure."""
+        self.start(thread, batch)
+        return self.finish(thread, batch)
+
+    def start(self, thread: Thread, batch: Batch) -> None:
+        """Set a batch going; `finish` waits for it. Different threads may run at once."""
+        content, table = batch.pack()
+        context = batch.base - machine.CONTEXT_BYTES
+        whole = bytearray(self._context(thread) + content)
+        memory.write_process(self.pid, [(context, len(whole))], memoryview(whole))
+        self._launch(thread, machine.RUN, context, {"rbx": table})
+
+    def finish(self, thread: Thread, batch: Batch) -> Batch:
+        """Wait for a batch and take its results."""
+        self._await_notice(thread)
+        length = len(batch.pack()[0])
+        content = bytearray(length)
+        memory.read_process(self.pid, [(batch.base, length)], memoryview(content))
+        batch.take(bytes(content))
+        batch.check(self.pid)
+        return batch
+
+    def _launch(self, thread: Thread, entry: int, context: int, extra: dict[str, int]) -> None:
+        registers = {
+            **thread.registers,
+            **extra,
+            "rip": self.code + entry,
+            "rbp": context,
+            "orig_rax": ALL_SIGNALS,
+        }
+        # The mask first: a thread that is let go with it by our death has no handler to miss it
+        # for longer than the few instructions until the code puts it back.
+        thread.disturbed = True
+        ptrace.write_register_set(thread.tid, ptrace.NT_PRSTATUS, machine.pack_registers(registers))
+        ptrace.write_signal_mask(thread.tid, ALL_SIGNALS & ~(1 << (self._signal - 1)))
+        ptrace.resume(thread.tid)
+
+    def _await_notice(self, thread: Thread) -> dict[str, int]:
+        """Wait for the code's own signal; registers then."""
+        while True:
+            _, status = os.waitpid(thread.tid, ptrace.WALL)
+            if not os.WIFSTOPPED(status):
+                raise NotFound(f"process {self.pid} ended while lzy worked in it", pid=self.pid)
+            if status >> 16 == ptrace.PTRACE_EVENT_CLONE:
+                self.on_clone(ptrace.event_message(thread.tid))
+                ptrace.resume(thread.tid)
+                continue
+            if status >> 16:
+                ptrace.resume(thread.tid)
+                continue
+            number = os.WSTOPSIG(status)
+            registers = machine.unpack_registers(
+                ptrace.read_register_set(thread.tid, ptrace.NT_PRSTATUS)
+            )
+            if number == self._signal:
+                inside = registers["rip"] - self.code
+                if machine.NOTIFY < inside < len(machine.CODE):
+                    return registers
+                ptrace.resume(thread.tid)  # somebody else's; the process ignores it anyway
+                continue
+            if number in (signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGTRAP):
+                raise LzyError(
+                    f"injected code stopped with {signal.Signals(number).name} at "
+                    f"{registers['rip']:#x} in thread {thread.tid}",
+                    pid=self.pid,
+                )
+            ptrace.resume(thread.tid, number)
+
+    on_clone: Callable[[int], None] = staticmethod(lambda tid: None)
+
+
+def refusal_to_trace(pid: int, error: OSError) -> LzyError:
+    """Why a process may not be traced, in words."""
+    tracer = int(proc.status(pid).get("TracerPid", "0"))
+    if tracer:
+        return Unsupported(
+            f"cannot seize pid {pid}: pid {tracer} is tracing it",
+            remedy=f"end the debugger or tracer (pid {tracer}) and try again",
+            pid=pid,
+            tracer=tracer,
+        )
+    hint = "lzy looks after your own processes; run it as their owner or as root"
+    try:
+        with open("/proc/sys/kernel/yama/ptrace_scope") as file:
+            if (scope := file.read().strip()) != "0":
+                hint = f"kernel.yama.ptrace_scope is {scope}; run lzy with CAP_SYS_PTRACE (as root)"
+    except OSError:
+        pass
+    return AccessDenied(f"cannot seize pid {pid}: {error.strerror}", remedy=hint, pid=pid)
+
+
+@contextmanager
+def stopped(pid: int) -> Iterator[Tracee]:
+    """The process with all threads stopped; it runs on, as it was, when the block is left."""
+    tracee = Tracee(pid)
+    tracee.seize()
+    try:
+        yield tracee
+    finally:
+        tracee.let_go()
+
+
+def page_floor(address: int) -> int:
+    """The start of the page that holds `address`."""
+    return address & -PAGE_BYTES

@@ -1,0 +1,77 @@
+"""The root command: finds a subcommand by name and imports only the module that holds it."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+import click
+
+# name, module of this package, help in one line; in the order in which a person needs them.
+COMMANDS = (
+    ("dump", "dump", "Write a running process into an image, and end it."),
+    ("restore", "restore", "Bring a process back from its image."),
+    ("images", "images", "List the images in the store, newest first."),
+    ("show", "show", "Tell what is in an image and what takes the space."),
+    ("verify", "verify", "Read and authenticate every byte of an image."),
+    ("rm", "upkeep", "Remove images."),
+    ("gc", "upkeep", "Give back the space of removed images."),
+    ("pager", "pager", "See to the pagers of lazily restored processes."),
+    ("doctor", "doctor", "Tell what this machine can do, and what to do about the rest."),
+    ("completion", "completion", "Print the script that makes tab complete lzy's commands."),
+)
+
+
+class CommandsByName(click.Group):
+    """A group whose commands stay unimported until one is called by its name."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return [name for name, _, _ in COMMANDS]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        for name, module, _ in COMMANDS:
+            if name == cmd_name:
+                command = getattr(import_module(f".{module}", __package__), name)
+                assert isinstance(command, click.Command)
+                return command
+        return None
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, words) for name, _, words in COMMANDS])
+
+
+def _print_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
+    if wanted and not ctx.resilient_parsing:
+        from importlib.metadata import version  # slow, and seldom asked for
+
+        click.echo(f"lzy {version('lzy')}")
+        ctx.exit()
+
+
+@click.group(
+    cls=CommandsByName,
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_print_version,
+    help="Print the version and exit.",
+)
+@click.pass_context
+def lzy(ctx: click.Context) -> None:
+    """Make a running Python process movable: dump it, let it go, bring it back in a blink.
+
+    \b
+    lzy dump 4121           the process with pid 4121 into an image; it ends
+    lzy restore             the latest image; the process goes on where it was
+    lzy images              what there is
+    lzy doctor              whether this machine can do all that
+
+    Images live in $LZY_HOME/store unless --store names another folder. Every command has --json.
+    """
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())

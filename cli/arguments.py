@@ -1,0 +1,97 @@
+"""Options and arguments that several commands share, and what tab completes them to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from ..checkpoint.home import default_store
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from click.shell_completion import CompletionItem
+
+    from ..checkpoint.store import Store
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def store_option(function: F) -> F:
+    """`--store DIR`; the command gets a string as `store`, None when it was not given."""
+    return click.option(
+        "--store",
+        metavar="DIR",
+        type=click.Path(file_okay=False),
+        help="The store's folder.  [default: $LZY_HOME/store]",
+    )(function)
+
+
+def json_option(function: F) -> F:
+    """`--json`; the command gets it as `as_json`."""
+    return click.option(
+        "--json", "as_json", is_flag=True, help="Print one JSON document for programs."
+    )(function)
+
+
+def complete_image(ctx: click.Context, _: click.Parameter, typed: str) -> list[CompletionItem]:
+    """Names of images in the store that begin with what was typed, newest first."""
+    from click.shell_completion import CompletionItem
+
+    from ..checkpoint.errors import LzyError
+    from .layout import size
+
+    try:
+        images = open_store(ctx.params.get("store")).images()
+    except (LzyError, OSError):
+        return []  # a shell waiting for a completion has no place to show an error
+    given = ctx.params.get("images") or ()
+    return [
+        CompletionItem(image.name, help=size(image.raw_bytes))
+        for image in images
+        if image.name.startswith(typed) and image.name not in given
+    ]
+
+
+def complete_pid(_: click.Context, __: click.Parameter, typed: str) -> list[CompletionItem]:
+    """Pids of processes that this user may dump, Python first, with their command lines."""
+    import os
+
+    from click.shell_completion import CompletionItem
+
+    me, mine = os.geteuid(), os.getpid()
+    found = []
+    for name in os.listdir("/proc"):
+        if not name.isdecimal() or not name.startswith(typed) or int(name) == mine:
+            continue
+        try:
+            if me and os.stat(f"/proc/{name}").st_uid != me:
+                continue
+            with open(f"/proc/{name}/cmdline", "rb") as file:
+                words = file.read(200).replace(b"\0", b" ").decode(errors="replace").strip()
+        except OSError:
+            continue  # gone meanwhile
+        if words:  # kernel threads have none
+            found.append(("python" not in words, -int(name), words))
+    return [CompletionItem(str(-number), help=words[:60]) for _, number, words in sorted(found)]
+
+
+def image_argument(function: F) -> F:
+    """An IMAGE that may be left out for the latest; the command gets it as `image`."""
+    return click.argument("image", required=False, shell_complete=complete_image)(function)
+
+
+def store_path(given: str | None) -> Path:
+    """The folder that `--store` names, or the default one."""
+    from pathlib import Path
+
+    return Path(given).expanduser() if given else default_store()
+
+
+def open_store(given: str | None, *, create: bool = False) -> Store:
+    """The store that `--store` names, or the default one; NotFound without `create`."""
+    from ..checkpoint.store import Store
+
+    return Store.open(store_path(given), create=create)

@@ -1,0 +1,123 @@
+"""`lzy dump`: a running process into an image."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from .arguments import complete_pid, json_option, open_store, store_option
+from .edge import Interrupted
+from .layout import count, duration, facts, paint, say, say_json, share, size
+
+if TYPE_CHECKING:
+    from ..checkpoint.dump import DumpReport
+
+_WINDOW_PAGES = {"64K": 16, "128K": 32, "256K": 64}
+
+
+@click.command(
+    epilog="""\b
+    Examples:
+      lzy dump 4121                         write the image, then end the process
+      lzy dump 4121 --leave-running         a checkpoint: the process goes on
+      lzy dump 4121 --name before-training --store /data/images
+    """
+)
+@click.argument("pid", type=click.IntRange(min=1), shell_complete=complete_pid)
+@store_option
+@click.option("--name", metavar="NAME", help="The image's name.  [default: chosen by lzy]")
+@click.option("--leave-running", is_flag=True, help="Let the process go on after the image.")
+@click.option(
+    "--window-size",
+    type=click.Choice(list(_WINDOW_PAGES)),
+    default="256K",
+    show_default=True,
+    help="Memory in one chunk: small ones answer faults sooner, large ones dump faster.",
+)
+@json_option
+def dump(
+    pid: int,
+    store: str | None,
+    name: str | None,
+    leave_running: bool,
+    window_size: str,
+    as_json: bool,
+) -> None:
+    """Write the process PID into an image and end it once the image is verified.
+
+    All its threads, memory and descriptors are in the image. However a dump fails, the process
+    runs on as if nothing had happened.
+    """
+    from ..checkpoint import dump as engine
+    from .progress import ProgressLine
+
+    began = _start_time(pid)
+    try:
+        with ProgressLine() as line:
+            report = engine.dump(
+                pid,
+                open_store(store, create=True),
+                name=name,
+                leave_running=leave_running,
+                window_pages=_WINDOW_PAGES[window_size],
+                progress=line.update,
+            )
+    except KeyboardInterrupt:
+        if began is not None and _start_time(pid) == began:
+            raise Interrupted(f"interrupted; process {pid} runs on") from None
+        raise Interrupted(f"interrupted after process {pid} had ended; see `lzy images`") from None
+    if as_json:
+        say_json(as_document(report))
+    else:
+        say(describe(report))
+
+
+def as_document(report: DumpReport) -> dict[str, object]:
+    """The report as docs/cli.md specifies it."""
+    return {
+        "image": report.image,
+        "pid": report.pid,
+        "threads": report.threads,
+        "raw_bytes": report.raw_bytes,
+        "stored_bytes": report.stored_bytes,
+        "freeze_s": report.freeze_s,
+        "total_s": report.total_s,
+        "left_running": report.left_running,
+        "snapshot": report.snapshot,
+        "notes": list(report.notes),
+    }
+
+
+def describe(report: DumpReport) -> list[str]:
+    """The report for people."""
+    frozen = f"{duration(report.freeze_s)} of {duration(report.total_s)}"
+    rate = f"{size(report.raw_bytes / report.total_s)}/s" if report.total_s > 0 else ""
+    stored = (
+        f"{size(report.raw_bytes)} → {size(report.stored_bytes)} newly stored "
+        f"({share(report.stored_bytes, report.raw_bytes)}), {rate}"
+    )
+    return [
+        *facts(
+            [
+                ("image", paint(report.image, "bold")),
+                ("process", f"{report.pid}, {count(report.threads, 'thread')}"),
+                ("memory", stored),
+                ("frozen", frozen + ("" if report.snapshot else " (stopped while it was read)")),
+            ]
+        ),
+        *(f"{paint('note', 'yellow')}: {note}" for note in report.notes),
+        f"process {report.pid} runs on"
+        if report.left_running
+        else f"process {report.pid} has ended; `lzy restore {report.image}` brings it back",
+    ]
+
+
+def _start_time(pid: int) -> bytes | None:
+    """When the living process `pid` started, in clock ticks as the kernel writes it; proc(5)."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            fields = file.read().rpartition(b")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in (b"Z", b"X") else fields[19]

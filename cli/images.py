@@ -1,0 +1,61 @@
+"""`lzy images`: what is in the store."""
+
+from __future__ import annotations
+
+import time
+
+import click
+
+from .arguments import json_option, open_store, store_option, store_path
+from .layout import age, count, paint, say, say_json, size, table
+
+
+@click.command(
+    epilog="""\b
+    Examples:
+      lzy images
+      lzy images --json | jq -r '.images[0].name'
+    """
+)
+@store_option
+@json_option
+def images(store: str | None, as_json: bool) -> None:
+    """List the images in the store, newest first.
+
+    `memory` is what the process had, without pages of zeros; `stored` is what its image added to
+    the store, for content that is already there is not stored again.
+    """
+    found = open_store(store).images()
+    path = store_path(store)
+    if as_json:
+        rows = [
+            {
+                "name": image.name,
+                "created_unix_s": image.created_unix_s,
+                "raw_bytes": image.raw_bytes,
+                "stored_bytes": image.stored_bytes,
+                "manifest_bytes": image.manifest_bytes,
+            }
+            for image in found
+        ]
+        say_json({"store": str(path), "images": rows})
+        return
+    if not found:
+        say([f"no images in {path}; `lzy dump PID` makes one"])
+        return
+    now_s = time.time()
+    lines = table(
+        ["image", "taken", "memory", "stored"],
+        [
+            (
+                paint(image.name, "bold"),
+                age(now_s - image.created_unix_s),
+                size(image.raw_bytes),
+                size(image.stored_bytes),
+            )
+            for image in found
+        ],
+        right=(2, 3),
+    )
+    stored = size(sum(image.stored_bytes for image in found))
+    say([*lines, paint(f"{count(len(found), 'image')}, {stored} in {path}", "dim")])

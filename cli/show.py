@@ -1,0 +1,292 @@
+"""`lzy show`: what is in an image, and what took the space.
+
+Where the bytes are is computed from the run table, not recorded: each stored page belongs to one
+mapping (or to one memory object), and a chunk's stored bytes are shared out over its pages, so
+that the parts add up to the whole.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .arguments import image_argument, json_option, open_store, store_option
+from .layout import age, bar, count, facts, paint, say, say_json, share, size, table
+
+if TYPE_CHECKING:
+    from ..checkpoint.store import Image
+
+_PAGE_BYTES = 4096
+_SHOWN_ROWS = 12
+
+
+@dataclass
+class Mapping:
+    """A VMA of the image, with the bytes of it that the image holds."""
+
+    start: int
+    end: int
+    protection: str
+    kind: str
+    path: str
+    raw_bytes: int = 0
+
+    @property
+    def length_bytes(self) -> int:
+        return self.end - self.start
+
+
+@click.command(
+    epilog="""\b
+    Examples:
+      lzy show                              the latest image
+      lzy show before-training --all        every mapping and descriptor
+      lzy show --json | jq '.mappings | max_by(.raw_bytes)'
+    """
+)
+@image_argument
+@store_option
+@click.option("--all", "everything", is_flag=True, help="Show every row, not only the largest.")
+@json_option
+def show(image: str | None, store: str | None, everything: bool, as_json: bool) -> None:
+    """Tell what is in IMAGE (the latest without it) and what takes the space.
+
+    Threads, mappings by size, descriptors; for each mapping how much of it is in the image.
+    Pages of zeros and unchanged pages of files are not.
+    """
+    loaded = open_store(store).load(image)
+    try:
+        mappings, objects = weigh(loaded)
+        if as_json:
+            say_json(as_document(loaded, mappings, objects))
+        else:
+            say(describe(loaded, mappings, objects, None if everything else _SHOWN_ROWS))
+    finally:
+        loaded.close()
+
+
+def weigh(image: Image) -> tuple[list[Mapping], dict[int, int]]:
+    """The image's mappings with their raw bytes, and raw bytes by memory object (space)."""
+    mappings = sorted(
+        (_read_mapping(vma) for vma in image.document.get("vmas", [])), key=lambda m: m.start
+    )
+    objects: Counter[int] = Counter()
+    first, last = image.space_extent(0)
+    here = 0  # index of the mapping that holds the page at hand; both lists are sorted
+    for index in range(image.run_count):
+        address, mask, _ = image.run(index)
+        if not first <= index < last:
+            objects[_space_of(image, index)] += mask.bit_count() * _PAGE_BYTES
+            continue
+        while here < len(mappings) and mappings[here].end <= address:
+            here += 1
+        window_end = address + image.window_pages * _PAGE_BYTES
+        at = here
+        while at < len(mappings) and mappings[at].start < window_end:
+            low = max(mappings[at].start - address, 0) // _PAGE_BYTES
+            high = min(mappings[at].end - address, window_end - address) // _PAGE_BYTES
+            within = mask >> low & ((1 << (high - low)) - 1)
+            mappings[at].raw_bytes += within.bit_count() * _PAGE_BYTES
+            at += 1
+    return mappings, dict(objects)
+
+
+def _space_of(image: Image, index: int) -> int:
+    return int(image.runs[3 * index + 2]) >> 32
+
+
+def _read_mapping(vma: dict[str, Any]) -> Mapping:
+    return Mapping(
+        start=vma["start"],
+        end=vma["end"],
+        protection=_protection(vma.get("prot", 0)),
+        kind=str(vma.get("kind", "")),
+        path=str(vma.get("path") or ""),
+    )
+
+
+def _protection(bits: int | str) -> str:
+    """`5` (PROT_READ | PROT_EXEC, mmap(2)) as `r-x`."""
+    if isinstance(bits, str):
+        return bits
+    return "".join(letter if bits & 1 << i else "-" for i, letter in enumerate("rwx"))
+
+
+def _name(mapping: Mapping) -> str:
+    """What a person calls it: its file, else its kind."""
+    return mapping.path or mapping.kind or "anonymous"
+
+
+def as_document(
+    image: Image, mappings: list[Mapping], objects: dict[int, int]
+) -> dict[str, object]:
+    """The image as docs/cli.md specifies it."""
+    document = image.document
+    return {
+        "image": image.name,
+        "taken_unix_s": document.get("taken_unix_s"),
+        "comm": document.get("comm"),
+        "pid": document.get("pid"),
+        "raw_bytes": image.raw_bytes,
+        "stored_bytes": image.stored_bytes,
+        "chunks": image.chunk_count,
+        "window_bytes": image.window_pages * _PAGE_BYTES,
+        "threads": [
+            {"tid": thread.get("tid"), "comm": thread.get("comm")}
+            for thread in document.get("threads", [])
+        ],
+        "mappings": [
+            {
+                "start": mapping.start,
+                "end": mapping.end,
+                "length_bytes": mapping.length_bytes,
+                "protection": mapping.protection,
+                "kind": mapping.kind,
+                "path": mapping.path or None,
+                "raw_bytes": mapping.raw_bytes,
+            }
+            for mapping in mappings
+        ],
+        "objects": [{"object": number, "raw_bytes": raw} for number, raw in objects.items()],
+        "descriptors": [
+            {"descriptor": number, "kind": kind, "words": words}
+            for number, kind, words in _descriptors(document)
+        ],
+    }
+
+
+def describe(
+    image: Image, mappings: list[Mapping], objects: dict[int, int], rows: int | None
+) -> list[str]:
+    """The image for people; at most `rows` rows of each table."""
+    document = image.document
+    threads = document.get("threads", [])
+    taken = document.get("taken_unix_s")
+    compressed = share(image.stored_bytes, image.raw_bytes)
+    lines = facts(
+        [
+            ("image", paint(image.name, "bold")),
+            ("process", f"{document.get('comm', '?')}, pid {document.get('pid', '?')}"),
+            ("taken", age(time.time() - taken) if taken else "unknown"),
+            ("memory", f"{size(image.raw_bytes)} → {size(image.stored_bytes)} ({compressed})"),
+            (
+                "chunks",
+                f"{image.chunk_count:,} of up to {size(image.window_pages * _PAGE_BYTES)}",
+            ),
+        ]
+    )
+    lines += _section(f"{count(len(threads), 'thread')}", _thread_rows(threads))
+    lines += _section("what takes the space", _space_rows(mappings, objects, rows))
+    lines += _section(f"{count(len(mappings), 'mapping')}", _mapping_rows(mappings, rows))
+    descriptors = _descriptors(document)
+    lines += _section(f"{count(len(descriptors), 'descriptor')}", _descriptor_rows(descriptors))
+    return lines
+
+
+def _section(title: str, lines: list[str]) -> list[str]:
+    return ["", paint(title, "bold"), *lines] if lines else []
+
+
+def _thread_rows(threads: list[dict[str, Any]]) -> list[str]:
+    """Threads by name: an interpreter has many of the same."""
+    tids: dict[str, list[int]] = {}
+    for thread in threads:
+        tids.setdefault(str(thread.get("comm", "?")), []).append(thread.get("tid", 0))
+    rows = []
+    for comm, numbers in tids.items():
+        listed = " ".join(str(tid) for tid in numbers[:8])
+        rows.append((comm, str(len(numbers)), listed + (" …" if len(numbers) > 8 else "")))
+    return table(["name", "count", "tids"], rows, right=(1,))
+
+
+def _space_rows(mappings: list[Mapping], objects: dict[int, int], rows: int | None) -> list[str]:
+    """Raw bytes in the image by what a person calls the mapping, largest first."""
+    raw: Counter[str] = Counter()
+    number: Counter[str] = Counter()
+    for mapping in mappings:
+        if mapping.raw_bytes:
+            raw[_name(mapping)] += mapping.raw_bytes
+            number[_name(mapping)] += 1
+    for space, length in objects.items():
+        raw[f"memory object {space}"] += length
+        number[f"memory object {space}"] += 1
+    whole = sum(raw.values())
+    lines = table(
+        ["in the image", "", "", "mappings", "of"],
+        [
+            (
+                size(length),
+                share(length, whole),
+                paint(bar(length, raw.most_common(1)[0][1]), "cyan"),
+                str(number[name]),
+                name,
+            )
+            for name, length in raw.most_common(rows)
+        ],
+        right=(0, 1, 3),
+    )
+    return lines + _rest(len(raw), rows)
+
+
+def _mapping_rows(mappings: list[Mapping], rows: int | None) -> list[str]:
+    """Mappings, those of which most is in the image first."""
+    by_size = sorted(mappings, key=lambda m: (-m.raw_bytes, -m.length_bytes))
+    lines = table(
+        ["address", "", "mapped", "in the image", "of"],
+        [
+            (
+                f"{mapping.start:#x}",
+                mapping.protection,
+                size(mapping.length_bytes),
+                size(mapping.raw_bytes) if mapping.raw_bytes else "–",
+                _name(mapping),
+            )
+            for mapping in by_size[:rows]
+        ],
+        right=(0, 2, 3),
+    )
+    return lines + _rest(len(mappings), rows)
+
+
+def _descriptors(document: dict[str, Any]) -> list[tuple[int, str, str]]:
+    """(number, kind, what it is) of each descriptor of the image's table."""
+    held = document.get("descriptors", {})
+    descriptions = held.get("descriptions", [])
+    found = []
+    for number, entry in held.get("descriptors", {}).items():
+        index = entry.get("description")
+        described = descriptions[index] if index is not None else {}
+        words = next((described[k] for k in _TELLING if described.get(k)), "")
+        found.append((int(number), str(described.get("kind", "?")), str(words)))
+    return sorted(found)
+
+
+# What tells a descriptor from others of its kind, best first.
+_TELLING = ("path", "name", "target", "address", "local", "peer", "count")
+
+
+def _descriptor_rows(descriptors: list[tuple[int, str, str]]) -> list[str]:
+    """Descriptors by kind: an event loop has many of the same."""
+    kinds: dict[str, list[tuple[int, str]]] = {}
+    for number, kind, words in descriptors:
+        kinds.setdefault(kind, []).append((number, words))
+    rows = []
+    for kind, members in sorted(kinds.items(), key=lambda item: -len(item[1])):
+        numbers = " ".join(str(number) for number, _ in members[:10])
+        if len(members) > 10:
+            numbers += " …"
+        words = ", ".join(dict.fromkeys(words for _, words in members if words))
+        rows.append(
+            (kind, str(len(members)), numbers, words if len(words) < 60 else words[:59] + "…")
+        )
+    return table(["kind", "count", "numbers", ""], rows, right=(1,))
+
+
+def _rest(whole: int, rows: int | None) -> list[str]:
+    if rows is None or whole <= rows:
+        return []
+    return [paint(f"… and {whole - rows} more; --all shows them", "dim")]

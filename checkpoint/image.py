@@ -1,0 +1,344 @@
+"""An image: the manifest that says what a dumped process's memory consists of, and reads of it.
+
+The manifest is one authenticated file: header, run table, chunk table, pack list, document.
+Loading it reads and authenticates it all at once and makes no object per entry; the tables stay
+as they lie and are searched in place. The layout is told byte by byte in docs/format.md.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from bisect import bisect_left
+from typing import Any, NamedTuple
+
+import zstandard
+from blake3 import blake3
+
+from .codec import MOST_CHUNK_BYTES, RAW, SUITE_NONE, Decoder
+from .errors import Damaged, StoreUnavailable
+from .keys import StoreKeys, keyed_digest, same_digest
+from .linux import PAGE_BYTES
+from .packs import MOST_PACK_BYTES, PackFiles, Stored, pack_file, read_trailer
+
+MANIFEST_VERSION = 1
+MOST_NAME_BYTES = 128
+MOST_MANIFEST_BYTES = 4 << 30
+MOST_DOCUMENT_BYTES = 256 << 20
+MOST_CHUNKS = 1 << 26
+MOST_PACKS = 1 << 20
+
+_MAGIC = b"LZYIMAGE"
+_FIELDS = struct.Struct("<8sIIII16sQQQQQQQQQQ128s")
+_MAC_BYTES = 32
+HEADER_BYTES = _FIELDS.size + _MAC_BYTES
+_RUN_BYTES = 24
+CHUNK_RECORD = struct.Struct("<32sIIQII")
+_PACK_RECORD = struct.Struct("<16sQQ")
+
+
+class Header(NamedTuple):
+    """The head of a manifest: what an image is and how large its parts are."""
+
+    name: str
+    store: bytes
+    window_pages: int
+    created_unix_ns: int
+    raw_bytes: int
+    zero_bytes: int
+    stored_bytes: int
+    reused_bytes: int
+    run_count: int
+    chunk_count: int
+    pack_count: int
+    document_stored_bytes: int
+    document_bytes: int
+
+    @property
+    def manifest_bytes(self) -> int:
+        """The exact size of the manifest."""
+        return (
+            HEADER_BYTES
+            + self.run_count * _RUN_BYTES
+            + self.chunk_count * CHUNK_RECORD.size
+            + self.pack_count * _PACK_RECORD.size
+            + self.document_stored_bytes
+            + _MAC_BYTES
+        )
+
+
+def encode_manifest(
+    header: Header,
+    keys: StoreKeys,
+    *,
+    runs: bytes,
+    chunks: bytes,
+    packs: bytes,
+    document: bytes,
+) -> bytes:
+    """The bytes of a manifest; the sections must be as long as the header says."""
+    fields = _FIELDS.pack(
+        _MAGIC,
+        MANIFEST_VERSION,
+        SUITE_NONE,
+        header.window_pages,
+        0,
+        header.store,
+        *header[3:],
+        header.name.encode("ascii"),
+    )
+    head = fields + keyed_digest(keys.manifest, b"header", fields)
+    whole = b"".join((head, runs, chunks, packs, document))
+    whole += keyed_digest(keys.manifest, b"image", whole)
+    if len(whole) != header.manifest_bytes:
+        raise ValueError("the sections of the manifest do not have the lengths of its header")
+    return whole
+
+
+def encode_document(document: dict[str, Any]) -> tuple[bytes, int]:
+    """(stored bytes, length in bytes) of a JSON document."""
+    text = json.dumps(document, separators=(",", ":")).encode()
+    if len(text) > MOST_DOCUMENT_BYTES:
+        raise ValueError(f"a document of {len(text)} bytes is too large for an image")
+    return zstandard.ZstdCompressor(level=3).compress(text), len(text)
+
+
+def encode_pack(pack: bytes, length_bytes: int, chunk_count: int) -> bytes:
+    """One record of the pack list."""
+    return _PACK_RECORD.pack(pack, length_bytes, chunk_count)
+
+
+def parse_header(head: bytes | memoryview, keys: StoreKeys, *, name: str) -> Header:
+    """Authenticate the first HEADER_BYTES bytes of the manifest of image `name`; else Damaged."""
+    if len(head) < HEADER_BYTES:
+        raise Damaged(f"image {name} is cut: its manifest has {len(head)} bytes", image=name)
+    fields, mac = head[: _FIELDS.size], head[_FIELDS.size : HEADER_BYTES]
+    magic, version, suite, window_pages, reserved, store, *numbers, written = _FIELDS.unpack(fields)
+    if magic != _MAGIC:
+        raise Damaged(f"image {name} has no manifest of an image", image=name)
+    if (version, suite) != (MANIFEST_VERSION, SUITE_NONE):
+        raise Damaged(
+            f"image {name} has version {version} and encryption suite {suite}, which are not known",
+            remedy="use a newer version of lzy",
+            image=name,
+        )
+    if not same_digest(mac, keyed_digest(keys.manifest, b"header", fields)):
+        raise Damaged(f"the header of image {name} is damaged or forged", image=name)
+    header = Header(written.rstrip(b"\0").decode("ascii"), store, window_pages, *numbers)
+    # What follows cannot fail for a manifest that lzy wrote; it keeps every later step bounded.
+    if header.name != name:
+        raise Damaged(f"image {name} was written as {header.name}", image=name)
+    if (
+        reserved
+        or not 1 <= window_pages <= 64
+        or window_pages & (window_pages - 1)
+        or header.chunk_count > MOST_CHUNKS
+        or header.run_count > MOST_CHUNKS
+        or header.pack_count > MOST_PACKS
+        or header.document_bytes > MOST_DOCUMENT_BYTES
+        or header.document_stored_bytes > MOST_DOCUMENT_BYTES + (1 << 20)
+        or header.manifest_bytes > MOST_MANIFEST_BYTES
+    ):
+        raise Damaged(f"image {name} has an impossible header", image=name)
+    return header
+
+
+class Image:
+    """A loaded, authenticated image. Reads may come from several threads and after a fork."""
+
+    def __init__(
+        self,
+        manifest: bytes | memoryview,
+        keys: StoreKeys,
+        packs: int,
+        *,
+        name: str,
+        lock: int = -1,
+    ) -> None:
+        """`packs`: descriptor of the directory of packs, owned from now on, as is `lock`.
+
+        `lock` is a descriptor that holds a shared flock(2) on the manifest as long as the image is
+        in use. Raises Damaged.
+        """
+        self._folder = packs
+        self._lock = lock
+        self.name = name
+        self.header = header = parse_header(memoryview(manifest)[:HEADER_BYTES], keys, name=name)
+        whole = memoryview(manifest)
+        if len(whole) != header.manifest_bytes:
+            raise Damaged(
+                f"the manifest of image {name} has {len(whole)} bytes"
+                f" instead of {header.manifest_bytes}",
+                image=name,
+            )
+        if not same_digest(
+            whole[-_MAC_BYTES:], keyed_digest(keys.manifest, b"image", whole[:-_MAC_BYTES])
+        ):
+            raise Damaged(f"the manifest of image {name} is damaged or forged", image=name)
+        start = HEADER_BYTES
+        end = start + header.run_count * _RUN_BYTES
+        self.runs = whole[start:end].cast("Q")
+        start, end = end, end + header.chunk_count * CHUNK_RECORD.size
+        self._chunks = whole[start:end]
+        start, end = end, end + header.pack_count * _PACK_RECORD.size
+        self._packs = [
+            (pack, length_bytes)
+            for pack, length_bytes, _ in _PACK_RECORD.iter_unpack(whole[start:end])
+        ]
+        self._document_bytes = whole[end : end + header.document_stored_bytes]
+        self._document: dict[str, Any] | None = None
+        self._addresses = self.runs[0::3]
+        self._owners = self.runs[2::3]
+        self._extents: dict[int, tuple[int, int]] = {}
+        self._chunk_key = keys.chunk
+        self._files = PackFiles(packs)
+        self._decoders: list[Decoder] = []
+        self._window_bytes = header.window_pages * PAGE_BYTES
+        self.window_pages = header.window_pages
+        self.run_count = header.run_count
+        self.chunk_count = header.chunk_count
+        self.raw_bytes = header.raw_bytes
+        self.stored_bytes = header.stored_bytes
+
+    @property
+    def document(self) -> dict[str, Any]:
+        """The process, as the engine wrote it. Damaged when it is no JSON object."""
+        if self._document is None:
+            try:
+                content = Decoder().decode(1, self._document_bytes, self.header.document_bytes)
+                document = json.loads(bytes(content))
+            except (ValueError, RecursionError) as error:
+                raise Damaged(f"the document of image {self.name} is no JSON: {error}") from error
+            if not isinstance(document, dict):
+                raise Damaged(f"the document of image {self.name} is no JSON object")
+            self._document = document
+        return self._document
+
+    @property
+    def packs(self) -> list[tuple[bytes, int]]:
+        """(id, size in bytes) of each pack the image needs."""
+        return self._packs
+
+    def space_extent(self, space: int) -> tuple[int, int]:
+        """The range [first, last) of the run records of `space`; O(log n), then O(1)."""
+        extent = self._extents.get(space)
+        if extent is None:
+            first = bisect_left(self._owners, space << 32)
+            extent = first, bisect_left(self._owners, (space + 1) << 32, first)
+            self._extents[space] = extent
+        return extent
+
+    def find_run(self, space: int, address: int) -> int:
+        """Index of the record of the window that holds `address`, or -1 when it has none."""
+        extent = self._extents.get(space)
+        if extent is None:
+            extent = self.space_extent(space)
+        window = address & -self._window_bytes
+        found = bisect_left(self._addresses, window, extent[0], extent[1])
+        if found < extent[1] and self._addresses[found] == window:
+            return found
+        return -1
+
+    def run(self, index: int) -> tuple[int, int, int]:
+        """(address, mask of stored pages, chunk number) of record `index`; IndexError if none."""
+        at = index * 3
+        runs = self.runs
+        return runs[at], runs[at + 1], runs[at + 2] & 0xFFFFFFFF
+
+    def run_space(self, index: int) -> int:
+        """The space that record `index` belongs to."""
+        return self.runs[index * 3 + 2] >> 32
+
+    def chunk_place(self, chunk: int) -> tuple[bytes, int, Stored]:
+        """(id, pack number, place in the pack) of a chunk; IndexError when there is no such."""
+        if not 0 <= chunk < self.chunk_count:
+            raise IndexError(f"image {self.name} has no chunk {chunk}")
+        content_id, pack, stored_bytes, offset, raw_bytes, encoding = CHUNK_RECORD.unpack_from(
+            self._chunks, chunk * CHUNK_RECORD.size
+        )
+        return content_id, pack, Stored(offset, stored_bytes, raw_bytes, encoding)
+
+    def read_chunk(self, chunk: int, into: memoryview) -> int:
+        """Read the content of a chunk into `into`, authenticated; answer its length in bytes.
+
+        Raises Damaged when the content is not what was written (`into` is then undefined),
+        StoreUnavailable when the store cannot be read, ValueError when `into` is too small.
+        """
+        if not 0 <= chunk < self.chunk_count:
+            raise IndexError(f"image {self.name} has no chunk {chunk}")
+        content_id, pack, stored_bytes, offset, raw_bytes, encoding = CHUNK_RECORD.unpack_from(
+            self._chunks, chunk * CHUNK_RECORD.size
+        )
+        if raw_bytes > MOST_CHUNK_BYTES or stored_bytes > raw_bytes or pack >= len(self._packs):
+            raise Damaged(f"chunk {chunk} of image {self.name} has an impossible record")
+        target = into[:raw_bytes]
+        if len(target) != raw_bytes:
+            raise ValueError(f"a chunk of {raw_bytes} bytes does not fit into {len(into)}")
+        file = self._files.open(self._packs[pack][0])
+        try:
+            if encoding == RAW:
+                got = os.preadv(file.descriptor, (target,), offset)
+                blob = b""
+            else:
+                blob = os.pread(file.descriptor, stored_bytes, offset)
+                got = len(blob)
+        except OSError as error:
+            raise StoreUnavailable(
+                f"cannot read pack {pack_file(self._packs[pack][0])}: {error.strerror}"
+            ) from error
+        try:
+            if got != stored_bytes:
+                raise Damaged(f"its pack ends after {got} of {stored_bytes} bytes")
+            if encoding != RAW:
+                try:
+                    decoder = self._decoders.pop()
+                except IndexError:
+                    decoder = Decoder()
+                try:
+                    target[:] = decoder.decode(encoding, blob, raw_bytes)
+                finally:
+                    self._decoders.append(decoder)
+            if blake3(target, key=self._chunk_key).digest() != content_id:
+                raise Damaged("its content is not what was written")
+        except Damaged as error:
+            pack_name = pack_file(self._packs[pack][0])
+            raise Damaged(
+                f"chunk {chunk} of image {self.name} (pack {pack_name}, offset {offset}):"
+                f" {error.message}",
+                remedy=error.remedy or f"the image cannot be restored; see lzy verify {self.name}",
+                image=self.name,
+                pack=pack_name,
+            ) from error
+        return int(raw_bytes)
+
+    def check_packs(self) -> None:
+        """Check that each pack is there, has its size, header and trailer. Damaged if not."""
+        for pack, length_bytes in self._packs:
+            if length_bytes > MOST_PACK_BYTES:
+                raise Damaged(f"image {self.name} names a pack of {length_bytes} bytes")
+            try:
+                found = read_trailer(self._files.open(pack).descriptor, pack)[0]
+            except OSError as error:
+                raise StoreUnavailable(
+                    f"cannot read pack {pack_file(pack)}: {error.strerror}"
+                ) from error
+            if found != length_bytes:
+                raise Damaged(
+                    f"pack {pack_file(pack)} has {found} bytes instead of {length_bytes}",
+                    image=self.name,
+                )
+
+    def close(self) -> None:
+        """Let go of the packs and of the lock that keeps the image from being removed."""
+        self._files.close()
+        for descriptor in (self._folder, self._lock):
+            if descriptor >= 0:
+                os.close(descriptor)
+        self._folder = self._lock = -1
+
+    def __enter__(self) -> Image:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,69 @@
+"""What the store already has: chunk ids of its packs, found in one dictionary look-up.
+
+Indexes are read and authenticated when a writer starts, newest packs first. Per chunk only its id
+and a running number are kept; the number leads back to the pack and its record.
+"""
+
+from __future__ import annotations
+
+import os
+from bisect import bisect_right
+
+from .errors import LzyError
+from .keys import DIGEST_BYTES, StoreKeys
+from .packs import PackIndex, Stored, read_index
+
+MOST_KNOWN_CHUNKS = 400_000
+"""Bounds the memory of a dump (about 60 MB); older packs beyond it are not deduplicated against."""
+
+
+class KnownChunks:
+    """The chunks of the packs in `folder` (a descriptor of the directory)."""
+
+    def __init__(self, folder: int, keys: StoreKeys, *, most: int = MOST_KNOWN_CHUNKS) -> None:
+        self._numbers: dict[bytes, int] = {}
+        self._first_numbers: list[int] = []
+        self._packs: list[PackIndex] = []
+        names = []
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                pack_hex, dot, suffix = entry.name.partition(".")
+                if dot and suffix == "pack" and len(pack_hex) == 32:
+                    try:
+                        names.append(
+                            (entry.stat().st_mtime_ns, bytes.fromhex(pack_hex), entry.name)
+                        )
+                    except (OSError, ValueError):
+                        continue
+        total = 0
+        for _, pack, name in sorted(names, reverse=True):
+            try:
+                descriptor = os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=folder)
+            except OSError:
+                continue
+            try:
+                index = read_index(descriptor, pack, keys)
+            except (OSError, LzyError):
+                continue  # damaged or newer than we know: no reason not to write a new image
+            finally:
+                os.close(descriptor)
+            if total + len(index) > most:
+                break
+            ids = index.ids
+            split = [ids[at : at + DIGEST_BYTES] for at in range(0, len(ids), DIGEST_BYTES)]
+            self._numbers.update(zip(split, range(total, total + len(split)), strict=True))
+            self._first_numbers.append(total)
+            self._packs.append(index)
+            total += len(index)
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def find(self, content_id: bytes) -> tuple[PackIndex, Stored] | None:
+        """Where the store has that content, or None."""
+        number = self._numbers.get(content_id)
+        if number is None:
+            return None
+        at = bisect_right(self._first_numbers, number) - 1
+        pack = self._packs[at]
+        return pack, pack.place(number - self._first_numbers[at])

@@ -47,15 +47,20 @@ def run(arguments: list[str] | None = None) -> NoReturn:
         status = _fail(
             error.message, error.remedy, kind, error.exit_status, as_json, facts=error.facts
         )
-    except Interrupted as error:
-        status = _fail(str(error), "", "interrupted", INTERRUPTED_STATUS, as_json)
-    except (KeyboardInterrupt, click.exceptions.Abort):
-        status = _fail("interrupted", "", "interrupted", INTERRUPTED_STATUS, as_json)
     except BrokenPipeError:
         # The reader of our output has had enough (`lzy images | head`). Point stdout elsewhere,
         # or the interpreter complains when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 1
+    except OSError as error:
+        # Not foreseen where it was raised, but the system has said what is wrong.
+        if os.environ.get("LZY_TRACEBACK"):
+            raise
+        status = _fail(str(error), "LZY_TRACEBACK=1 shows where", "os_error", 10, as_json)
+    except Interrupted as error:
+        status = _fail(str(error), "", "interrupted", INTERRUPTED_STATUS, as_json)
+    except (KeyboardInterrupt, click.exceptions.Abort):
+        status = _fail("interrupted", "", "interrupted", INTERRUPTED_STATUS, as_json)
     sys.exit(status)
 
 

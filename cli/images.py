@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import time
+from typing import TYPE_CHECKING
 
 import click
 
 from .arguments import json_option, open_store, store_option, store_path
 from .layout import age, count, paint, say, say_json, size, table
+
+if TYPE_CHECKING:
+    from ..checkpoint.store import ImageSummary
 
 
 @click.command(
@@ -22,8 +26,8 @@ from .layout import age, count, paint, say, say_json, size, table
 def images(store: str | None, as_json: bool) -> None:
     """List the images in the store, newest first.
 
-    `memory` is what the process had, without pages of zeros; `stored` is what its image added to
-    the store, for content that is already there is not stored again.
+    `memory` is what the process had; `stored` is what its image added to the store: zeros are not
+    stored, nor is content that the store already has (`shared`).
     """
     found = open_store(store).images()
     path = store_path(store)
@@ -33,8 +37,12 @@ def images(store: str | None, as_json: bool) -> None:
                 "name": image.name,
                 "created_unix_s": image.created_unix_s,
                 "raw_bytes": image.raw_bytes,
+                "zero_bytes": image.zero_bytes,
                 "stored_bytes": image.stored_bytes,
+                "reused_bytes": image.reused_bytes,
                 "manifest_bytes": image.manifest_bytes,
+                "chunks": image.chunk_count,
+                "damage": image.damage or None,
             }
             for image in found
         ]
@@ -45,17 +53,21 @@ def images(store: str | None, as_json: bool) -> None:
         return
     now_s = time.time()
     lines = table(
-        ["image", "taken", "memory", "stored"],
-        [
-            (
-                paint(image.name, "bold"),
-                age(now_s - image.created_unix_s),
-                size(image.raw_bytes),
-                size(image.stored_bytes),
-            )
-            for image in found
-        ],
-        right=(2, 3),
+        ["image", "taken", "memory", "stored", "shared"],
+        [_row(image, now_s) for image in found],
+        right=(2, 3, 4),
     )
     stored = size(sum(image.stored_bytes for image in found))
     say([*lines, paint(f"{count(len(found), 'image')}, {stored} in {path}", "dim")])
+
+
+def _row(image: ImageSummary, now_s: float) -> tuple[str, ...]:
+    if image.damage:
+        return paint(image.name, "bold"), paint("damaged", "red"), "?", "?", "?"
+    return (
+        paint(image.name, "bold"),
+        age(now_s - image.created_unix_s),
+        size(image.raw_bytes),
+        size(image.stored_bytes),
+        size(image.reused_bytes) if image.reused_bytes else "–",
+    )

@@ -33,9 +33,9 @@ if TYPE_CHECKING:
     show_default=True,
     help="Where its pids live: here, in a namespace of its own, or here if they are free.",
 )
-@click.option("--stdin", metavar="FILE", help="Read standard input from FILE.")
-@click.option("--stdout", metavar="FILE", help="Write standard output to FILE.")
-@click.option("--stderr", metavar="FILE", help="Write standard error to FILE.")
+@click.option("--stdin", metavar="FILE", type=click.Path(), help="Read standard input from FILE.")
+@click.option("--stdout", metavar="FILE", type=click.Path(), help="Write standard output to FILE.")
+@click.option("--stderr", metavar="FILE", type=click.Path(), help="Write standard error to FILE.")
 @json_option
 def restore(
     image: str | None,
@@ -106,17 +106,14 @@ def describe(report: RestoreReport) -> list[str]:
     pid = paint(str(report.pid), "bold")
     if report.pid_in_namespace != report.pid:
         pid += f", which is {report.pid_in_namespace} in its own pid namespace"
-    if report.lazy:
-        memory = f"follows as it is touched (pager {report.pager_pid})"
-    else:
-        memory = "all loaded"
+    lazily = f"follows as it is touched (pager {report.pager_pid})"
     return [
         *facts(
             [
                 ("image", report.image),
                 ("process", pid),
                 ("runs", f"after {duration(report.first_instruction_s)}"),
-                ("memory", memory),
+                ("memory", lazily if report.lazy else "all loaded"),
             ]
         ),
         *(f"{paint('note', 'yellow')}: {note}" for note in report.notes),

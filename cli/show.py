@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -18,22 +18,40 @@ from .arguments import image_argument, json_option, open_store, store_option
 from .layout import age, bar, count, facts, paint, say, say_json, share, size, table
 
 if TYPE_CHECKING:
-    from ..checkpoint.store import Image
+    from ..checkpoint.image import Image
 
 _PAGE_BYTES = 4096
 _SHOWN_ROWS = 12
 
 
 @dataclass
-class Mapping:
-    """A VMA of the image, with the bytes of it that the image holds."""
+class _Held:
+    """Something whose pages the image holds."""
+
+    raw_bytes: int = field(default=0, init=False)
+    stored_bytes: float = field(default=0.0, init=False)
+
+    def hold(self, pages: int, stored_per_page: float) -> None:
+        self.raw_bytes += pages * _PAGE_BYTES
+        self.stored_bytes += pages * stored_per_page
+
+
+@dataclass
+class Object(_Held):
+    """A memory object (memfd, shared memory, deleted file) by its space's number."""
+
+    space: int
+
+
+@dataclass
+class Mapping(_Held):
+    """A VMA of the image."""
 
     start: int
     end: int
-    protection: str
+    permissions: str
     kind: str
     path: str
-    raw_bytes: int = 0
 
     @property
     def length_bytes(self) -> int:
@@ -69,61 +87,65 @@ def show(image: str | None, store: str | None, everything: bool, as_json: bool) 
         loaded.close()
 
 
-def weigh(image: Image) -> tuple[list[Mapping], dict[int, int]]:
-    """The image's mappings with their raw bytes, and raw bytes by memory object (space)."""
+def weigh(image: Image) -> tuple[list[Mapping], list[Object]]:
+    """The image's mappings and memory objects, with the bytes of each that the image holds."""
     mappings = sorted(
         (_read_mapping(vma) for vma in image.document.get("vmas", [])), key=lambda m: m.start
     )
-    objects: Counter[int] = Counter()
+    objects: dict[int, Object] = {}
+    stored_per_page = _stored_per_page(image)
+    window_bytes = image.window_pages * _PAGE_BYTES
     first, last = image.space_extent(0)
-    here = 0  # index of the mapping that holds the page at hand; both lists are sorted
+    here = 0  # the first mapping that ends behind the window at hand; both are sorted
     for index in range(image.run_count):
-        address, mask, _ = image.run(index)
+        address, mask, chunk = image.run(index)
         if not first <= index < last:
-            objects[_space_of(image, index)] += mask.bit_count() * _PAGE_BYTES
+            space = image.runs[3 * index + 2] >> 32
+            held = objects.setdefault(space, Object(space))
+            held.hold(mask.bit_count(), stored_per_page[chunk])
             continue
         while here < len(mappings) and mappings[here].end <= address:
             here += 1
-        window_end = address + image.window_pages * _PAGE_BYTES
         at = here
-        while at < len(mappings) and mappings[at].start < window_end:
+        while at < len(mappings) and mappings[at].start < address + window_bytes:
             low = max(mappings[at].start - address, 0) // _PAGE_BYTES
-            high = min(mappings[at].end - address, window_end - address) // _PAGE_BYTES
+            high = min(mappings[at].end - address, window_bytes) // _PAGE_BYTES
             within = mask >> low & ((1 << (high - low)) - 1)
-            mappings[at].raw_bytes += within.bit_count() * _PAGE_BYTES
+            mappings[at].hold(within.bit_count(), stored_per_page[chunk])
             at += 1
-    return mappings, dict(objects)
+    return mappings, list(objects.values())
 
 
-def _space_of(image: Image, index: int) -> int:
-    return int(image.runs[3 * index + 2]) >> 32
+def _stored_per_page(image: Image) -> list[float]:
+    """For each chunk its stored bytes, shared out over all pages of the image that are in it."""
+    pages = [0] * image.chunk_count
+    for index in range(image.run_count):
+        _, mask, chunk = image.run(index)
+        pages[chunk] += mask.bit_count()
+    return [
+        image.chunk_place(chunk)[2].stored_bytes / max(number, 1)
+        for chunk, number in enumerate(pages)
+    ]
 
 
 def _read_mapping(vma: dict[str, Any]) -> Mapping:
     return Mapping(
         start=vma["start"],
         end=vma["end"],
-        protection=_protection(vma.get("prot", 0)),
+        permissions=str(vma.get("permissions", "")),
         kind=str(vma.get("kind", "")),
         path=str(vma.get("path") or ""),
     )
 
 
-def _protection(bits: int | str) -> str:
-    """`5` (PROT_READ | PROT_EXEC, mmap(2)) as `r-x`."""
-    if isinstance(bits, str):
-        return bits
-    return "".join(letter if bits & 1 << i else "-" for i, letter in enumerate("rwx"))
-
-
-def _name(mapping: Mapping) -> str:
+def _name(held: Mapping | Object) -> str:
     """What a person calls it: its file, else its kind."""
-    return mapping.path or mapping.kind or "anonymous"
+    if isinstance(held, Object):
+        return f"memory object {held.space}"
+    return held.path or held.kind or "anonymous"
 
 
-def as_document(
-    image: Image, mappings: list[Mapping], objects: dict[int, int]
-) -> dict[str, object]:
+def as_document(image: Image, mappings: list[Mapping], objects: list[Object]) -> dict[str, object]:
     """The image as docs/cli.md specifies it."""
     document = image.document
     return {
@@ -144,14 +166,22 @@ def as_document(
                 "start": mapping.start,
                 "end": mapping.end,
                 "length_bytes": mapping.length_bytes,
-                "protection": mapping.protection,
+                "permissions": mapping.permissions,
                 "kind": mapping.kind,
                 "path": mapping.path or None,
                 "raw_bytes": mapping.raw_bytes,
+                "stored_bytes": round(mapping.stored_bytes),
             }
             for mapping in mappings
         ],
-        "objects": [{"object": number, "raw_bytes": raw} for number, raw in objects.items()],
+        "objects": [
+            {
+                "object": held.space,
+                "raw_bytes": held.raw_bytes,
+                "stored_bytes": round(held.stored_bytes),
+            }
+            for held in objects
+        ],
         "descriptors": [
             {"descriptor": number, "kind": kind, "words": words}
             for number, kind, words in _descriptors(document)
@@ -160,7 +190,7 @@ def as_document(
 
 
 def describe(
-    image: Image, mappings: list[Mapping], objects: dict[int, int], rows: int | None
+    image: Image, mappings: list[Mapping], objects: list[Object], rows: int | None
 ) -> list[str]:
     """The image for people; at most `rows` rows of each table."""
     document = image.document
@@ -203,33 +233,31 @@ def _thread_rows(threads: list[dict[str, Any]]) -> list[str]:
     return table(["name", "count", "tids"], rows, right=(1,))
 
 
-def _space_rows(mappings: list[Mapping], objects: dict[int, int], rows: int | None) -> list[str]:
-    """Raw bytes in the image by what a person calls the mapping, largest first."""
+def _space_rows(mappings: list[Mapping], objects: list[Object], rows: int | None) -> list[str]:
+    """Bytes in the image by what a person calls the mapping, largest first."""
     raw: Counter[str] = Counter()
-    number: Counter[str] = Counter()
-    for mapping in mappings:
-        if mapping.raw_bytes:
-            raw[_name(mapping)] += mapping.raw_bytes
-            number[_name(mapping)] += 1
-    for space, length in objects.items():
-        raw[f"memory object {space}"] += length
-        number[f"memory object {space}"] += 1
-    whole = sum(raw.values())
+    stored: Counter[str] = Counter()
+    everything: list[Mapping | Object] = [*mappings, *objects]
+    for held in everything:
+        if held.raw_bytes:
+            raw[_name(held)] += held.raw_bytes
+            stored[_name(held)] += round(held.stored_bytes)
+    largest = stored.most_common(1)[0][1] if stored else 0
     lines = table(
-        ["in the image", "", "", "mappings", "of"],
+        ["memory", "stored", "", "", "of"],
         [
             (
+                size(raw[name]),
                 size(length),
-                share(length, whole),
-                paint(bar(length, raw.most_common(1)[0][1]), "cyan"),
-                str(number[name]),
+                share(length, stored.total()),
+                paint(bar(length, largest), "cyan"),
                 name,
             )
-            for name, length in raw.most_common(rows)
+            for name, length in stored.most_common(rows)
         ],
-        right=(0, 1, 3),
+        right=(0, 1, 2),
     )
-    return lines + _rest(len(raw), rows)
+    return lines + _rest(len(stored), rows) if stored else []
 
 
 def _mapping_rows(mappings: list[Mapping], rows: int | None) -> list[str]:
@@ -240,7 +268,7 @@ def _mapping_rows(mappings: list[Mapping], rows: int | None) -> list[str]:
         [
             (
                 f"{mapping.start:#x}",
-                mapping.protection,
+                mapping.permissions,
                 size(mapping.length_bytes),
                 size(mapping.raw_bytes) if mapping.raw_bytes else "–",
                 _name(mapping),

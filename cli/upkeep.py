@@ -51,7 +51,15 @@ def gc(store: str | None, as_json: bool) -> None:
     """
     report = open_store(store).collect_garbage()
     if as_json:
-        say_json({"removed_packs": report.removed_packs, "freed_bytes": report.freed_bytes})
+        say_json(
+            {
+                "removed_bytes": report.removed_bytes,
+                "removed_packs": report.removed_packs,
+                "removed_temporaries": report.removed_temporaries,
+                "kept_bytes": report.kept_bytes,
+                "kept_packs": report.kept_packs,
+            }
+        )
         return
     packs = count(report.removed_packs, "pack")
-    say([f"gave back {size(report.freed_bytes)} ({packs})"])
+    say([f"gave back {size(report.removed_bytes)} ({packs}); {size(report.kept_bytes)} in use"])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import click
 
 from .arguments import complete_image, json_option, open_store, store_option
@@ -28,21 +26,20 @@ def verify(image: str, store: str | None, as_json: bool) -> None:
     """
     from .progress import ProgressLine
 
-    began_s = time.monotonic()
     with ProgressLine() as line:
         report = open_store(store).verify(image, line.update)
-    total_s = time.monotonic() - began_s
     if as_json:
         say_json(
             {
-                "image": image,
+                "image": report.name,
                 "chunks": report.chunks,
-                "raw_bytes": report.raw_bytes,
+                "packs": report.packs,
+                "content_bytes": report.content_bytes,
                 "stored_bytes": report.stored_bytes,
-                "total_s": total_s,
+                "total_s": report.duration_s,
             }
         )
         return
     good = paint("every byte is as it was written", "green")
-    amounts = f"{count(report.chunks, 'chunk')}, {size(report.raw_bytes)}"
-    say([f"{paint(image, 'bold')}: {good} ({amounts} in {duration(total_s)})"])
+    read = f"{count(report.chunks, 'chunk')}, {size(report.content_bytes)}"
+    say([f"{paint(report.name, 'bold')}: {good} ({read} in {duration(report.duration_s)})"])

@@ -30,8 +30,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for module in ROOT.joinpath(*parts).glob("*.py"):
             shutil.copy(module, tree.joinpath(*parts))
     subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", folder, tree],
-        check=True, timeout=110,
+        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder, tree],
+        check=True, timeout=110, stdout=subprocess.DEVNULL,
     )  # fmt: skip
     return next(folder.glob("lzy-*.whl"))
 

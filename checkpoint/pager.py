@@ -1,0 +1,451 @@
+"""Starts the pager of a lazily restored process, keeps it alive, and takes over where it died.
+
+A pager is two processes with one descriptor table (CLONE_FILES). The *pager* proper answers
+faults (`lzy.checkpoint.faults`). The *keeper* does nothing but wait for the pager's end and start
+another; the pager likewise starts another keeper. Whoever is killed, the table lives on with the
+survivor, and with it the userfaultfds of children that the process forked.
+
+If both are killed, the process's own duplicate of its userfaultfd keeps its memory waiting (its
+threads stall on missing pages, they never see zeros there), and `resume_pager` goes on from the
+journal. Exactly one pager serves a process: the journal is locked by whoever holds the table.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import gc
+import os
+import select
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+from . import proc
+from .errors import Busy, Damaged, LzyError, NotFound
+from .faults import ChunkSource, FaultServer
+from .home import run_directory
+from .journal import (
+    FINISHED,
+    WORKING,
+    Journal,
+    Status,
+    is_held,
+    journal_path,
+    read_phase,
+    read_status,
+)
+from .linux.detached import (
+    close_all_but,
+    forget_signals,
+    fork_sharing_descriptors,
+    set_name,
+    take_descriptor,
+)
+from .linux.uffd import is_userfaultfd
+from .missing import MissingPages
+
+_LAST_RESPAWN_S = 5.0
+
+
+class Plan(NamedTuple):
+    """What a pager is to do. Addresses are the process's, which are the image's (space 0).
+
+    `ranges`: the registered ranges [start, end); `loaded`: parts of them that are in already.
+    Only private anonymous memory may be registered, and none that is MADV_WIPEONFORK: the kernel
+    tells of no change to shared memory that comes by its file, nor of what a fork wipes.
+    """
+
+    pid: int
+    start_time: int  # clock ticks after boot, `proc.start_time(pid)`
+    uffd_number: int  # the userfaultfd's descriptor number in the process
+    store: str
+    image: str
+    ranges: Sequence[tuple[int, int]]
+    loaded: Sequence[tuple[int, int]] = ()
+
+
+class PagerReport(NamedTuple):
+    """One journal: which process it is for, whether a pager serves it, and how that one does."""
+
+    pid: int
+    store: str
+    image: str
+    alive: bool
+    status: Status
+
+
+OpenImage = Callable[[str, str], ChunkSource]
+"""(store path, image name) to an image of that store; raises LzyError."""
+
+CloseDescriptor = Callable[[int, int], int]
+"""Close descriptor `number` of process `pid` from within; 0 or -errno."""
+
+
+def start_pager(
+    plan: Plan,
+    uffd: int,
+    pidfd: int,
+    image: ChunkSource,
+    *,
+    open_image: OpenImage | None = None,
+    close_descriptor: CloseDescriptor | None = None,
+) -> int:
+    """Start a pager and its keeper; returns the pager's pid once it serves.
+
+    `uffd`, `pidfd`: our duplicate of the process's userfaultfd, and the process. They, `image` and
+    all else stay open here; the pager has its own copies. Raises Busy when a pager serves that
+    pid, LzyError when the pager does not come up.
+    """
+    missing = MissingPages()
+    for start, end in plan.ranges:
+        missing.add(start, end)
+    for start, end in plan.loaded:
+        missing.forget(start, end)
+    facts = {
+        "pid": plan.pid,
+        "start_time": plan.start_time,
+        "boot_id": proc.boot_id(),
+        "uffd_number": plan.uffd_number,
+        "store": os.path.abspath(plan.store),
+        "image": plan.image,
+        "began_unix_s": round(time.time(), 3),
+    }
+    journal = Journal.create(journal_path(run_directory(), plan.pid), facts, missing)
+    try:
+        return _launch(journal, uffd, pidfd, image, open_image, close_descriptor, resumed=False)
+    finally:
+        journal.close()
+
+
+def resume_pager(
+    pid: int | None = None,
+    *,
+    open_image: OpenImage | None = None,
+    close_descriptor: CloseDescriptor | None = None,
+) -> dict[int, int]:
+    """Take over from pagers that died; {pid of the process: pid of its new pager}.
+
+    With `pid` for that process: NotFound when it has no journal, Busy when its pager lives.
+    Without, for all that need it. Journals of processes that are gone are removed.
+    """
+    directory = run_directory()
+    if pid is not None:
+        path = journal_path(directory, pid)
+        resumed = _resume(path, open_image, close_descriptor)
+        return {} if resumed is None else {pid: resumed}
+    started: dict[int, int] = {}
+    failures: list[LzyError] = []
+    for path in sorted(directory.glob("*.pager")):
+        try:
+            resumed = _resume(path, open_image, close_descriptor)
+        except (Busy, NotFound):
+            continue
+        except LzyError as error:
+            failures.append(error)
+            continue
+        if resumed is not None:
+            started[int(path.stem)] = resumed
+    if failures and not started:
+        raise failures[0]
+    return started
+
+
+def list_pagers() -> list[PagerReport]:
+    """Every journal there is, oldest pid first."""
+    reports = []
+    for path in run_directory().glob("*.pager"):
+        with contextlib.suppress(NotFound, Damaged):
+            facts, status = read_status(path)
+            alive = is_held(path)
+            reports.append(PagerReport(facts["pid"], facts["store"], facts["image"], alive, status))
+    return sorted(reports)
+
+
+def log_path(journal: Path) -> Path:
+    """The pager's log, beside its journal."""
+    return journal.with_suffix(".log")
+
+
+def _resume(
+    path: Path, open_image: OpenImage | None, close_descriptor: CloseDescriptor | None
+) -> int | None:
+    journal = Journal.open(path)
+    facts = journal.facts
+    pid: int = facts["pid"]
+    pidfd = uffd = -1
+    image: ChunkSource | None = None
+    try:
+        if not _is_alive(facts):
+            _clean(path)
+            return None
+        pidfd = os.pidfd_open(pid)
+        try:
+            uffd = take_descriptor(pidfd, facts["uffd_number"])
+        except OSError as error:
+            uffd = _no_descriptor(journal, pid, str(error))
+        if uffd >= 0 and not is_userfaultfd(uffd):
+            os.close(uffd)
+            uffd = _no_descriptor(journal, pid, "it is something else now")
+        if uffd < 0:
+            _clean(path)
+            return None
+        # The image may be away for now: the pager itself then goes on trying to open it.
+        with contextlib.suppress(LzyError, OSError):
+            image = (open_image or _open_image)(facts["store"], facts["image"])
+        return _launch(journal, uffd, pidfd, image, open_image, close_descriptor, resumed=True)
+    finally:
+        for fd in (pidfd, uffd):
+            if fd >= 0:
+                os.close(fd)
+        if image is not None:
+            image.close()
+        journal.close()
+
+
+def _is_alive(facts: dict[str, Any]) -> bool:
+    """Whether the journal's process still is the one it was written for."""
+    try:
+        alive = proc.start_time(facts["pid"]) == facts["start_time"]
+    except NotFound:
+        return False
+    return alive and proc.boot_id() == facts["boot_id"] and proc.stat(facts["pid"])[2] != "Z"
+
+
+def _no_descriptor(journal: Journal, pid: int, why: str) -> int:
+    """-1 when the work was done; else Damaged."""
+    if journal.phase == WORKING:
+        raise Damaged(
+            f"cannot take the userfaultfd of process {pid}: {why}; while no pager lived it either"
+            " called execve (then all is well) or closed the descriptor (then it reads zeros)",
+            remedy=f"end process {pid} and restore its image again, or remove {journal.path}",
+            pid=pid,
+        )
+    return -1
+
+
+def _clean(path: Path) -> None:
+    for file in (path, log_path(path)):
+        file.unlink(missing_ok=True)
+
+
+def _open_image(store: str, image: str) -> ChunkSource:
+    from .store import Store  # only a pager that reopens, or a fresh command, gets here
+
+    with Store.open(Path(store)) as opened:
+        return opened.load_unchecked(image)
+
+
+def _close_descriptor(pid: int, number: int) -> int:
+    from .inject import close_descriptor
+
+    return close_descriptor(pid, number)
+
+
+class _Seat(NamedTuple):
+    """What pager and keeper share: descriptor numbers of their one table, and two ways."""
+
+    journal: int
+    path: Path
+    uffd: int
+    pidfd: int
+    log: int
+    open_image: OpenImage
+    close_descriptor: CloseDescriptor
+
+    def write_log(self, text: str) -> None:
+        moment = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        with contextlib.suppress(OSError):  # a full disk must not stop the pager
+            os.write(self.log, f"{moment} {text}\n".encode())
+
+
+def _launch(
+    journal: Journal,
+    uffd: int,
+    pidfd: int,
+    image: ChunkSource | None,
+    open_image: OpenImage | None,
+    close_descriptor: CloseDescriptor | None,
+    *,
+    resumed: bool,
+) -> int:
+    """Fork the keeper, which forks the pager; the pager's pid."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+    log = os.open(log_path(journal.path), flags | (0 if resumed else os.O_TRUNC), 0o600)
+    reading, writing = os.pipe()
+    seat = _Seat(
+        journal.fd,
+        journal.path,
+        uffd,
+        pidfd,
+        log,
+        open_image or _open_image,
+        close_descriptor or _close_descriptor,
+    )
+    try:
+        child = os.fork()
+        if child == 0:
+            _detach(seat, image, writing, resumed=resumed)
+        os.close(writing)
+        writing = -1
+        answer = os.read(reading, 64)
+        with contextlib.suppress(ChildProcessError):  # the caller may ignore SIGCHLD
+            os.waitpid(child, 0)
+    finally:
+        for fd in (reading, writing, log):
+            if fd >= 0:
+                os.close(fd)
+    if not answer:
+        raise LzyError(
+            f"the pager of process {journal.facts['pid']} did not start",
+            remedy=f"see {log_path(journal.path)}",
+        )
+    return int(answer)
+
+
+def _detach(seat: _Seat, image: ChunkSource | None, ready: int, *, resumed: bool) -> NoReturn:
+    """In the forked child: leave session, folder, descriptors and signals of who started us."""
+    try:
+        # Objects of the process we were may own descriptors that are closed now, and would close
+        # whatever has their numbers later: none of them may ever be finalised.
+        gc.disable()
+        gc.freeze()
+        os.setsid()
+        if os.fork():
+            os._exit(0)
+        os.chdir("/")
+        forget_signals()
+        seat, ready = _above_standard(seat, ready)
+        null = os.open("/dev/null", os.O_RDWR)
+        for number in (0, 1, 2):
+            os.dup2(null, number)
+        keep = [0, 1, 2, seat.journal, seat.uffd, seat.pidfd, seat.log, ready]
+        image_descriptors = getattr(image, "descriptors", None)
+        if image is not None and image_descriptors is None:
+            image = None
+        elif image_descriptors is not None:
+            keep += image_descriptors()
+        close_all_but(keep)
+        _keep(seat, image, ready=ready, resumed=resumed)
+    except BaseException as error:
+        _say_why(seat, "the keeper failed", error)
+    finally:
+        os._exit(1)
+
+
+def _above_standard(seat: _Seat, ready: int) -> tuple[_Seat, int]:
+    """Move descriptors out of the way of 0, 1 and 2."""
+
+    def move(fd: int) -> int:
+        return fd if fd > 2 else fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
+
+    seat = seat._replace(
+        journal=move(seat.journal),
+        uffd=move(seat.uffd),
+        pidfd=move(seat.pidfd),
+        log=move(seat.log),
+    )
+    return seat, move(ready)
+
+
+def _keep(
+    seat: _Seat,
+    image: ChunkSource | None,
+    *,
+    pager: int = -1,
+    ready: int = -1,
+    resumed: bool = False,
+) -> NoReturn:
+    """The keeper: start a pager (or wait for `pager`, a pidfd), and another whenever it dies."""
+    set_name("lzy-keeper")
+    own = os.pidfd_open(os.getpid())
+    if pager >= 0:
+        select.select([pager], [], [])
+    pause_s = 0.0
+    fresh = pager < 0
+    while fresh or read_phase(seat.journal) != FINISHED:
+        began = time.monotonic()
+        pid = fork_sharing_descriptors()
+        if pid == 0:
+            _page(seat, image, own, ready, fresh=fresh, resumed=resumed)
+        status = os.waitpid(pid, 0)[1]
+        if read_phase(seat.journal) == FINISHED:
+            break
+        seat.write_log(f"pager {pid} ended with wait status {status:#x}; starting another")
+        fresh = resumed = False
+        pause_s = 0.0 if time.monotonic() - began > 1 else min(2 * pause_s + 0.01, _LAST_RESPAWN_S)
+        time.sleep(pause_s)
+    os._exit(0)
+
+
+def _page(
+    seat: _Seat,
+    image: ChunkSource | None,
+    keeper: int,
+    ready: int,
+    *,
+    fresh: bool,
+    resumed: bool,
+) -> NoReturn:
+    """The pager; `keeper` is the keeper's pidfd. `fresh`: the first one in this table."""
+    try:
+        set_name("lzy-pager")
+        own = os.pidfd_open(os.getpid())
+        journal = Journal(seat.journal, seat.path)
+        open_image = seat.open_image
+
+        def reopen() -> ChunkSource:
+            return open_image(journal.facts["store"], journal.facts["image"])
+
+        def look_around() -> int:
+            nonlocal keeper
+            if select.select([keeper], [], [], 0)[0]:
+                seat.write_log("the keeper is gone; starting another")
+                os.close(keeper)
+                pid = fork_sharing_descriptors()
+                if pid == 0:
+                    _keep(seat, None, pager=own)
+                keeper = os.pidfd_open(pid)
+                journal.set_pids(keeper_pid=pid)
+            return keeper
+
+        server = FaultServer(
+            journal,
+            seat.uffd,
+            seat.pidfd,
+            image if fresh else None,
+            open_image=reopen,
+            close_descriptor=seat.close_descriptor,
+            log=seat.write_log,
+            look_around=look_around,
+        )
+        if resumed and (lost := server.drop_children()):
+            seat.write_log(
+                f"{lost} forked children are lost: pager and keeper were both killed, and their"
+                " memory with them; what of it was missing reads as zeros"
+            )
+        if not fresh:
+            # What the dead pager had opened (packs) is of no use to us; its userfaultfds are.
+            ours = (0, 1, 2, seat.journal, seat.uffd, seat.pidfd, seat.log, keeper, own)
+            close_all_but((*ours, *server.descriptors))
+        journal.set_pids(pager_pid=os.getpid(), keeper_pid=os.getppid())
+        if fresh and ready >= 0:
+            os.write(ready, b"%d" % os.getpid())
+            os.close(ready)
+        server.serve()
+        journal.delete()
+        if not server.left_something:
+            log_path(seat.path).unlink(missing_ok=True)
+        os._exit(0)
+    except BaseException as error:
+        _say_why(seat, "the pager failed", error)
+    finally:
+        os._exit(1)
+
+
+def _say_why(seat: _Seat, what: str, error: BaseException) -> None:
+    import traceback
+
+    lines = traceback.format_exception(type(error), error, error.__traceback__)
+    seat.write_log(f"{what}: {''.join(lines)}")

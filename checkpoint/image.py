@@ -206,8 +206,8 @@ class Image:
         """The process, as the engine wrote it. Damaged when it is no JSON object."""
         if self._document is None:
             try:
-                content = Decoder().decode(1, self._document_bytes, self.header.document_bytes)
-                document = json.loads(bytes(content))
+                text = Decoder().decompress(self._document_bytes, self.header.document_bytes)
+                document = json.loads(text)
             except (ValueError, RecursionError) as error:
                 raise Damaged(f"the document of image {self.name} is no JSON: {error}") from error
             if not isinstance(document, dict):
@@ -219,6 +219,11 @@ class Image:
     def packs(self) -> list[tuple[bytes, int]]:
         """(id, size in bytes) of each pack the image needs."""
         return self._packs
+
+    @property
+    def store_path(self) -> str:
+        """The folder of the store it was loaded from, by its present name."""
+        return os.path.dirname(os.readlink(f"/proc/self/fd/{self._folder}"))
 
     def space_extent(self, space: int) -> tuple[int, int]:
         """The range [first, last) of the run records of `space`; O(log n), then O(1)."""
@@ -296,7 +301,7 @@ class Image:
                 except IndexError:
                     decoder = Decoder()
                 try:
-                    target[:] = decoder.decode(encoding, blob, raw_bytes)
+                    decoder.decode(encoding, blob, target)
                 finally:
                     self._decoders.append(decoder)
             if blake3(target, key=self._chunk_key).digest() != content_id:

@@ -187,9 +187,7 @@ def tiny_executable(code: bytes, address: int, memory_bytes: int = 4096) -> byte
         "<16sHHIQQQIHHHHHH",
         b"\x7fELF\x02\x01\x01", 2, 62, 1, address, 64, 0, 0, 64, 56, 1, 0, 0, 0,
     )  # fmt: skip
-    load = struct.pack(
-        "<IIQQQQQQ", 1, 5, offset, address, address, len(code), memory_bytes, 0x1000
-    )
+    load = struct.pack("<IIQQQQQQ", 1, 5, offset, address, address, len(code), memory_bytes, 0x1000)
     return (header + load).ljust(offset, b"\0") + code
 
 

@@ -88,9 +88,9 @@ def _vma(match: re.Match[bytes], flags: frozenset[str]) -> Vma:
         not path or path.startswith((b"[heap]", b"[stack", b"[anon:", b"[anon_shmem:"))
     ):
         kind = "anonymous"
-    elif path.startswith((b"/memfd:", b"/dev/zero (deleted)", b"/SYSV", b"[anon_shmem:")):
-        kind = "memory"
-    elif path.endswith(b" (deleted)"):
+    elif path.startswith(
+        (b"/memfd:", b"/dev/zero (deleted)", b"/SYSV", b"[anon_shmem:")
+    ) or path.endswith(b" (deleted)"):
         kind = "memory"
     else:
         kind = "file"

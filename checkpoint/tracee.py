@@ -105,9 +105,7 @@ class Thread:
 
     def __init__(self, tid: int) -> None:
         self.tid = tid
-        self.registers = machine.unpack_registers(
-            ptrace.read_register_set(tid, ptrace.NT_PRSTATUS)
-        )
+        self.registers = machine.unpack_registers(ptrace.read_register_set(tid, ptrace.NT_PRSTATUS))
         self.mask = ptrace.read_signal_mask(tid)
         self.in_group_stop = False
         self.disturbed = False  # registers or mask differ from what was found
@@ -197,7 +195,8 @@ class Tracee:
 
     def let_go(self) -> None:
         """Put everything back and detach from every thread; the process runs on."""
-        self.release_arena()
+        self.unmap_arena()
+        self.clear_code()
         for thread in self.threads.values():
             try:
                 self._put_back(thread)
@@ -216,13 +215,14 @@ class Tracee:
 
     def _put_back(self, thread: Thread) -> None:
         registers = machine.restartable(thread.registers, keep_block=True)
+        if thread.disturbed:
+            # The mask first: should we die before the registers are back, the code sets both.
+            ptrace.write_signal_mask(thread.tid, thread.mask)
         if thread.disturbed or registers is not thread.registers:
             ptrace.write_register_set(
                 thread.tid, ptrace.NT_PRSTATUS, machine.pack_registers(registers)
             )
-        if thread.disturbed:
-            ptrace.write_signal_mask(thread.tid, thread.mask)
-            thread.disturbed = False
+        thread.disturbed = False
 
     # -- running system calls inside ----------------------------------------------------------
 
@@ -252,8 +252,8 @@ class Tracee:
             raise KernelError(f"cannot map an arena in pid {self.pid}", -result, pid=self.pid)
         self.arena, self.arena_bytes = result, arena_bytes
 
-    def release_arena(self) -> None:
-        """Unmap the arena and clear our code, if they are there."""
+    def unmap_arena(self) -> None:
+        """Unmap the arena; single calls are still possible."""
         if self.arena and self.code:
             arena, self.arena = self.arena, 0
             try:
@@ -263,15 +263,13 @@ class Tracee:
             except (OSError, LzyError):
                 if os.path.exists(f"/proc/{self.pid}"):
                     raise
+
+    def clear_code(self) -> None:
+        """Take our code out of the process again."""
         if self._restore_text:
             place, content = self._restore_text
             self._restore_text = None
             self.code = 0
-            for thread in self.threads.values():
-                try:
-                    self._put_back(thread)  # nobody may point at the code any more
-                except OSError:
-                    continue
             try:
                 os.pwrite(self.memory, content, place)
             except OSError as error:
@@ -315,6 +313,7 @@ class Tracee:
             thread, entry, context, dict(zip(names, arguments, strict=True)) | {"rax": call.number}
         )
         after = self._await_notice(thread)
+        self._put_back(thread)
         return machine.signed(after["r12"])
 
     def _write_text(self, address: int, content: bytes) -> None:
@@ -353,6 +352,7 @@ class Tracee:
     def finish(self, thread: Thread, batch: Batch) -> Batch:
         """Wait for a batch and take its results."""
         self._await_notice(thread)
+        self._put_back(thread)
         length = len(batch.pack()[0])
         content = bytearray(length)
         memory.read_process(self.pid, [(batch.base, length)], memoryview(content))

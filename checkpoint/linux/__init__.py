@@ -22,7 +22,9 @@ def syscall(number: int, *arguments: int) -> int:
 
     The GIL is let go during the call. Source: syscall(2).
     """
-    result: int = _syscall(ctypes.c_long(number), *(_U64(a & 0xFFFFFFFFFFFFFFFF) for a in arguments))
+    result: int = _syscall(
+        ctypes.c_long(number), *(_U64(a & 0xFFFFFFFFFFFFFFFF) for a in arguments)
+    )
     if result == -1:
         number_of_error = ctypes.get_errno()
         raise OSError(number_of_error, os.strerror(number_of_error))

@@ -94,7 +94,9 @@ def write_process(pid: int, runs: Sequence[tuple[int, int]], content: memoryview
     _transfer(_writev, pid, runs, address_of(content))
 
 
-def _transfer(call: ctypes._NamedFuncPointer, pid: int, runs: Sequence[tuple[int, int]], local: int) -> None:
+def _transfer(
+    call: ctypes._NamedFuncPointer, pid: int, runs: Sequence[tuple[int, int]], local: int
+) -> None:
     for start in range(0, len(runs), IOV_MAX):
         part = runs[start : start + IOV_MAX]
         vector = (_Iovec * len(part))(*part)
@@ -112,7 +114,9 @@ def _transfer(call: ctypes._NamedFuncPointer, pid: int, runs: Sequence[tuple[int
             )
             if moved <= 0:
                 number = ctypes.get_errno() if moved < 0 else errno.EFAULT
-                raise OSError(number, f"{os.strerror(number)} at {vector[position].base:#x} of pid {pid}")
+                raise OSError(
+                    number, f"{os.strerror(number)} at {vector[position].base:#x} of pid {pid}"
+                )
             remaining -= moved
             local += moved
             while moved and moved >= vector[position].length:  # a partial transfer: go on behind it

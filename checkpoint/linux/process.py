@@ -115,9 +115,7 @@ _PyDLL_syscall = ctypes.PyDLL(None, use_errno=True).syscall
 _PyDLL_syscall.restype = ctypes.c_long
 
 
-def clone3(
-    *, flags: int = 0, exit_signal: int = 17, set_tid: int = 0
-) -> int:
+def clone3(*, flags: int = 0, exit_signal: int = 17, set_tid: int = 0) -> int:
     """Fork with a chosen pid (in the innermost namespace); 0 in the child, the pid in the parent.
 
     The GIL is kept during the call and Python's own fork hooks run, so the child may go on in

@@ -153,9 +153,7 @@ def pending_signals(tid: int, *, shared: bool) -> list[bytes]:
         request = ctypes.create_string_buffer(
             struct.pack("<QIi", len(found), PTRACE_PEEKSIGINFO_SHARED if shared else 0, batch), 16
         )
-        count = _call(
-            PTRACE_PEEKSIGINFO, tid, ctypes.addressof(request), ctypes.addressof(buffer)
-        )
+        count = _call(PTRACE_PEEKSIGINFO, tid, ctypes.addressof(request), ctypes.addressof(buffer))
         found += [buffer.raw[i * SIGINFO_BYTES : (i + 1) * SIGINFO_BYTES] for i in range(count)]
         if count < batch:
             return found

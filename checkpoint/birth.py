@@ -1,0 +1,245 @@
+"""How a process with a chosen pid comes into being: forked here, turned into our stub, traced.
+
+In the present PID namespace the process is a fork of the restorer with the pid it had. In a new
+one there are also an init (pid 1) and, under the number of the process's former parent, a stand-in
+for it, so that getppid(2) answers as before; both are a few bytes of machine code that wait for
+their child and end as it ended.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from . import machine, proc
+from .errors import Busy, LzyError, NotFound
+from .linux import process, ptrace
+from .linux.detached import close_all_but, forget_signals
+
+_TRACE_OPTIONS = (
+    ptrace.PTRACE_O_EXITKILL | ptrace.PTRACE_O_TRACECLONE | ptrace.PTRACE_O_TRACEEXEC
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Birth:
+    """A new process, stopped at the first instruction of the stub, seized by us."""
+
+    pid: int
+    init: int  # pid of the new namespace's init as we see it, 0 in the present namespace
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """The numbers a process had: its pid, its parent's, its group's and its session's."""
+
+    pid: int
+    parent: int
+    group: int
+    session: int
+    tids: frozenset[int]
+
+
+def taken_numbers(wanted: Wanted) -> list[int]:
+    """Which of the pid and tids are in use in the present PID namespace."""
+    return [n for n in sorted({wanted.pid, *wanted.tids}) if os.path.exists(f"/proc/{n}")]
+
+
+def give_birth(
+    wanted: Wanted,
+    executable: int,
+    *,
+    new_namespace: bool,
+    offsets: dict[str, int] | None,
+    become: Callable[[], None],
+) -> Birth:
+    """Make the process; it runs `become` (descriptors, directory) and then the stub.
+
+    `executable` is a descriptor of the stub's ELF file, `offsets` what its monotonic and
+    boot-time clocks are ahead of this machine's, in nanoseconds (time_namespaces(7)).
+    Precondition: the caller has one thread. Raises Busy when the pid is taken.
+    """
+    ready_out, ready_in = os.pipe2(os.O_CLOEXEC)
+    go_out, go_in = os.pipe2(os.O_CLOEXEC)
+
+    def live() -> NoReturn:
+        try:
+            os.close(ready_out)
+            os.close(go_in)
+            if offsets:
+                process.unshare(process.CLONE_NEWTIME)
+                _write_offsets(offsets)
+            os.write(ready_in, b"R")
+            if not os.read(go_out, 1):
+                os._exit(1)
+            become()
+            signal.pthread_sigmask(signal.SIG_SETMASK, signal.valid_signals())
+            os.execve(executable, ["lzy-restoring"], {})
+        except BaseException as error:  # the one place that hears of it is the restorer
+            os.write(ready_in, f"{type(error).__name__}: {error}".encode())
+            os._exit(1)
+
+    init = 0
+    try:
+        if new_namespace:
+            init = _make_namespace(wanted, live)
+        else:
+            child = _clone(wanted.pid, flags=_parent_flag(wanted))
+            if child == 0:
+                _join_session(wanted)
+                live()
+        os.close(ready_in)
+        ready_in = -1
+        os.close(go_out)
+        go_out = -1
+        answer = os.read(ready_out, 4096)
+        if answer != b"R":
+            raise LzyError(f"the new process could not start: {answer.decode() or 'it ended'}")
+        pid = _youngest(init) if init else wanted.pid
+        ptrace.seize(pid, _TRACE_OPTIONS)
+        os.write(go_in, b"g")
+        os.close(go_in)
+        go_in = -1
+        _await_exec(pid, ready_out)
+        return Birth(pid, init)
+    except BaseException:
+        if init:
+            os.kill(init, signal.SIGKILL)
+        raise
+    finally:
+        for descriptor in (ready_out, ready_in, go_out, go_in):
+            if descriptor >= 0:
+                os.close(descriptor)
+
+
+def _clone(pid: int, flags: int = 0) -> int:
+    try:
+        return process.clone3(flags=flags, set_tid=pid)
+    except OSError as error:
+        if error.errno == errno.EEXIST:
+            raise Busy(
+                f"pid {pid} is taken{_by_whom(pid)}",
+                remedy="wait until it ends, or restore with --pid-namespace new",
+                pid=pid,
+            ) from error
+        raise LzyError(
+            f"cannot make a process with pid {pid}: {error.strerror}",
+            remedy="run lzy as root (CAP_CHECKPOINT_RESTORE)",
+            pid=pid,
+        ) from error
+
+
+def _by_whom(pid: int) -> str:
+    try:
+        stat = proc.stat(pid)
+    except NotFound:
+        return ""
+    return f" by {stat[1]}" + (", a zombie its parent has not waited for" if stat[2] == "Z" else "")
+
+
+def _parent_flag(wanted: Wanted) -> int:
+    """Who was a child of our own parent becomes one again: it sees no difference."""
+    return process.CLONE_PARENT if os.getppid() == wanted.parent else 0
+
+
+def _join_session(wanted: Wanted) -> None:
+    """Lead a session or group as before, stay in one that is ours too, else start a new one."""
+    if wanted.session == wanted.pid or os.getsid(0) != wanted.session:
+        os.setsid()
+    elif wanted.group == wanted.pid:
+        os.setpgid(0, 0)
+    elif os.getpgid(0) != wanted.group:
+        try:
+            os.setpgid(0, wanted.group)
+        except OSError:
+            os.setpgid(0, 0)
+
+
+def _make_namespace(wanted: Wanted, live: Callable[[], NoReturn]) -> int:
+    """A new PID and mount namespace with its init, perhaps a stand-in parent, and the process."""
+    flags = process.CLONE_NEWPID | process.CLONE_NEWNS
+    init = process.clone3(flags=flags)
+    if init:
+        return init
+    try:
+        process.mount("none", "/", "", process.MS_REC | process.MS_PRIVATE)
+        process.mount(
+            "proc", "/proc", "proc", process.MS_NOSUID | process.MS_NODEV | process.MS_NOEXEC
+        )
+        if wanted.pid == 1:
+            live()
+        parent = wanted.parent
+        if (
+            parent > 1
+            and parent not in wanted.tids
+            and parent != wanted.pid
+            and process.clone3(set_tid=parent) == 0
+            and wanted.session == parent
+        ):
+            os.setsid()
+        if parent <= 1 or os.getpid() == parent:
+            if process.clone3(set_tid=wanted.pid) == 0:
+                _join_session(wanted)
+                live()
+        _become_reaper()
+    except BaseException as error:
+        print(f"lzy: namespace: {error}", file=sys.stderr)
+        os._exit(1)
+
+
+def _become_reaper() -> NoReturn:
+    """Turn into the few bytes that wait for children and end as the last one did."""
+    executable = os.memfd_create("lzy-init", os.MFD_CLOEXEC)
+    os.write(executable, machine.tiny_executable(machine.REAPER, 0x400000))
+    forget_signals()
+    close_all_but([executable])
+    null = os.open("/dev/null", os.O_RDWR)
+    for number in range(3):
+        if number != null and number != executable:
+            os.dup2(null, number)
+    os.chdir("/")
+    os.execve(executable, ["lzy-init"], {})
+    raise AssertionError
+
+
+def _youngest(pid: int) -> int:
+    """The last of a line of only children."""
+    while below := proc.children(pid):
+        pid = below[0]
+    return pid
+
+
+def _write_offsets(offsets: dict[str, int]) -> None:
+    with open("/proc/self/timens_offsets", "w") as file:
+        for clock, ahead in offsets.items():
+            file.write(f"{clock} {ahead // 10**9} {ahead % 10**9}\n")
+
+
+def _await_exec(pid: int, ready: int) -> None:
+    """Wait until the process stands at the stub's first instruction.
+
+    The event comes from inside execve(2), whose result has yet to be put into rax; so the process
+    is stopped once more on its way out.
+    """
+    executed = False
+    deadline = time.monotonic() + 60
+    while True:
+        waited, status = os.waitpid(pid, ptrace.WALL)
+        if not waited or not os.WIFSTOPPED(status):
+            said = os.read(ready, 4096).decode()
+            raise LzyError(f"the new process could not become the old one: {said or status}")
+        if executed and status >> 16 == ptrace.PTRACE_EVENT_STOP:
+            return
+        if status >> 16 == ptrace.PTRACE_EVENT_EXEC:
+            executed = True
+            ptrace.interrupt(pid)
+        if time.monotonic() > deadline:
+            raise LzyError(f"the new process {pid} does not reach its stub")
+        event = status >> 16
+        ptrace.resume(pid, 0 if event else os.WSTOPSIG(status))

@@ -1,0 +1,210 @@
+"""Which bytes of a process go into its image: pages of its memory, contents of unnamed files.
+
+Pages are named by windows (see `lzy.checkpoint`): (window-aligned address, mask of its pages).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterable, Sequence
+
+from .errors import Unsupported
+from .linux import PAGE_BYTES, memory
+from .proc import Vma
+
+
+def windows_of(ranges: Iterable[tuple[int, int]], window_pages: int) -> list[tuple[int, int]]:
+    """The windows that cover page-aligned, ascending address ranges: (address, page mask)."""
+    size = window_pages * PAGE_BYTES
+    full = (1 << window_pages) - 1
+    found: list[tuple[int, int]] = []
+    for start, end in ranges:
+        address = start & -size
+        while address < end:
+            first = max(start - address, 0) // PAGE_BYTES
+            last = min(end - address, size) // PAGE_BYTES
+            mask = full if last - first == window_pages else ((1 << (last - first)) - 1) << first
+            if found and found[-1][0] == address:
+                found[-1] = (address, found[-1][1] | mask)
+            else:
+                found.append((address, mask))
+            address += size
+    return found
+
+
+def holds_own_pages(vma: Vma) -> bool:
+    """Whether pages of this VMA can exist nowhere but in this process."""
+    return vma.kind in ("anonymous", "file", "memory") and not vma.shared and "dp" not in vma.flags
+
+
+def own_page_ranges(pid: int, vmas: Iterable[Vma]) -> list[tuple[int, int]]:
+    """Address ranges of the pages that only this process has: anonymous or changed, never zero-pfn.
+
+    Asks PAGEMAP_SCAN (Linux 6.7), else /proc/PID/pagemap.
+    """
+    pagemap = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+    found: list[tuple[int, int]] = []
+    try:
+        for vma in vmas:
+            if not holds_own_pages(vma):
+                continue
+            try:
+                found += memory.scan_pages(
+                    pagemap,
+                    vma.start,
+                    vma.end,
+                    none=memory.PAGE_IS_FILE | memory.PAGE_IS_PFNZERO,
+                    some=memory.PAGE_IS_PRESENT | memory.PAGE_IS_SWAPPED,
+                )
+            except OSError as error:
+                if error.errno not in (errno.ENOTTY, errno.EINVAL):
+                    raise
+                found += memory.read_pagemap(pagemap, vma.start, vma.end)
+    finally:
+        os.close(pagemap)
+    return found
+
+
+def guard_ranges(pid: int, vmas: Iterable[Vma]) -> list[tuple[int, int]]:
+    """Address ranges under MADV_GUARD_INSTALL (Linux 6.13); empty on kernels that cannot tell."""
+    pagemap = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return [
+            pair
+            for vma in vmas
+            if vma.kind == "anonymous" and not vma.shared
+            for pair in memory.scan_pages(pagemap, vma.start, vma.end, every=memory.PAGE_IS_GUARD)
+        ]
+    except OSError as error:
+        if error.errno in (errno.ENOTTY, errno.EINVAL):
+            return []
+        raise
+    finally:
+        os.close(pagemap)
+
+
+class ProcessPages:
+    """A `PageSource` over a stopped process (or its snapshot)."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self._memory = memory.open_memory(pid)
+
+    def read_runs(self, runs: Sequence[tuple[int, int]], into: memoryview) -> None:
+        """Fill `into` with the runs; pages that the process itself may not read are read too."""
+        try:
+            memory.read_process(self.pid, runs, into)
+        except OSError as error:
+            if error.errno != errno.EFAULT:
+                raise
+            position = 0  # PROT_NONE somewhere: /proc/PID/mem reads it all the same (FOLL_FORCE)
+            for address, length in runs:
+                done = 0
+                while done < length:
+                    part = into[position + done : position + length]
+                    count = os.preadv(self._memory, [part], address + done)
+                    if count == 0:
+                        raise
+                    done += count
+                position += length
+
+    def close(self) -> None:
+        os.close(self._memory)
+
+
+class FilePages:
+    """A `PageSource` over an open file; what lies behind its end reads as zeros."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+
+    def read_runs(self, runs: Sequence[tuple[int, int]], into: memoryview) -> None:
+        position = 0
+        for address, length in runs:
+            done = 0
+            while done < length:
+                part = into[position + done : position + length]
+                count = os.preadv(self.descriptor, [part], address + done)
+                if count == 0:
+                    part[:] = bytes(len(part))
+                    break
+                done += count
+            position += length
+
+
+def data_ranges(descriptor: int, length_bytes: int) -> list[tuple[int, int]]:
+    """Page-aligned ranges of a file that are not holes, lseek(2) SEEK_DATA.
+
+    The position of the description is left as it was.
+    """
+    own = os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY | os.O_CLOEXEC)
+    found: list[tuple[int, int]] = []
+    try:
+        position = 0
+        while position < length_bytes:
+            try:
+                start = os.lseek(own, position, os.SEEK_DATA)
+                end = min(os.lseek(own, start, os.SEEK_HOLE), length_bytes)
+            except OSError as error:
+                if error.errno == errno.ENXIO:
+                    break
+                raise
+            found.append((start & -PAGE_BYTES, -(-end // PAGE_BYTES) * PAGE_BYTES))
+            position = end
+    finally:
+        os.close(own)
+    joined: list[tuple[int, int]] = []
+    for start, end in found:
+        if joined and start < joined[-1][1]:
+            joined[-1] = (joined[-1][0], max(end, joined[-1][1]))
+        else:
+            joined.append((start, end))
+    return joined
+
+
+class Objects:
+    """Contents of files that no directory names (memfds, shared anonymous memory, deleted files).
+
+    Each becomes a space of the image, numbered from 1. Implements `ObjectSink` for `resources`.
+    """
+
+    def __init__(self) -> None:
+        self._numbers: dict[tuple[int, int], int] = {}
+        self.descriptors: list[int] = []
+        self.described: list[dict[str, object]] = []
+
+    def add_file(self, fd: int, *, key: tuple[int, int]) -> int:
+        """Take the content of the open file `fd`, known as `key` (device, inode); its number."""
+        if key in self._numbers:
+            return self._numbers[key]
+        try:
+            own = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise Unsupported(
+                f"cannot read the content of {os.readlink(f'/proc/self/fd/{fd}')}: "
+                f"{error.strerror}",
+                remedy="have the process close it",
+            ) from error
+        status = os.fstat(own)
+        number = self._numbers[key] = len(self.descriptors) + 1
+        self.descriptors.append(own)
+        self.described.append(
+            {
+                "space": number,
+                "length_bytes": status.st_size,
+                "name": os.readlink(f"/proc/self/fd/{own}"),
+                "mode": status.st_mode & 0o7777,
+                "owner": [status.st_uid, status.st_gid],
+            }
+        )
+        return number
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(os.fstat(d).st_size for d in self.descriptors)
+
+    def close(self) -> None:
+        for descriptor in self.descriptors:
+            os.close(descriptor)
+        self.descriptors.clear()

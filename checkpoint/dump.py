@@ -1,0 +1,552 @@
+"""A running process into an image, step by step.
+
+The process is stopped, asked what only it knows, and, when it is to go on, split: a clone of it,
+frozen at birth, is a copy-on-write snapshot whose memory is written out at leisure while the
+process runs on. Where a snapshot would not cover everything (see `_why_no_snapshot`), and when the
+process is to end anyway, it stays stopped until its image is committed. An image is committed when
+every byte of it has been read back from the store and authenticated; only then is anything ended.
+
+*Guarantee*: a dump that fails or is killed leaves the process running, untouched.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from . import interrogate, machine, proc, resources
+from .content import (
+    FilePages,
+    Objects,
+    ProcessPages,
+    data_ranges,
+    guard_ranges,
+    own_page_ranges,
+    windows_of,
+)
+from .elf import build_id
+from .errors import Busy, KernelError, LzyError, NotFound, Unsupported
+from .host import describe_host
+from .linux import process, ptrace
+from .machine import Call
+from .proc import Vma
+from .stages import reach
+from .tracee import Tracee
+
+if TYPE_CHECKING:
+    from .store import Store
+    from .writer import ImageWriter
+
+Progress = Callable[[str, int, int], None]
+
+DOCUMENT_FORMAT = 1
+SNAPSHOT_OBJECT_LIMIT_BYTES = 32 << 20  # shared memory up to here is copied while frozen
+_MAPPED_KINDS_MADE_AGAIN = ("/dev/zero",)
+
+
+@dataclass
+class DumpReport:
+    """What a dump did: sizes in bytes, times in seconds."""
+
+    image: str
+    pid: int
+    raw_bytes: int
+    stored_bytes: int
+    freeze_s: float
+    total_s: float
+    threads: int
+    left_running: bool
+    snapshot: bool
+    notes: list[str] = field(default_factory=list)
+
+
+def dump(
+    pid: int,
+    store: Store,
+    *,
+    name: str | None = None,
+    leave_running: bool = False,
+    window_pages: int = 64,
+    progress: Progress | None = None,
+) -> DumpReport:
+    """Write an image of process `pid` into `store`; end the process unless `leave_running`.
+
+    Raises NotFound, AccessDenied, Unsupported (naming what cannot be kept), Busy,
+    StoreUnavailable; the process then runs on as before.
+    """
+    began = time.monotonic()
+    notes: list[str] = []
+
+    # 1. What can be refused without touching the process is refused now.
+    refuse_unfit(pid)
+    wait_for_pager(pid, progress)
+    vmas = proc.mappings(pid)
+    refuse_mappings(pid, vmas)
+    obstacle = _why_no_snapshot(vmas) if leave_running else "the process ends"
+    comm = proc.stat(pid)[1]
+    taken = time.time()
+    name = name or default_name(comm, pid, taken)
+    own_start = proc.start_time(pid)
+
+    tracee = Tracee(pid)
+    snapshot = 0
+    objects = Objects()
+    pidfd = os.pidfd_open(pid)
+    try:
+        with store.writer(name, window_pages=window_pages) as writer:
+            # 2. Stop all its threads.
+            frozen_at = time.monotonic()
+            tracee.seize()
+            reach("dump.seized")
+            interrogate.refuse_foreign_registers(tracee)
+            refuse_children(pid)
+
+            # 3. Ask what only the process itself can tell, by system calls made inside it.
+            tracee.prepare()
+            reach("dump.prepared")
+            timers = proc.posix_timers(pid)
+            threads = interrogate.describe_threads(tracee)
+            own = interrogate.describe_process(tracee, timers)
+            tracee.unmap_arena()
+            reach("dump.asked")
+
+            # 4. Its descriptors, with what is in flight in them.
+            descriptors = resources.describe_descriptors(pid, pidfd, objects)
+            reach("dump.described")
+
+            # 5. Its mappings; and the snapshot, if the process goes on.
+            still = proc.mappings(pid, with_flags=False)
+            if not _same_places(vmas, still):
+                vmas = proc.mappings(pid)
+                refuse_mappings(pid, vmas)
+                obstacle = obstacle or _why_no_snapshot(vmas)
+            _take_mapped_objects(pid, vmas, objects)
+            if not obstacle and objects.total_bytes > SNAPSHOT_OBJECT_LIMIT_BYTES:
+                obstacle = f"it shares {objects.total_bytes >> 20} MiB of memory"
+            if not obstacle:
+                snapshot, obstacle = _split(tracee)
+            if leave_running and obstacle:
+                notes.append(f"stopped until written, no snapshot: {obstacle}")
+            if snapshot:
+                reach("dump.split")
+                _write_objects(writer, objects, window_pages)
+                tracee.let_go()
+                freeze_s = time.monotonic() - frozen_at
+                reach("dump.resumed")
+            else:
+                freeze_s = 0.0
+            source_pid = snapshot or pid
+
+            # 6. Its memory.
+            ranges = own_page_ranges(source_pid, vmas)
+            guards = guard_ranges(source_pid, vmas)
+            host = describe_host(source_pid, vmas, interrogate.decode(threads[0]["xstate"]))
+            total = sum(end - start for start, end in ranges) + objects.total_bytes
+            source = ProcessPages(source_pid)
+            reach("dump.writing")
+            try:
+                with _reporting(progress, "writing", writer, total):
+                    writer.add_space(source, windows_of(ranges, window_pages), space=0)
+                    if not snapshot:
+                        _write_objects(writer, objects, window_pages)
+            finally:
+                source.close()
+            reach("dump.written")
+
+            # 7. The manifest, once everything it names has been read back and found right.
+            document = {
+                "format": DOCUMENT_FORMAT,
+                "taken_unix_s": taken,
+                "comm": comm,
+                "pid": threads[0]["tid"],
+                "host": host,
+                "process": own,
+                "threads": threads,
+                "vmas": [_describe_vma(pid, vma) for vma in vmas if vma.kind != "vsyscall"],
+                "guards": guards,
+                "objects": objects.described,
+                "descriptors": descriptors,
+            }
+            summary = writer.commit(document, progress)
+            reach("dump.committed")
+
+        # 8. Only now is the process ended, or let go.
+        if leave_running:
+            if not snapshot:
+                tracee.let_go()
+                freeze_s = time.monotonic() - frozen_at
+        else:
+            freeze_s = time.monotonic() - frozen_at
+            _end(tracee, pidfd, descriptors)
+        reach("dump.ended")
+    except ProcessLookupError as error:
+        raise NotFound(f"process {pid} ended while it was dumped", pid=pid) from error
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise
+        raise KernelError(f"cannot dump pid {pid}: {error}", error.errno or 0, pid=pid) from error
+    finally:
+        objects.close()
+        if tracee.threads:
+            tracee.let_go()
+        if snapshot:
+            _end_snapshot(pid, own_start, snapshot)
+        os.close(pidfd)
+    return DumpReport(
+        image=summary.name,
+        pid=pid,
+        raw_bytes=summary.raw_bytes,
+        stored_bytes=summary.stored_bytes,
+        freeze_s=freeze_s,
+        total_s=time.monotonic() - began,
+        threads=len(threads),
+        left_running=leave_running,
+        snapshot=bool(snapshot),
+        notes=notes,
+    )
+
+
+def default_name(comm: str, pid: int, taken_unix_s: float) -> str:
+    """An image's name when none was given: program, pid, time (UTC)."""
+    plain = "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "-" for c in comm)
+    moment = time.strftime("%Y%m%dT%H%M%S", time.gmtime(taken_unix_s))
+    return f"{plain.strip('.-') or 'process'}-{pid}-{moment}.{int(taken_unix_s % 1 * 1000):03}"
+
+
+# -- what cannot be dumped ---------------------------------------------------------------------
+
+
+def refuse_unfit(pid: int) -> None:
+    """Raise for a process that lzy cannot dump, from /proc alone."""
+    if pid == os.getpid():
+        raise Unsupported("lzy cannot dump itself", remedy="dump it from another process", pid=pid)
+    status = proc.status(pid)
+    if int(status["Tgid"]) != pid:
+        raise NotFound(
+            f"{pid} is a thread of process {status['Tgid']}",
+            remedy=f"dump process {status['Tgid']}",
+            pid=pid,
+        )
+    if status["State"].startswith(("Z", "X")):
+        raise NotFound(f"process {pid} has ended (a zombie is left of it)", pid=pid)
+    if not proc.read_bytes(pid, "cmdline") and "VmSize" not in status:
+        raise Unsupported(f"pid {pid} is a kernel thread", remedy="choose a program", pid=pid)
+    if int(status["TracerPid"]):
+        raise Unsupported(
+            f"pid {pid} is being traced by pid {status['TracerPid']}",
+            remedy="end the debugger or tracer and try again",
+            pid=pid,
+            tracer=int(status["TracerPid"]),
+        )
+    if int(status.get("Seccomp", "0")):
+        raise Unsupported(
+            f"pid {pid} runs under a seccomp filter, which would refuse injected system calls",
+            remedy="start the program without the filter",
+            pid=pid,
+        )
+    for namespace in ("mnt", "net", "ipc", "uts", "user"):
+        try:
+            theirs = os.stat(f"/proc/{pid}/ns/{namespace}").st_ino
+        except PermissionError:
+            continue
+        if namespace in ("user", "net") and theirs != os.stat(f"/proc/self/ns/{namespace}").st_ino:
+            raise Unsupported(
+                f"pid {pid} lives in another {namespace} namespace (a container?)",
+                remedy="run lzy inside that container",
+                pid=pid,
+            )
+    refuse_children(pid)
+
+
+def refuse_children(pid: int) -> None:
+    """Raise Unsupported if the process has living children."""
+    living = []
+    for child in proc.children(pid):
+        try:
+            stat = proc.stat(child)
+        except NotFound:
+            continue
+        if stat[2] not in "ZX":
+            living.append(f"{child} ({stat[1]})")
+    if living:
+        raise Unsupported(
+            f"pid {pid} has living child processes: {', '.join(living)}",
+            remedy="process trees are not supported yet; end the children and try again",
+            pid=pid,
+            children=living,
+        )
+
+
+def refuse_mappings(pid: int, vmas: list[Vma]) -> None:
+    """Raise Unsupported for a mapping that lzy cannot make again."""
+    for vma in vmas:
+        if vma.kind in ("vdso", "vvar", "vsyscall"):
+            continue
+        what = ""
+        remedy = "have the program unmap it"
+        if "ht" in vma.flags:
+            what, remedy = "huge-page (hugetlbfs)", "use transparent huge pages instead"
+        elif vma.path.startswith("anon_inode:[io_uring]"):
+            what, remedy = "io_uring", "end what uses io_uring (with uvloop: UV_USE_IO_URING=0)"
+        elif vma.path.startswith("/[aio]"):
+            what, remedy = "asynchronous I/O (io_setup)", "end what uses it"
+        elif vma.path.startswith("/SYSV"):
+            what, remedy = "System V shared memory", "use memory-mapped files or POSIX memory"
+        elif vma.path.startswith(("/dev/nvidia", "/dev/dri")):
+            what, remedy = "GPU", "free the GPU first; GPU processes are not supported yet"
+        elif (
+            vma.path.startswith("/dev/")
+            and vma.kind == "file"
+            and (not vma.path.startswith(("/dev/shm/", "/dev/zero", "/dev/hugepages")))
+        ):
+            what = "device"
+        elif vma.flags & {"io", "pf"}:
+            what = "device memory"
+        elif "ss" in vma.flags:
+            what, remedy = "shadow stack", "start it with GLIBC_TUNABLES=glibc.cpu.x86_shstk=off"
+        elif vma.path.startswith("anon_inode:"):
+            what = vma.path
+        if what:
+            raise Unsupported(
+                f"pid {pid} has a {what} mapping at {vma.start:#x} ({vma.path or 'anonymous'})",
+                remedy=remedy,
+                pid=pid,
+                address=vma.start,
+            )
+
+
+def wait_for_pager(pid: int, progress: Progress | None) -> None:
+    """Wait until memory that a lazy restore still brings in is all there.
+
+    Raises Busy if nothing arrives: its pager has died.
+    """
+    last, moved_at = -1, time.monotonic()
+    while True:
+        missing = sum(v.length for v in proc.mappings(pid) if "um" in v.flags)
+        if not missing:
+            return
+        present = int(proc.status(pid).get("RssAnon", "0").split()[0])
+        now = time.monotonic()
+        if present != last:
+            last, moved_at = present, now
+        elif now - moved_at > 10:
+            raise Busy(
+                f"memory of pid {pid} is still being brought in by a pager, which does not move",
+                remedy=f"run: lzy pager --resume {pid}",
+                pid=pid,
+            )
+        if progress:
+            progress("waiting for the pager", present << 10, missing)
+        time.sleep(0.02)
+
+
+def _why_no_snapshot(vmas: list[Vma]) -> str:
+    """What a clone of the process would lack, in words; empty if it lacks nothing."""
+    for vma in vmas:
+        if vma.kind in ("vdso", "vvar", "vsyscall"):
+            continue
+        if "dc" in vma.flags:
+            return f"the mapping at {vma.start:#x} is not inherited (MADV_DONTFORK)"
+        if "wf" in vma.flags:
+            return f"the mapping at {vma.start:#x} is wiped on fork"
+    return ""
+
+
+# -- steps -------------------------------------------------------------------------------------
+
+
+def _same_places(before: list[Vma], now: list[Vma]) -> bool:
+    return [(v.start, v.end, v.permissions, v.inode) for v in before] == [
+        (v.start, v.end, v.permissions, v.inode) for v in now
+    ]
+
+
+def _take_mapped_objects(pid: int, vmas: list[Vma], objects: Objects) -> None:
+    """Add the content behind mappings whose file has no path: it lives in these mappings only."""
+    for vma in vmas:
+        if vma.kind == "memory":
+            try:
+                descriptor = os.open(
+                    f"/proc/{pid}/map_files/{vma.start:x}-{vma.end:x}", os.O_RDONLY | os.O_CLOEXEC
+                )
+            except OSError as error:
+                raise Unsupported(
+                    f"cannot open what pid {pid} has mapped at {vma.start:#x} ({vma.path}): "
+                    f"{error.strerror}",
+                    remedy="run lzy as root",
+                    pid=pid,
+                ) from error
+            try:
+                status = os.fstat(descriptor)
+                number = objects.add_file(descriptor, key=(status.st_dev, status.st_ino))
+                _OBJECT_OF[vma] = number
+            finally:
+                os.close(descriptor)
+
+
+_OBJECT_OF: dict[Vma, int] = {}
+
+
+def _describe_vma(pid: int, vma: Vma) -> dict[str, Any]:
+    described: dict[str, Any] = {
+        "start": vma.start,
+        "end": vma.end,
+        "permissions": vma.permissions,
+        "kind": vma.kind,
+        "flags": sorted(vma.flags),
+    }
+    if vma.path:
+        described["path"] = vma.path
+    if vma.kind in ("file", "memory"):
+        described["offset"] = vma.offset
+    if vma.kind == "memory":
+        described["object"] = _OBJECT_OF[vma]
+    elif vma.kind == "file" and vma.path != "/dev/zero":
+        described["file"] = describe_file(pid, vma)
+    return described
+
+
+_FILES: dict[tuple[int, int, str], dict[str, Any]] = {}
+
+
+def describe_file(pid: int, vma: Vma) -> dict[str, Any]:
+    """By what a mapped file is known again: size, modification time, build-id if it has one.
+
+    Raises Unsupported when the path now names another file than the one that is mapped.
+    """
+    key = (vma.device, vma.inode, vma.path)
+    if key not in _FILES:
+        path = f"/proc/{pid}/root{vma.path}"
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise Unsupported(
+                f"cannot open {vma.path}, which pid {pid} has mapped at {vma.start:#x}: "
+                f"{error.strerror}",
+                remedy="make the file reachable",
+                pid=pid,
+                path=vma.path,
+            ) from error
+        try:
+            status = os.fstat(descriptor)
+            if status.st_ino != vma.inode:
+                raise Unsupported(
+                    f"{vma.path} was replaced since pid {pid} mapped it",
+                    remedy="put the old file back or restart the program",
+                    pid=pid,
+                    path=vma.path,
+                )
+            _FILES[key] = {
+                "size_bytes": status.st_size,
+                "modified_ns": status.st_mtime_ns,
+                "build_id": build_id(descriptor),
+            }
+        finally:
+            os.close(descriptor)
+    return _FILES[key]
+
+
+def _split(tracee: Tracee) -> tuple[int, str]:
+    """Clone the stopped process; the clone never runs. (its pid, "") or (0, why not)."""
+    born: list[int] = []
+    tracee.on_clone = born.append
+    leader = tracee.threads[tracee.pid]
+    ptrace.set_options(leader.tid, ptrace.PTRACE_O_TRACECLONE)
+    try:
+        result = tracee.run_one(
+            leader, Call(process.SYS_CLONE, (process.CLONE_FILES,)), entry=machine.SPLIT
+        )
+    finally:
+        ptrace.set_options(leader.tid, 0)
+    if result < 0 or not born:
+        return 0, f"the process cannot be cloned ({os.strerror(-result)})"
+    _, status = os.waitpid(born[0], ptrace.WALL)
+    if not os.WIFSTOPPED(status):
+        return 0, "its clone was killed"
+    ptrace.set_options(born[0], ptrace.PTRACE_O_EXITKILL)
+    return born[0], ""
+
+
+def _end_snapshot(pid: int, start_time: int, snapshot: int) -> None:
+    """Kill the snapshot and have the process reap it, so that no zombie stays."""
+    try:
+        os.kill(snapshot, signal.SIGKILL)
+        os.waitpid(snapshot, ptrace.WALL)
+    except (ProcessLookupError, ChildProcessError):
+        pass
+    try:
+        if proc.start_time(pid) != start_time:
+            return
+        tracee = Tracee(pid)
+        tracee.seize()
+        try:
+            tracee.prepare(arena_bytes=4096)
+            number = int(proc.status(snapshot)["NSpid"].split()[-1])
+            tracee.run_one(
+                tracee.threads[pid],
+                Call(process.SYS_WAIT4, (number, 0, os.WNOHANG | ptrace.WALL, 0)),
+            )
+        finally:
+            tracee.let_go()
+    except (LzyError, OSError):
+        return  # the process has ended meanwhile, and the zombie with it
+
+
+def _write_objects(writer: ImageWriter, objects: Objects, window_pages: int) -> None:
+    for number, descriptor in enumerate(objects.descriptors, 1):
+        length = os.fstat(descriptor).st_size
+        writer.add_space(
+            FilePages(descriptor),
+            windows_of(data_ranges(descriptor, length), window_pages),
+            space=number,
+        )
+
+
+def _end(tracee: Tracee, pidfd: int, descriptors: dict[str, Any]) -> None:
+    """Kill the process and wait until it is gone, its inner connections without a trace."""
+    held = resources.hold_connections(pidfd, descriptors)
+    signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+    for tid in sorted(tracee.threads, key=lambda tid: tid == tracee.pid):
+        try:
+            while True:
+                _, status = os.waitpid(tid, ptrace.WALL)
+                if not os.WIFSTOPPED(status):
+                    break
+        except ChildProcessError:
+            continue
+    tracee.threads.clear()
+    tracee.close()
+    resources.release_descriptors(held)
+
+
+class _reporting:  # noqa: N801 - used as a with-statement's word
+    """Report a writer's progress ten times a second while the block runs."""
+
+    def __init__(
+        self, progress: Progress | None, stage: str, writer: ImageWriter, total_bytes: int
+    ) -> None:
+        self._progress, self._stage, self._writer = progress, stage, writer
+        self._total_bytes = total_bytes
+
+    def __enter__(self) -> None:
+        if self._progress:
+            import threading
+
+            self._ended = threading.Event()
+            self._thread = threading.Thread(target=self._report, daemon=True)
+            self._thread.start()
+
+    def _report(self) -> None:
+        assert self._progress
+        while not self._ended.wait(0.1):
+            self._progress(self._stage, self._writer.raw_bytes_done, self._total_bytes)
+
+    def __exit__(self, *_: object) -> None:
+        if self._progress:
+            self._ended.set()
+            self._thread.join()

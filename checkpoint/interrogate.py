@@ -1,0 +1,230 @@
+"""What only the kernel and the process itself can tell of its threads, signals, timers, rights.
+
+`describe_threads` and `describe_process` give JSON-able dicts of a stopped process; `reinstate`
+(the module) makes them again. Integers stay integers; bytes are base64.
+"""
+
+from __future__ import annotations
+
+import base64
+import os
+import struct
+from typing import Any
+
+from . import machine, proc
+from .errors import Unsupported
+from .linux import memory, process, ptrace
+from .linux.process import SYS_PRCTL
+from .tracee import Thread, Tracee
+
+SIGACTION_BYTES = 32  # struct sigaction as the kernel has it: handler, flags, restorer, mask
+_UNCHANGEABLE = {9, 19}  # SIGKILL, SIGSTOP
+SS_ONSTACK = 1
+MEMBARRIER_CMD_GET_REGISTRATIONS = 1 << 9
+_STATUS_KEYS = ("Uid", "Gid", "Groups", "CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")
+
+
+def encode(content: bytes) -> str:
+    """Bytes as base64 text."""
+    return base64.b64encode(content).decode()
+
+
+def decode(text: str) -> bytes:
+    """The bytes of base64 text."""
+    return base64.b64decode(text)
+
+
+def refuse_foreign_registers(tracee: Tracee) -> None:
+    """Raise Unsupported for a 32-bit process."""
+    for thread in tracee.threads.values():
+        if thread.registers["cs"] != machine.USER_CS_64:
+            raise Unsupported(
+                f"thread {thread.tid} of pid {tracee.pid} runs 32-bit code",
+                remedy="lzy dumps 64-bit x86 processes",
+                pid=tracee.pid,
+            )
+
+
+def describe_threads(tracee: Tracee) -> list[dict[str, Any]]:
+    """All threads, leader first: registers, FPU state, signals, futexes, scheduling, rights."""
+    order = sorted(tracee.threads, key=lambda tid: (tid != tracee.pid, tid))
+    inside = _ask_threads(tracee, order)
+    return [_describe_thread(tracee, tracee.threads[tid], inside[tid]) for tid in order]
+
+
+def _ask_threads(tracee: Tracee, order: list[int]) -> dict[int, dict[str, Any]]:
+    """Each thread's answers, asked of many threads at once: each has its part of the arena."""
+    answers: dict[int, dict[str, Any]] = {}
+    slots = 64
+    for first in range(0, len(order), slots):
+        asked = []
+        for slot, tid in enumerate(order[first : first + slots]):
+            batch = tracee.batch(slot, slots)
+            stack, number, death = batch.room(24), batch.room(8), batch.room(4)
+            policy, nodes = batch.room(4), batch.room(128)
+            batch.call(process.SYS_SIGALTSTACK, 0, stack)
+            batch.call(SYS_PRCTL, process.PR_GET_TID_ADDRESS, number, tolerate=True)
+            batch.call(SYS_PRCTL, process.PR_GET_PDEATHSIG, death)
+            bits = batch.call(SYS_PRCTL, process.PR_GET_SECUREBITS)
+            slack = batch.call(SYS_PRCTL, process.PR_GET_TIMERSLACK)
+            numa = batch.call(
+                process.SYS_GET_MEMPOLICY, policy, nodes, 1024, 0, 0, tolerate=True
+            )  # fmt: skip
+            tracee.start(tracee.threads[tid], batch)
+            asked.append((tid, batch, stack, number, death, policy, nodes, bits, slack, numa))
+        for tid, batch, stack, number, death, policy, nodes, bits, slack, numa in asked:
+            tracee.finish(tracee.threads[tid], batch)
+            pointer, flags, size = struct.unpack("<QixxxxQ", batch.read(stack, 24))
+            mode = struct.unpack("<i", batch.read(policy, 4))[0]
+            answers[tid] = {
+                "alternate_stack": [pointer, flags & ~SS_ONSTACK, size],
+                "clear_tid_address": struct.unpack("<Q", batch.read(number, 8))[0],
+                "death_signal": struct.unpack("<i", batch.read(death, 4))[0],
+                "securebits": batch.results[bits],
+                "timer_slack_ns": batch.results[slack],
+                "memory_policy": [mode, encode(batch.read(nodes, 128))]
+                if batch.results[numa] == 0 and mode
+                else None,
+            }
+    return answers
+
+
+def _describe_thread(tracee: Tracee, thread: Thread, inside: dict[str, Any]) -> dict[str, Any]:
+    tid = thread.tid
+    status = proc.status(tracee.pid, tid)
+    rseq = ptrace.rseq_configuration(tid)
+    registers = thread.registers
+    if rseq:
+        registers = _abort_critical_section(tracee.pid, registers, rseq[0])
+    head, head_length = process.robust_list(tid)
+    return {
+        "tid": proc.innermost(status["NSpid"]),
+        "comm": proc.stat(tracee.pid, tid)[1],
+        "registers": registers,
+        "xstate": encode(ptrace.read_register_set(tid, ptrace.NT_X86_XSTATE)),
+        "signal_mask": thread.mask,
+        "pending": [encode(i) for i in ptrace.pending_signals(tid, shared=False)],
+        "robust_list": [head, head_length],
+        "rseq": list(rseq) if rseq else None,
+        "scheduling": encode(process.scheduling(tid)),
+        "affinity": sorted(os.sched_getaffinity(tid)),
+        "io_priority": process.io_priority(tid),
+        "rights": {key: status[key].strip() for key in _STATUS_KEYS},
+        "no_new_privileges": int(status["NoNewPrivs"]),
+        **inside,
+    }
+
+
+def _abort_critical_section(pid: int, registers: dict[str, int], area: int) -> dict[str, int]:
+    """Move a thread out of a restartable sequence to its abort handler, as the kernel would.
+
+    struct rseq: u32 cpu_id_start, cpu_id; u64 rseq_cs at 8. struct rseq_cs: u32 version, flags;
+    u64 start_ip, post_commit_offset, abort_ip. Source: rseq(2), include/uapi/linux/rseq.h.
+    """
+    found = bytearray(8)
+    memory.read_process(pid, [(area + 8, 8)], memoryview(found))
+    (section,) = struct.unpack("<Q", found)
+    if not section:
+        return registers
+    content = bytearray(32)
+    memory.read_process(pid, [(section, 32)], memoryview(content))
+    _, _, start, length, abort = struct.unpack("<IIQQQ", content)
+    if start <= registers["rip"] < start + length:
+        return {**registers, "rip": abort}
+    return registers
+
+
+def describe_process(tracee: Tracee, timers: list[proc.PosixTimer]) -> dict[str, Any]:
+    """What belongs to the process as a whole: signal actions, timers, addresses, rights, limits."""
+    pid = tracee.pid
+    leader = tracee.threads[pid]
+    batch = tracee.batch()
+    actions = {n: batch.room(SIGACTION_BYTES) for n in process.SIGNALS if n not in _UNCHANGEABLE}
+    for number, address in actions.items():
+        batch.call(process.SYS_RT_SIGACTION, number, 0, address, 8)
+    intervals = [batch.room(32) for _ in range(3)]
+    for which, address in enumerate(intervals):
+        batch.call(process.SYS_GETITIMER, which, address)
+    posix = [batch.room(32) for _ in timers]
+    for timer, address in zip(timers, posix, strict=True):
+        batch.call(process.SYS_TIMER_GETTIME, timer.number, address)
+    subreaper, permitted = batch.room(4), batch.room(8)
+    end_of_heap = batch.call(process.SYS_BRK, 0)
+    dumpable = batch.call(SYS_PRCTL, process.PR_GET_DUMPABLE)
+    batch.call(SYS_PRCTL, process.PR_GET_CHILD_SUBREAPER, subreaper)
+    no_huge = batch.call(SYS_PRCTL, process.PR_GET_THP_DISABLE, tolerate=True)
+    no_exec_gain = batch.call(SYS_PRCTL, process.PR_GET_MDWE, tolerate=True)
+    merge = batch.call(SYS_PRCTL, process.PR_GET_MEMORY_MERGE, tolerate=True)
+    tiles = batch.call(
+        process.SYS_ARCH_PRCTL, process.ARCH_GET_XCOMP_PERM, permitted, tolerate=True
+    )  # fmt: skip
+    barriers = batch.call(
+        process.SYS_MEMBARRIER, MEMBARRIER_CMD_GET_REGISTRATIONS, 0, 0, tolerate=True
+    )  # fmt: skip
+    tracee.run(leader, batch)
+
+    status = proc.status(pid)
+    stat = proc.stat(pid)
+    own = {
+        "signal_actions": {
+            str(n): encode(batch.read(a, SIGACTION_BYTES))
+            for n, a in actions.items()
+            if any(batch.read(a, SIGACTION_BYTES))
+        },
+        "interval_timers": [encode(batch.read(a, 32)) for a in intervals],
+        "posix_timers": [
+            {
+                "number": t.number,
+                "signal": t.signal,
+                "value": t.value,
+                "notify": t.notify,
+                "target": t.target,
+                "clock": t.clock,
+                "setting": encode(batch.read(a, 32)),
+            }
+            for t, a in zip(timers, posix, strict=True)
+        ],
+        "pending": [encode(i) for i in ptrace.pending_signals(pid, shared=True)],
+        "brk": batch.results[end_of_heap],
+        "dumpable": batch.results[dumpable],
+        "child_subreaper": struct.unpack("<i", batch.read(subreaper, 4))[0],
+        "no_huge_pages": max(0, batch.results[no_huge]),
+        "deny_write_execute": max(0, batch.results[no_exec_gain]),
+        "memory_merge": max(0, batch.results[merge]),
+        "tile_permission": struct.unpack("<Q", batch.read(permitted, 8))[0]
+        if batch.results[tiles] == 0
+        else 0,
+        "barriers": max(0, batch.results[barriers]),
+    }
+    fields = (25, 26, 44, 45, 46, 27, 47, 48, 49, 50)
+    names = ("start_code", "end_code", "start_data", "end_data", "start_brk", "start_stack",
+             "arg_start", "arg_end", "env_start", "env_end")  # fmt: skip
+    return own | {
+        "layout": {n: int(stat[f]) for n, f in zip(names, fields, strict=True)},
+        "auxv": encode(proc.read_bytes(pid, "auxv")),
+        "exe": os.readlink(f"/proc/{pid}/exe"),
+        "cwd": os.readlink(f"/proc/{pid}/cwd"),
+        "root": os.readlink(f"/proc/{pid}/root"),
+        "umask": int(status["Umask"], 8),
+        "limits": {str(k): list(v) for k, v in proc.limits(pid).items()},
+        "personality": int(proc.read_bytes(pid, "personality"), 16),
+        "oom_score_adj": int(proc.read_bytes(pid, "oom_score_adj")),
+        "coredump_filter": int(proc.read_bytes(pid, "coredump_filter") or b"0", 16),
+        "parent": _innermost_parent(pid, int(stat[3])),
+        "group": proc.innermost(status["NSpgid"]),
+        "session": proc.innermost(status["NSsid"]),
+        "stopped": leader.in_group_stop,
+        "command_line": [os.fsdecode(a) for a in proc.read_bytes(pid, "cmdline").split(b"\0")[:-1]],
+    }
+
+
+def _innermost_parent(pid: int, parent: int) -> int:
+    """The parent's pid as the process sees it: 0 when it lies outside its pid namespace."""
+    try:
+        ours = len(proc.status(pid)["NSpid"].split())
+        numbers = proc.status(parent)["NSpid"].split()
+    except LookupError:
+        return parent
+    except Exception:
+        return 0
+    return int(numbers[ours - 1]) if len(numbers) >= ours else 0

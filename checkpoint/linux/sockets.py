@@ -1,0 +1,373 @@
+"""Sockets as the kernel knows them: options worth keeping, states, and what only netlink tells.
+
+Sources: socket(7), ip(7), ipv6(7), tcp(7), udp(7), unix(7), sock_diag(7), linux/unix_diag.h,
+linux/tcp.h, asm-generic/socket.h.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import struct
+from typing import NamedTuple
+
+TCP_ESTABLISHED, TCP_SYN_SENT, TCP_SYN_RECV, TCP_FIN_WAIT1, TCP_FIN_WAIT2 = 1, 2, 3, 4, 5
+TCP_TIME_WAIT, TCP_CLOSE, TCP_CLOSE_WAIT, TCP_LAST_ACK, TCP_LISTEN, TCP_CLOSING = 6, 7, 8, 9, 10, 11
+TCP_OWN_END_SHUT = (TCP_FIN_WAIT1, TCP_FIN_WAIT2, TCP_CLOSING, TCP_LAST_ACK, TCP_TIME_WAIT)
+SHUT_READ_BIT, SHUT_WRITE_BIT = 1, 2
+
+SIOCINQ = 0x541B
+SIOCOUTQ = 0x5411
+SO_PEEK_OFF = 42
+SO_GET_FILTER = 26
+SO_SNDBUFFORCE = 32
+SO_RCVBUFFORCE = 33
+SO_BUF_LOCK = 72
+LOCK_SNDBUF, LOCK_RCVBUF = 1, 2
+TCP_ULP = 31
+TCP_REPAIR = 19
+TCP_REPAIR_QUEUE = 20
+TCP_QUEUE_SEQ = 21
+TCP_REPAIR_ON, TCP_REPAIR_OFF_QUIETLY = 1, -1
+TCP_NO_QUEUE, TCP_RECV_QUEUE, TCP_SEND_QUEUE = 0, 1, 2
+_MSG_CMSG_CLOEXEC = 0x40000000
+
+_BASE, _IP, _TCP, _IPV6, _UDP = 1, 0, 6, 41, 17
+OPTIONS: dict[str, tuple[int, int]] = {
+    # socket(7). SO_SNDBUF and SO_RCVBUF are apart: the kernel doubles and tunes them.
+    "SO_REUSEADDR": (_BASE, 2),
+    "SO_REUSEPORT": (_BASE, 15),
+    "SO_BINDTODEVICE": (_BASE, 25),
+    "SO_MARK": (_BASE, 36),
+    "SO_DONTROUTE": (_BASE, 5),
+    "SO_BROADCAST": (_BASE, 6),
+    "SO_KEEPALIVE": (_BASE, 9),
+    "SO_OOBINLINE": (_BASE, 10),
+    "SO_LINGER": (_BASE, 13),
+    "SO_PASSCRED": (_BASE, 16),
+    "SO_RCVLOWAT": (_BASE, 18),
+    "SO_RCVTIMEO": (_BASE, 20),
+    "SO_SNDTIMEO": (_BASE, 21),
+    "SO_TIMESTAMP": (_BASE, 29),
+    "SO_PASSSEC": (_BASE, 34),
+    "SO_TIMESTAMPNS": (_BASE, 35),
+    "SO_RXQ_OVFL": (_BASE, 40),
+    "SO_PEEK_OFF": (_BASE, SO_PEEK_OFF),
+    "SO_SELECT_ERR_QUEUE": (_BASE, 45),
+    "SO_BUSY_POLL": (_BASE, 46),
+    "SO_MAX_PACING_RATE": (_BASE, 47),
+    "SO_ZEROCOPY": (_BASE, 60),
+    "SO_PASSPIDFD": (_BASE, 76),
+    # ip(7)
+    "IP_FREEBIND": (_IP, 15),
+    "IP_TRANSPARENT": (_IP, 19),
+    "IP_BIND_ADDRESS_NO_PORT": (_IP, 24),
+    "IP_LOCAL_PORT_RANGE": (_IP, 51),
+    "IP_TOS": (_IP, 1),
+    "IP_TTL": (_IP, 2),
+    "IP_RECVOPTS": (_IP, 6),
+    "IP_PKTINFO": (_IP, 8),
+    "IP_MTU_DISCOVER": (_IP, 10),
+    "IP_RECVERR": (_IP, 11),
+    "IP_RECVTTL": (_IP, 12),
+    "IP_RECVTOS": (_IP, 13),
+    "IP_RECVORIGDSTADDR": (_IP, 20),
+    "IP_MINTTL": (_IP, 21),
+    "IP_MULTICAST_TTL": (_IP, 33),
+    "IP_MULTICAST_LOOP": (_IP, 34),
+    "IP_MULTICAST_IF": (_IP, 32),
+    "IP_MULTICAST_ALL": (_IP, 49),
+    "IP_UNICAST_IF": (_IP, 50),
+    # ipv6(7)
+    "IPV6_V6ONLY": (_IPV6, 26),
+    "IPV6_FREEBIND": (_IPV6, 78),
+    "IPV6_TRANSPARENT": (_IPV6, 75),
+    "IPV6_UNICAST_HOPS": (_IPV6, 16),
+    "IPV6_MULTICAST_IF": (_IPV6, 17),
+    "IPV6_MULTICAST_HOPS": (_IPV6, 18),
+    "IPV6_MULTICAST_LOOP": (_IPV6, 19),
+    "IPV6_MULTICAST_ALL": (_IPV6, 29),
+    "IPV6_MTU_DISCOVER": (_IPV6, 23),
+    "IPV6_RECVERR": (_IPV6, 25),
+    "IPV6_RECVPKTINFO": (_IPV6, 49),
+    "IPV6_RECVHOPLIMIT": (_IPV6, 51),
+    "IPV6_RECVTCLASS": (_IPV6, 66),
+    "IPV6_TCLASS": (_IPV6, 67),
+    "IPV6_UNICAST_IF": (_IPV6, 76),
+    # tcp(7). What the kernel tunes by itself (segment size, window clamp) is left to it.
+    "TCP_NODELAY": (_TCP, 1),
+    "TCP_CORK": (_TCP, 3),
+    "TCP_KEEPIDLE": (_TCP, 4),
+    "TCP_KEEPINTVL": (_TCP, 5),
+    "TCP_KEEPCNT": (_TCP, 6),
+    "TCP_SYNCNT": (_TCP, 7),
+    "TCP_LINGER2": (_TCP, 8),
+    "TCP_DEFER_ACCEPT": (_TCP, 9),
+    "TCP_CONGESTION": (_TCP, 13),
+    "TCP_THIN_LINEAR_TIMEOUTS": (_TCP, 16),
+    "TCP_USER_TIMEOUT": (_TCP, 18),
+    "TCP_FASTOPEN": (_TCP, 23),
+    "TCP_NOTSENT_LOWAT": (_TCP, 25),
+    "TCP_SAVE_SYN": (_TCP, 27),
+    "TCP_INQ": (_TCP, 36),
+    # udp(7)
+    "UDP_NO_CHECK6_TX": (_UDP, 101),
+    "UDP_NO_CHECK6_RX": (_UDP, 102),
+    "UDP_SEGMENT": (_UDP, 103),
+    "UDP_GRO": (_UDP, 104),
+    # Last, because IP_TOS changes it.
+    "SO_PRIORITY": (_BASE, 12),
+}
+BEFORE_BIND = frozenset(
+    {
+        "SO_REUSEPORT",
+        "SO_BINDTODEVICE",
+        "SO_MARK",
+        "IP_FREEBIND",
+        "IP_TRANSPARENT",
+        "IP_BIND_ADDRESS_NO_PORT",
+        "IP_LOCAL_PORT_RANGE",
+        "IPV6_V6ONLY",
+        "IPV6_FREEBIND",
+        "IPV6_TRANSPARENT",
+    }
+)
+_LEVELS_OF_FAMILY = {
+    socket.AF_UNIX: {_BASE},
+    socket.AF_INET: {_BASE, _IP, _TCP, _UDP},
+    socket.AF_INET6: {_BASE, _IPV6, _TCP, _UDP},
+}
+
+
+def options_of(sock: socket.socket) -> dict[str, bytes]:
+    """The values of all OPTIONS that this socket knows, as the kernel writes them."""
+    levels = _LEVELS_OF_FAMILY[sock.family]
+    answer = {}
+    for name, (level, option) in OPTIONS.items():
+        if level in levels and not (level in (_TCP, _UDP) and level != sock.proto):
+            try:
+                answer[name] = sock.getsockopt(level, option, 64)
+            except OSError:
+                continue  # this kernel or this socket does not know the option
+    return answer
+
+
+def set_option(sock: socket.socket, name: str, value: bytes) -> None:
+    """Set one of OPTIONS."""
+    sock.setsockopt(*OPTIONS[name], value)
+
+
+def buffer_bytes(sock: socket.socket) -> tuple[int | None, int | None]:
+    """Sizes of (send, receive) buffers the program has chosen; None where the kernel tunes it.
+
+    In bytes as given to setsockopt: the kernel doubles them. Source: socket(7); SO_BUF_LOCK, 5.14.
+    """
+    locked = sock.getsockopt(socket.SOL_SOCKET, SO_BUF_LOCK)
+    send = sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) // 2
+    receive = sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) // 2
+    return (send if locked & LOCK_SNDBUF else None, receive if locked & LOCK_RCVBUF else None)
+
+
+def set_buffer_bytes(sock: socket.socket, send: int | None, receive: int | None) -> None:
+    """Choose buffer sizes, beyond the sysctl limits where we may; None leaves it to the kernel."""
+    for size, forced, usual in (
+        (send, SO_SNDBUFFORCE, socket.SO_SNDBUF),
+        (receive, SO_RCVBUFFORCE, socket.SO_RCVBUF),
+    ):
+        if size is not None:
+            try:
+                sock.setsockopt(socket.SOL_SOCKET, forced, size)
+            except PermissionError:
+                sock.setsockopt(socket.SOL_SOCKET, usual, size)
+    chosen = (LOCK_SNDBUF if send is not None else 0) | (LOCK_RCVBUF if receive is not None else 0)
+    sock.setsockopt(socket.SOL_SOCKET, SO_BUF_LOCK, chosen)
+
+
+class Message(NamedTuple):
+    """One message (or, of a stream, some bytes) in a receive queue."""
+
+    data: bytes
+    sender: object
+    """The sender's address as Python's socket module writes it; None or empty if it has none."""
+    has_descriptors: bool
+
+
+def peek_messages(sock: socket.socket, largest_bytes: int) -> list[Message]:
+    """Everything in the receive queue, in order, consuming nothing.
+
+    `largest_bytes` bounds one message. SO_PEEK_OFF is used and put back. Source: socket(7).
+    """
+    offset = sock.getsockopt(socket.SOL_SOCKET, SO_PEEK_OFF)
+    messages: list[Message] = []
+    sock.setsockopt(socket.SOL_SOCKET, SO_PEEK_OFF, 0)
+    flags = socket.MSG_PEEK | socket.MSG_DONTWAIT | _MSG_CMSG_CLOEXEC
+    try:
+        while True:
+            try:
+                data, ancillary, answer, sender = sock.recvmsg(largest_bytes, 4096, flags)
+            except BlockingIOError:
+                return messages
+            except OSError as error:
+                if error.errno in (errno.ENOTCONN, errno.ECONNRESET, errno.EINVAL):
+                    return messages
+                raise
+            rights = _take_descriptors(ancillary)
+            if sock.type == socket.SOCK_STREAM and not data:
+                return messages  # end of file
+            if sock.type == socket.SOCK_SEQPACKET and not data and not ancillary:
+                return messages
+            if answer & socket.MSG_TRUNC:
+                raise OSError(errno.EMSGSIZE, "a message is larger than the queue")
+            messages.append(Message(data, sender, rights))
+    finally:
+        sock.setsockopt(socket.SOL_SOCKET, SO_PEEK_OFF, offset)
+
+
+def _take_descriptors(ancillary: list[tuple[int, int, bytes]]) -> bool:
+    """Close the descriptors that came with a peeked message; tell whether there were any."""
+    found = False
+    for level, kind, data in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            found = True
+            count = len(data) // 4
+            for fd in struct.unpack(f"={count}i", data[: 4 * count]):
+                os.close(fd)
+    return found
+
+
+class TcpState(NamedTuple):
+    """What TCP_INFO says: state, and for a listener its queue of unaccepted connections."""
+
+    state: int
+    waiting: int
+    backlog: int
+
+
+def tcp_state(sock: socket.socket) -> TcpState:
+    """State of a TCP socket. Source: linux/tcp.h, struct tcp_info; tcp_get_info()."""
+    raw = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)
+    # tcpi_unacked and tcpi_sacked of a listener are the accept queue's length and its limit.
+    waiting, backlog = struct.unpack_from("=II", raw, 24)
+    return TcpState(raw[0], waiting, backlog)
+
+
+def unsent_tcp_bytes(sender: socket.socket, receiver: socket.socket) -> bytes:
+    """Bytes that `sender` has written and that have not reached `receiver`, its other end.
+
+    Both must be of frozen processes. Needs CAP_NET_ADMIN (PermissionError) where the peer has not
+    acknowledged everything. Both sockets are left as they were. Source: tcp_repair in net/ipv4/
+    tcp.c: TCP_QUEUE_SEQ gives the next sequence number of a queue.
+    """
+    import fcntl
+
+    unacknowledged = struct.unpack("=i", fcntl.ioctl(sender, SIOCOUTQ, bytes(4)))[0]
+    if not unacknowledged:
+        return b""
+    with _Repair(sender), _Repair(receiver):
+        written = _sequence(sender, TCP_SEND_QUEUE)
+        arrived = _sequence(receiver, TCP_RECV_QUEUE)
+        missing = (written - arrived) & 0xFFFFFFFF
+        if missing > 0x7FFFFFFF:
+            # The end of the stream (FIN) has a sequence number too; it has arrived.
+            missing = 0
+        missing = min(missing, unacknowledged)
+        if not missing:
+            return b""
+        sender.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR_QUEUE, TCP_SEND_QUEUE)
+        data = sender.recv(unacknowledged, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        return data[-missing:] if missing <= len(data) else data
+
+
+def _sequence(sock: socket.socket, queue: int) -> int:
+    sock.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR_QUEUE, queue)
+    return sock.getsockopt(socket.IPPROTO_TCP, TCP_QUEUE_SEQ) & 0xFFFFFFFF
+
+
+class _Repair:
+    """A TCP socket in repair mode for a while; it forgets SO_REUSEADDR, which is put back."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self.reuse = sock.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR)
+
+    def __enter__(self) -> None:
+        self.sock.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR, TCP_REPAIR_ON)
+
+    def __exit__(self, *_: object) -> None:
+        self.sock.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR, TCP_REPAIR_OFF_QUIETLY)
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, self.reuse)
+
+
+# --- unix sockets, by netlink --------------------------------------------------------------------
+
+_NETLINK_SOCK_DIAG = 4
+_SOCK_DIAG_BY_FAMILY = 20
+_NLM_F_REQUEST = 1
+_NLMSG_ERROR = 2
+_SHOW = 0x01 | 0x02 | 0x04 | 0x08 | 0x10  # name, vfs, peer, pending connections, queue lengths
+_DIAG_VFS, _DIAG_PEER, _DIAG_ICONS, _DIAG_RQLEN, _DIAG_SHUTDOWN = 1, 2, 3, 4, 6
+
+
+class UnixState(NamedTuple):
+    """What unix_diag says of one socket."""
+
+    state: int
+    """TCP_ESTABLISHED (connected), TCP_LISTEN or TCP_CLOSE."""
+    peer_inode: int | None
+    """None without a peer; 0 for one that no process has (dead, or not accepted yet)."""
+    waiting: list[int]
+    """Inodes of the clients that wait to be accepted."""
+    receive_queue: int
+    send_queue: int
+    """Of a listener: its backlog."""
+    shutdown: int
+    """SHUT_READ_BIT | SHUT_WRITE_BIT."""
+    file: tuple[int, int] | None
+    """(inode, device as new_encode_dev) of the socket's file."""
+
+
+def unix_state(inode: int) -> UnixState:
+    """What the kernel knows of the unix socket `inode` in our network namespace.
+
+    Raises FileNotFoundError if there is none. Source: sock_diag(7).
+    """
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_SOCK_DIAG) as link:
+        no_cookie = 0xFFFFFFFF
+        body = struct.pack(
+            "=BBHIIIII", socket.AF_UNIX, 0, 0, 0xFFFFFFFF, inode, _SHOW, no_cookie, no_cookie
+        )
+        length_bytes = 16 + len(body)
+        link.send(struct.pack("=IHHII", length_bytes, _SOCK_DIAG_BY_FAMILY, 1, 1, 0) + body)
+        reply = link.recv(65536)
+    length_bytes, kind = struct.unpack_from("=IH", reply)
+    if kind == _NLMSG_ERROR:
+        number = -struct.unpack_from("=i", reply, 16)[0]
+        raise OSError(number, os.strerror(number))
+    state = reply[18]
+    attributes: dict[int, bytes] = {}
+    position = 32
+    while position + 4 <= length_bytes:
+        size, name = struct.unpack_from("=HH", reply, position)
+        attributes[name] = reply[position + 4 : position + size]
+        position += size + 3 & ~3
+    waiting = attributes.get(_DIAG_ICONS, b"")
+    lengths = attributes.get(_DIAG_RQLEN, bytes(8))
+    peer = attributes.get(_DIAG_PEER)
+    file = attributes.get(_DIAG_VFS)
+    return UnixState(
+        state=state,
+        peer_inode=struct.unpack("=I", peer)[0] if peer else None,
+        waiting=list(struct.unpack(f"={len(waiting) // 4}I", waiting)),
+        receive_queue=struct.unpack_from("=I", lengths)[0],
+        send_queue=struct.unpack_from("=I", lengths, 4)[0],
+        shutdown=attributes.get(_DIAG_SHUTDOWN, b"\0")[0],
+        file=struct.unpack("=II", file) if file else None,
+    )
+
+
+def queued_to_send(fd: int) -> int:
+    """Bytes that a socket has sent and the other end has not taken. Source: SIOCOUTQ, unix(7)."""
+    import fcntl
+
+    return int(struct.unpack("=i", fcntl.ioctl(fd, SIOCOUTQ, bytes(4)))[0])

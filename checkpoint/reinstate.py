@@ -1,0 +1,209 @@
+"""Threads, signals, timers, rights and limits of a process, made again from what `interrogate` saw.
+
+Every function adds system calls to a batch that the process itself then makes.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from typing import Any
+
+from .interrogate import SIGACTION_BYTES, SS_ONSTACK, decode
+from .linux import process
+from .linux.process import SYS_PRCTL
+from .tracee import Batch
+
+_RT_QUEUE_BYTES = 128
+SIGEV_NOTIFY = {"signal": 0, "none": 1, "thread": 2}
+SIGEV_THREAD_ID = 4
+PR_CAPBSET_DROP = 24
+_CAPABILITY_VERSION_3 = 0x20080522
+_NO_SETUID_FIXUP = 1 << 2  # SECBIT_NO_SETUID_FIXUP: changing uids leaves capabilities alone
+
+
+def add_addresses(batch: Batch, own: dict[str, Any], exe: int) -> None:
+    """The process's addresses as /proc shows them, its auxiliary vector and its executable.
+
+    struct prctl_mm_map; `exe` is a descriptor in the process. Nothing may map the former
+    executable any more. Source: PR_SET_MM_MAP(2const), Linux 3.18.
+    """
+    layout, auxv = own["layout"], decode(own["auxv"])
+    place = batch.put(auxv)
+    content = struct.pack(
+        "<12QII",
+        layout["start_code"],
+        layout["end_code"],
+        layout["start_data"],
+        layout["end_data"],
+        layout["start_brk"],
+        max(own["brk"], layout["start_brk"]),
+        layout["start_stack"],
+        layout["arg_start"],
+        layout["arg_end"],
+        layout["env_start"],
+        layout["env_end"],
+        place,
+        len(auxv),
+        exe,
+    )
+    batch.call(
+        SYS_PRCTL,
+        process.PR_SET_MM,
+        process.PR_SET_MM_MAP,
+        batch.put(content),
+        len(content),
+        0,
+        what="set addresses, auxv and exe",
+    )
+
+
+def add_process(batch: Batch, own: dict[str, Any]) -> None:
+    """Signal actions, personality, umask and the other switches of a process."""
+    for number in process.SIGNALS:
+        if number in (9, 19):
+            continue
+        text = own["signal_actions"].get(str(number))
+        action = batch.put(decode(text) if text else bytes(SIGACTION_BYTES))
+        batch.call(process.SYS_RT_SIGACTION, number, action, 0, 8)
+    batch.call(process.SYS_PERSONALITY, own["personality"])
+    batch.call(process.SYS_UMASK, own["umask"])
+    if own["child_subreaper"]:
+        batch.call(SYS_PRCTL, process.PR_SET_CHILD_SUBREAPER, 1)
+    if own["no_huge_pages"]:
+        batch.call(SYS_PRCTL, process.PR_SET_THP_DISABLE, own["no_huge_pages"])
+    if own["memory_merge"]:
+        batch.call(SYS_PRCTL, process.PR_SET_MEMORY_MERGE, 1, tolerate=True)
+    if own["tile_permission"] >> 18 & 1:  # XFEATURE_XTILE_DATA
+        batch.call(process.SYS_ARCH_PRCTL, process.ARCH_REQ_XCOMP_PERM, 18, what="AMX tiles")
+    for bit in range(32):
+        # MEMBARRIER_CMD_REGISTER_…: GLOBAL_EXPEDITED 4, PRIVATE 16, SYNC_CORE 64, RSEQ 256
+        if own["barriers"] & 1 << bit & (4 | 16 | 64 | 256):
+            batch.call(process.SYS_MEMBARRIER, 1 << bit, 0, 0, tolerate=True)
+
+
+def add_thread(batch: Batch, thread: dict[str, Any]) -> None:
+    """What one thread has for itself: futex lists, rseq, alternate stack, name, pending signals."""
+    batch.call(process.SYS_SET_TID_ADDRESS, thread["clear_tid_address"])
+    head, length = thread["robust_list"]
+    if length:
+        batch.call(process.SYS_SET_ROBUST_LIST, head, length)
+    pointer, flags, size = thread["alternate_stack"]
+    batch.call(
+        process.SYS_SIGALTSTACK,
+        batch.put(struct.pack("<QiiQ", pointer, flags & ~SS_ONSTACK, 0, size)),
+        0,
+    )
+    if thread["rseq"]:
+        area, size, signature = thread["rseq"]
+        batch.call(process.SYS_RSEQ, area, size, 0, signature, what="rseq")
+    name = os.fsencode(thread["comm"])[:15].ljust(16, b"\0")
+    batch.call(SYS_PRCTL, process.PR_SET_NAME, batch.put(name))
+    batch.call(SYS_PRCTL, process.PR_SET_TIMERSLACK, thread["timer_slack_ns"])
+    if thread["memory_policy"]:
+        mode, nodes = thread["memory_policy"]
+        batch.call(
+            process.SYS_SET_MEMPOLICY, mode, batch.put(decode(nodes)), 1024, tolerate=True
+        )  # fmt: skip
+
+
+def add_pending(batch: Batch, tgid: int, tid: int, thread: dict[str, Any]) -> None:
+    """Queue the thread's pending signals again; a task may send itself any siginfo."""
+    for text in thread["pending"]:
+        info = decode(text)
+        number = struct.unpack_from("<i", info)[0]
+        batch.call(process.SYS_RT_TGSIGQUEUEINFO, tgid, tid, number, batch.put(info))
+
+
+def add_shared_pending(batch: Batch, tgid: int, own: dict[str, Any]) -> None:
+    """Queue the process's pending signals again."""
+    for text in own["pending"]:
+        info = decode(text)
+        number = struct.unpack_from("<i", info)[0]
+        batch.call(process.SYS_RT_SIGQUEUEINFO, tgid, number, batch.put(info))
+
+
+def add_posix_timers(batch: Batch, own: dict[str, Any]) -> None:
+    """Create the POSIX timers under their old numbers (PR_TIMER_CREATE_RESTORE_IDS, Linux 6.16)."""
+    timers = own["posix_timers"]
+    if not timers:
+        return
+    batch.call(SYS_PRCTL, process.PR_TIMER_CREATE_RESTORE_IDS, 1, what="keep timer numbers")
+    for timer in timers:
+        kind, _, how = timer["notify"].partition("/")
+        notify = SIGEV_NOTIFY.get(kind, 0)
+        if how.startswith("tid"):
+            notify = SIGEV_THREAD_ID
+        event = struct.pack("<QiiI", timer["value"], timer["signal"], notify, timer["target"])
+        number = batch.put(struct.pack("<i", timer["number"]))
+        batch.call(
+            process.SYS_TIMER_CREATE, timer["clock"], batch.put(event.ljust(64, b"\0")), number,
+            what=f"POSIX timer {timer['number']}",
+        )  # fmt: skip
+    batch.call(SYS_PRCTL, process.PR_TIMER_CREATE_RESTORE_IDS, 0)
+
+
+def add_timer_settings(batch: Batch, own: dict[str, Any]) -> None:
+    """Arm the interval timers and the POSIX timers with the time they had left."""
+    for which, text in enumerate(own["interval_timers"]):
+        if any(setting := decode(text)):
+            batch.call(process.SYS_SETITIMER, which, batch.put(setting), 0)
+    for timer in own["posix_timers"]:
+        if any(setting := decode(timer["setting"])):
+            batch.call(process.SYS_TIMER_SETTIME, timer["number"], 0, batch.put(setting), 0)
+
+
+def add_limits(batch: Batch, own: dict[str, Any]) -> None:
+    """Resource limits. Raising a hard limit needs CAP_SYS_RESOURCE; without it, it is tolerated."""
+    for resource, (soft, hard) in own["limits"].items():
+        batch.call(
+            process.SYS_SETRLIMIT,
+            int(resource),
+            batch.put(struct.pack("<QQ", soft, hard)),
+            tolerate=True,
+        )
+
+
+def add_rights(batch: Batch, thread: dict[str, Any], present: dict[str, str]) -> None:
+    """Users, groups, capabilities and securebits of one thread, if they differ from `present`.
+
+    `present` is the new thread's /proc status. With SECBIT_NO_SETUID_FIXUP the users can change
+    first and the capabilities be given up afterwards; capabilities(7).
+    """
+    rights = thread["rights"]
+    if any(rights[key].split() != present[key].split() for key in rights) or thread["securebits"]:
+        batch.call(SYS_PRCTL, process.PR_SET_SECUREBITS, _NO_SETUID_FIXUP, what="securebits")
+        bounding = int(rights["CapBnd"], 16)
+        for capability in range(64):
+            if int(present["CapBnd"], 16) & ~bounding & 1 << capability:
+                batch.call(SYS_PRCTL, PR_CAPBSET_DROP, capability)
+        groups = [int(g) for g in rights["Groups"].split()]
+        batch.call(
+            process.SYS_SETGROUPS,
+            len(groups),
+            batch.put(struct.pack(f"<{len(groups)}I", *groups)) if groups else 0,
+            what="groups",
+        )
+        real, effective, saved, fs = (int(x) for x in rights["Gid"].split())
+        batch.call(process.SYS_SETRESGID, real, effective, saved, what="group ids")
+        batch.call(process.SYS_SETFSGID, fs)
+        real, effective, saved, fs = (int(x) for x in rights["Uid"].split())
+        batch.call(process.SYS_SETRESUID, real, effective, saved, what="user ids")
+        batch.call(process.SYS_SETFSUID, fs)
+        batch.call(SYS_PRCTL, process.PR_SET_SECUREBITS, thread["securebits"])
+        sets = [int(rights[k], 16) for k in ("CapEff", "CapPrm", "CapInh")]
+        header = batch.put(struct.pack("<Ii", _CAPABILITY_VERSION_3, 0))
+        low, high = [s & 0xFFFFFFFF for s in sets], [s >> 32 for s in sets]
+        batch.call(
+            process.SYS_CAPSET, header, batch.put(struct.pack("<6I", *low, *high)),
+            what="capabilities",
+        )  # fmt: skip
+        for capability in range(64):
+            if int(rights["CapAmb"], 16) >> capability & 1:
+                batch.call(
+                    SYS_PRCTL, process.PR_CAP_AMBIENT, process.PR_CAP_AMBIENT_RAISE, capability
+                )
+    if thread["no_new_privileges"]:
+        batch.call(SYS_PRCTL, process.PR_SET_NO_NEW_PRIVS, 1)
+    if thread["death_signal"]:
+        batch.call(SYS_PRCTL, process.PR_SET_PDEATHSIG, thread["death_signal"])

@@ -1,0 +1,838 @@
+"""An image into a running process, step by step.
+
+The process is made with its old pid as a stub of a few bytes, traced by us, and then makes itself
+into what it was by system calls that we inject as lists: mappings, threads, signals, timers,
+rights. Memory is written in before it runs (eager), or left out and served by a pager as it is
+touched (lazy).
+
+*Guarantee*: nothing of the process runs before everything is in place. Until the last step
+(`commit`) the death of the restorer kills the unfinished process; the image stays.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import struct
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from . import birth, machine, proc, reinstate, resources
+from .elf import build_id
+from .errors import Busy, Damaged, Incompatible, KernelError, LzyError
+from .host import check_host
+from .image import Image
+from .interrogate import decode
+from .linux import PAGE_BYTES, memory, process, ptrace, uffd
+from .linux.detached import take_descriptor
+from .linux.process import SYS_PRCTL
+from .machine import Call
+from .pages import page_runs
+from .stages import reach
+from .tracee import Batch, Thread, Tracee
+
+Progress = Callable[[str, int, int], None]
+
+_HOLE_BYTES = 64 << 20
+_ARENA_BYTES = 4 << 20
+_ARENA_OFFSET = 16 << 20
+_CODE_OFFSET = 8 << 20
+_PARK_OFFSET = 32 << 20
+_LAZY_FROM_BYTES = 256 << 10
+_ADVICE = {
+    "dc": memory.MADV_DONTFORK,
+    "wf": memory.MADV_WIPEONFORK,
+    "dd": memory.MADV_DONTDUMP,
+    "mg": memory.MADV_MERGEABLE,
+    "hg": memory.MADV_HUGEPAGE,
+    "nh": memory.MADV_NOHUGEPAGE,
+    "sr": memory.MADV_SEQUENTIAL,
+    "rr": memory.MADV_RANDOM,
+}
+SYS_MSEAL = 462
+
+
+@dataclass
+class RestoreReport:
+    """What a restore did: times in seconds, `pid` as seen from here."""
+
+    image: str
+    pid: int
+    pid_in_namespace: int
+    lazy: bool
+    namespace: str
+    first_instruction_s: float
+    total_s: float
+    pager_pid: int | None
+    notes: list[str] = field(default_factory=list)
+
+
+def restore(
+    image: Image,
+    *,
+    eager: bool = False,
+    pid_namespace: str = "auto",
+    stdin: str | None = None,
+    stdout: str | None = None,
+    stderr: str | None = None,
+    progress: Progress | None = None,
+) -> RestoreReport:
+    """Make the process of `image` again and let it run, detached.
+
+    `pid_namespace` is host (its old pid here), new (a namespace of its own) or auto. Raises
+    Incompatible, Busy (pid taken), Damaged, KernelError; no process is left behind then.
+    """
+    return Restorer(image, eager, progress).restore(
+        pid_namespace, resources.RestoreOptions(stdin=stdin, stdout=stdout, stderr=stderr)
+    )
+
+
+class Restorer:
+    """One restore; its methods are its steps, in order."""
+
+    def __init__(self, image: Image, eager: bool, progress: Progress | None) -> None:
+        self.began = time.monotonic()
+        self.image = image
+        self.eager = eager
+        self.progress = progress
+        self.document: dict[str, Any] = image.document
+        self.own: dict[str, Any] = self.document["process"]
+        self.threads: list[dict[str, Any]] = self.document["threads"]
+        self.vmas: list[dict[str, Any]] = self.document["vmas"]
+        self.notes: list[str] = []
+        self.objects: list[int] = []
+        self.files: dict[tuple[str, bool], int] = {}
+        self.local: dict[int, int] = {}
+
+    # -- the way ---------------------------------------------------------------------------------
+
+    def restore(self, pid_namespace: str, options: resources.RestoreOptions) -> RestoreReport:
+        """All steps; see the module."""
+        born: birth.Birth | None = None
+        try:
+            # 1. Refuse what cannot succeed before anything is made.
+            if self.document.get("format") != 1:
+                raise Damaged(f"image {self.image.name} has an unknown document format")
+            check_host(self.document["host"], self.image.name)
+            wanted = self._wanted()
+            new_namespace = self._choose_namespace(pid_namespace, wanted)
+            self._open_files()
+            # 2. Contents of unnamed files, then the descriptors, all in this process.
+            self._make_objects()
+            self.local = resources.make_descriptors(
+                self.document["descriptors"], _Source(self.objects), options
+            )
+            reach("restore.checked")
+            # 3. A process with the old pid, stopped in our stub.
+            born = self._give_birth(wanted, new_namespace)
+            tracee = self._enter(born.pid)
+            # 4. Its memory.
+            self._clear_addresses(tracee)
+            self._map(tracee)
+            reach("restore.mapped")
+            lazy = [] if self.eager else self._lazy_vmas()
+            left = self._fill(tracee, lazy)
+            reach("restore.filled")
+            self._protect(tracee)
+            # 5. Its threads, and what they and the process have.
+            new_threads = self._make_threads(tracee, wanted.pid)
+            reach("restore.threads")
+            self._reinstate(tracee, new_threads, wanted.pid)
+            # 6. The descriptor by which missing pages are heard of; then our code goes.
+            faults = self._register(tracee, lazy) if left else -1
+            number = self._faults_number if left else -1
+            reach("restore.registered")
+            resources.finish_descriptors(
+                self.document["descriptors"],
+                self.local,
+                pid=born.pid,
+                tids={t["tid"]: new.tid for t, new in zip(self.threads, new_threads, strict=True)},
+            )
+            self._leave(tracee, new_threads)
+            # 7. A pager for what is missing, then the process runs.
+            pager_pid = self._start_pager(born.pid, faults, number, lazy) if left else None
+            reach("restore.paging")
+            self._commit(tracee, new_threads)
+            reach("restore.committed")
+        except BaseException:
+            if born:
+                _undo(born)
+            raise
+        finally:
+            resources.close_descriptors(self.local)
+            for descriptor in [*self.objects, *self.files.values()]:
+                os.close(descriptor)
+        elapsed = time.monotonic() - self.began
+        return RestoreReport(
+            image=self.image.name,
+            pid=born.pid,
+            pid_in_namespace=wanted.pid,
+            lazy=pager_pid is not None,
+            namespace="new" if new_namespace else "host",
+            first_instruction_s=elapsed,
+            total_s=elapsed,
+            pager_pid=pager_pid,
+            notes=self.notes,
+        )
+
+    # -- 1. checks -------------------------------------------------------------------------------
+
+    def _wanted(self) -> birth.Wanted:
+        own = self.own
+        return birth.Wanted(
+            pid=self.document["pid"],
+            parent=own["parent"],
+            group=own["group"],
+            session=own["session"],
+            tids=frozenset(t["tid"] for t in self.threads),
+        )
+
+    def _choose_namespace(self, choice: str, wanted: birth.Wanted) -> bool:
+        """Whether a new PID namespace is needed. Raises Busy if `host` is asked for and taken."""
+        taken = birth.taken_numbers(wanted)
+        if choice == "new":
+            return True
+        if choice == "host" or not taken:
+            if taken:
+                raise Busy(
+                    f"pid {taken[0]} of image {self.image.name} is taken"
+                    + birth._by_whom(taken[0]),
+                    remedy="wait until it ends, or restore with --pid-namespace new",
+                    pid=taken[0],
+                )
+            if choice == "auto" and self._watches_parent() and os.getppid() != wanted.parent:
+                self.notes.append(
+                    f"the process watches its parent (pid {wanted.parent}), which did not start "
+                    "this restore: it lives in a new PID namespace with a stand-in for it"
+                )
+                return True
+            return False
+        self.notes.append(f"pid {taken[0]} is taken here: the process lives in a new PID namespace")
+        return True
+
+    def _watches_parent(self) -> bool:
+        """Whether the process ends itself when its parent changes, as Jupyter kernels do."""
+        layout = self.own["layout"]
+        text = self._read_image(layout["env_start"], layout["env_end"] - layout["env_start"])
+        return b"JPY_PARENT_PID=" in text
+
+    def _read_image(self, address: int, length_bytes: int) -> bytes:
+        """Bytes of the process's memory as the image has them; zeros where it has none."""
+        found = bytearray(length_bytes)
+        size = self.image.window_pages * PAGE_BYTES
+        buffer = bytearray(size)
+        window = address & -size
+        while window < address + length_bytes:
+            index = self.image.find_run(0, window)
+            if index >= 0:
+                _, mask, chunk = self.image.run(index)
+                self.image.read_chunk(chunk, memoryview(buffer))
+                position = 0
+                for start, length in page_runs([(window, mask)]):
+                    first, last = max(start, address), min(start + length, address + length_bytes)
+                    if first < last:
+                        at = position + first - start
+                        found[first - address : last - address] = buffer[at : at + last - first]
+                    position += length
+            window += size
+        return bytes(found)
+
+    def _open_files(self) -> None:
+        """Open every mapped file and the executable; raises Incompatible when one has changed."""
+        for vma in self.vmas:
+            if vma["kind"] != "file":
+                continue
+            key = self._file_key(vma)
+            if key in self.files:
+                continue
+            path, writable = key
+            try:
+                descriptor = os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC)
+            except OSError as error:
+                raise Incompatible(
+                    f"image {self.image.name} needs {path}, which cannot be opened here: "
+                    f"{error.strerror}",
+                    remedy="bring the file back, or restore on a node that has it",
+                    path=path,
+                ) from error
+            self.files[key] = descriptor
+            if expected := vma.get("file"):
+                self._compare_file(path, descriptor, expected)
+        path = self.own["exe"]
+        if (path, False) not in self.files:
+            try:
+                self.files[path, False] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            except OSError as error:
+                raise Incompatible(
+                    f"the executable {path} cannot be opened here: {error.strerror}",
+                    remedy="bring it back, or restore on a node that has it",
+                    path=path,
+                ) from error
+
+    @staticmethod
+    def _file_key(vma: dict[str, Any]) -> tuple[str, bool]:
+        shared = vma["permissions"][3] == "s"
+        return vma["path"], shared and "mw" in vma["flags"]
+
+    def _compare_file(self, path: str, descriptor: int, expected: dict[str, Any]) -> None:
+        status = os.fstat(descriptor)
+        if expected["build_id"]:
+            same = build_id(descriptor) == expected["build_id"]
+        else:
+            same = status.st_mtime_ns == expected["modified_ns"]
+        if not same or status.st_size != expected["size_bytes"]:
+            raise Incompatible(
+                f"{path} has changed since image {self.image.name} was taken "
+                f"({expected['size_bytes']} bytes then, {status.st_size} now)",
+                remedy="put the old file back",
+                path=path,
+            )
+
+    # -- 2. contents -----------------------------------------------------------------------------
+
+    def _make_objects(self) -> None:
+        """Make a memory file for each unnamed file, and fill it."""
+        size = self.image.window_pages * PAGE_BYTES
+        buffer = memoryview(bytearray(size))
+        for described in self.document["objects"]:
+            name = os.path.basename(described["name"].removesuffix(" (deleted)"))
+            name = name.removeprefix("memfd:")[:200] or "lzy"
+            descriptor = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            self.objects.append(descriptor)
+            os.ftruncate(descriptor, described["length_bytes"])
+            first, last = self.image.space_extent(described["space"])
+            for index in range(first, last):
+                address, mask, chunk = self.image.run(index)
+                self.image.read_chunk(chunk, buffer)
+                position = 0
+                for start, length in page_runs([(address, mask)]):
+                    wanted = min(length, described["length_bytes"] - start)
+                    if wanted > 0:
+                        os.pwrite(descriptor, buffer[position : position + wanted], start)
+                    position += length
+            with contextlib.suppress(PermissionError):
+                os.fchown(descriptor, *described["owner"])
+            os.fchmod(descriptor, described["mode"])
+
+    # -- 3. birth --------------------------------------------------------------------------------
+
+    def _give_birth(self, wanted: birth.Wanted, new_namespace: bool) -> birth.Birth:
+        self.hole = self._find_hole()
+        executable = os.memfd_create("lzy-stub", os.MFD_CLOEXEC)
+        # What the process must inherit besides its own descriptors goes above all their numbers.
+        floor = max(
+            resources.free_number(self.document["descriptors"]), *self.local.values(), 100
+        ) + 1  # fmt: skip
+        import fcntl
+
+        self.inherited = {}
+        for key, descriptor in self.files.items():
+            self.inherited[key] = fcntl.fcntl(descriptor, fcntl.F_DUPFD, floor)
+        self.inherited_objects = [
+            fcntl.fcntl(descriptor, fcntl.F_DUPFD, floor) for descriptor in self.objects
+        ]
+        stub = fcntl.fcntl(executable, fcntl.F_DUPFD_CLOEXEC, floor)
+        os.close(executable)
+        os.write(stub, machine.tiny_executable(machine.CODE, self.hole))
+        keep = [*self.inherited.values(), *self.inherited_objects, stub]
+
+        def become() -> None:
+            if self.own["root"] != "/":
+                os.chroot(self.own["root"])
+            os.chdir(self.own["cwd"])
+            resources.place_descriptors(self.document["descriptors"], self.local, keep)
+
+        try:
+            born = birth.give_birth(
+                wanted,
+                stub,
+                new_namespace=new_namespace,
+                offsets=self._clock_offsets(),
+                become=become,
+            )
+        finally:
+            for descriptor in keep:
+                os.close(descriptor)
+        reach("restore.created")
+        return born
+
+    def _clock_offsets(self) -> dict[str, int] | None:
+        """How far ahead the process's clocks are, if it comes from another boot or machine."""
+        host = self.document["host"]
+        if host["boot_id"] == proc.boot_id():
+            return None
+        return {
+            "monotonic": host["monotonic_ns"] - time.clock_gettime_ns(time.CLOCK_MONOTONIC),
+            "boottime": host["boottime_ns"] - time.clock_gettime_ns(time.CLOCK_BOOTTIME),
+        }
+
+    def _find_hole(self) -> int:
+        """Addresses that neither the image nor a fresh program uses, for our code."""
+        address = 0x1000000000
+        for vma in self.vmas:
+            if vma["end"] <= address:
+                continue
+            if vma["start"] >= address + _HOLE_BYTES:
+                break
+            address = (vma["end"] + 0xFFFFFFF) & ~0xFFFFFFF
+        if address > 0x700000000000:
+            raise LzyError(f"no free addresses between the mappings of image {self.image.name}")
+        return address
+
+    def _enter(self, pid: int) -> Tracee:
+        """Take hold of the stopped stub: our code on an anonymous page, an arena for batches."""
+        tracee = Tracee(pid)
+        tracee.memory = memory.open_memory(pid)
+        leader = tracee.threads[pid] = Thread(pid)
+        leader.registers["rsp"] = 0
+        tracee._signal = signal.SIGURG
+        tracee.code = self.hole
+        place = self.hole + _CODE_OFFSET
+        wanted = memory.PROT_READ | memory.PROT_EXEC
+        kind = memory.MAP_PRIVATE | memory.MAP_ANONYMOUS | memory.MAP_FIXED_NOREPLACE
+        _check(tracee.run_one(leader, Call(9, (place, PAGE_BYTES, wanted, kind, -1, 0))))
+        os.pwrite(tracee.memory, machine.CODE, place)
+        tracee.code = place
+        tracee.arena = self.hole + _ARENA_OFFSET
+        tracee.arena_bytes = _ARENA_BYTES
+        wanted = memory.PROT_READ | memory.PROT_WRITE
+        _check(
+            tracee.run_one(leader, Call(9, (tracee.arena, _ARENA_BYTES, wanted, kind, -1, 0)))
+        )  # fmt: skip
+        reach("restore.executed")
+        return tracee
+
+    # -- 4. memory -------------------------------------------------------------------------------
+
+    def _clear_addresses(self, tracee: Tracee) -> None:
+        """Unmap what exec made; move the vDSO and the kernel's data pages to their old places."""
+        batch = tracee.batch()
+        special = {"vdso": [v for v in self.vmas if v["kind"] == "vdso"]}
+        special["vvar"] = [v for v in self.vmas if v["kind"] == "vvar"]
+        parked: list[tuple[int, int, int]] = []
+        park = self.hole + _PARK_OFFSET
+        places = {kind: iter(vmas) for kind, vmas in special.items()}
+        for vma in proc.mappings(tracee.pid, with_flags=False):
+            if self.hole + _CODE_OFFSET <= vma.start < self.hole + _HOLE_BYTES:
+                continue
+            if vma.kind == "vsyscall":
+                continue
+            target = next(places[vma.kind], None) if vma.kind in places else None
+            if target is None:
+                batch.call(process.SYS_MUNMAP, vma.start, vma.length)
+                continue
+            flags = memory.MREMAP_MAYMOVE | memory.MREMAP_FIXED
+            batch.call(
+                process.SYS_MREMAP, vma.start, vma.length, vma.length, flags, park,
+                what="park the vDSO",
+            )  # fmt: skip
+            parked.append((park, vma.length, target["start"]))
+            park += vma.length
+        for place, length, target_start in parked:
+            flags = memory.MREMAP_MAYMOVE | memory.MREMAP_FIXED
+            batch.call(
+                process.SYS_MREMAP, place, length, length, flags, target_start,
+                what="place the vDSO",
+            )  # fmt: skip
+        tracee.run(tracee.threads[tracee.pid], batch)
+
+    def _map(self, tracee: Tracee) -> None:
+        """Map everything, writable for now; what is executable becomes so in `_protect`."""
+        leader = tracee.threads[tracee.pid]
+        batch = tracee.batch()
+        for vma in self.vmas:
+            if vma["kind"] in ("vdso", "vvar"):
+                continue
+            if batch.full:
+                tracee.run(leader, batch)
+                batch = tracee.batch()
+            self._map_one(batch, vma)
+        tracee.run(leader, batch)
+
+    def _map_one(self, batch: Batch, vma: dict[str, Any]) -> None:
+        flags = set(vma["flags"])
+        shared = vma["permissions"][3] == "s"
+        how = memory.MAP_FIXED_NOREPLACE | (memory.MAP_SHARED if shared else memory.MAP_PRIVATE)
+        protection = memory.PROT_READ | memory.PROT_WRITE
+        descriptor, offset = -1, 0
+        if vma["kind"] == "anonymous":
+            how |= memory.MAP_ANONYMOUS
+            if "dp" in flags:
+                how = how & ~memory.MAP_PRIVATE | memory.MAP_DROPPABLE
+            if "gd" in flags:
+                how |= memory.MAP_GROWSDOWN
+            if not self._has_pages(vma):
+                protection = _protection(vma)
+        else:
+            offset = vma["offset"]
+            if vma["kind"] == "memory":
+                descriptor = self.inherited_objects[vma["object"] - 1]
+            else:
+                descriptor = self.inherited[self._file_key(vma)]
+            if shared and "mw" not in flags:
+                protection = memory.PROT_READ
+            if not shared and not self._has_pages(vma):
+                protection = _protection(vma)
+        if "nr" in flags:
+            how |= memory.MAP_NORESERVE
+        batch.call(
+            process.SYS_MMAP, vma["start"], vma["end"] - vma["start"], protection, how,
+            descriptor, offset, what=f"map {vma.get('path', 'anonymous memory')}",
+        )  # fmt: skip
+
+    def _has_pages(self, vma: dict[str, Any]) -> bool:
+        """Whether the image holds pages of this mapping."""
+        if vma["permissions"][3] == "s":
+            return False
+        first, last = self._runs_of(vma)
+        return first < last
+
+    def _runs_of(self, vma: dict[str, Any]) -> tuple[int, int]:
+        """The range of run records whose windows touch the VMA (those at its ends may not)."""
+        from bisect import bisect_left
+
+        size = self.image.window_pages * PAGE_BYTES
+        first, last = self.image.space_extent(0)
+        addresses = self.image.runs[0::3]
+        low = bisect_left(addresses, vma["start"] & -size, first, last)
+        return low, bisect_left(addresses, vma["end"], low, last)
+
+    def _lazy_vmas(self) -> list[dict[str, Any]]:
+        """Mappings worth leaving to the pager: private anonymous memory of some size.
+
+        userfaultfd(2) hears of missing pages of anonymous memory; a stack that grows, locked
+        memory and small mappings are loaded at once.
+        """
+        return [
+            vma
+            for vma in self.vmas
+            if vma["kind"] == "anonymous"
+            and vma["permissions"][3] == "p"
+            and not {"gd", "lo", "dp", "io", "pf", "wf"} & set(vma["flags"])
+            and vma["end"] - vma["start"] >= _LAZY_FROM_BYTES
+            and self._has_pages(vma)
+        ]
+
+    def _fill(self, tracee: Tracee, lazy: list[dict[str, Any]]) -> int:
+        """Write in what must be there from the start; the number of windows left to the pager."""
+        first, last = self.image.space_extent(0)
+        indexes: list[int] | range = range(first, last)
+        left = 0
+        if lazy:
+            later = set()
+            for vma in lazy:
+                low, high = self._runs_of(vma)
+                size = self.image.window_pages * PAGE_BYTES
+                # windows at the ends may hold pages of neighbours too
+                while low < high and self.image.run(low)[0] < vma["start"]:
+                    low += 1
+                while low < high and self.image.run(high - 1)[0] + size > vma["end"]:
+                    high -= 1
+                later.update(range(low, high))
+            for address in self._needed_at_once():
+                later.discard(self.image.find_run(0, address))
+            left = len(later)
+            indexes = [index for index in range(first, last) if index not in later]
+        Filler(self.image, tracee.pid, self.progress if self.eager else None).fill(indexes)
+        return left
+
+    def _needed_at_once(self) -> list[int]:
+        """Addresses the kernel or the first instructions touch: stacks, thread blocks, lists."""
+        found: list[int] = []
+        for thread in self.threads:
+            registers = thread["registers"]
+            stack = registers["rsp"]
+            found += [stack - PAGE_BYTES, stack, stack + 4 * PAGE_BYTES, registers["fs_base"]]
+            found += [thread["clear_tid_address"], thread["robust_list"][0]]
+            if thread["rseq"]:
+                found.append(thread["rseq"][0])
+        return found
+
+    def _protect(self, tracee: Tracee) -> None:
+        """Give each mapping its protection, advice, locks and guards."""
+        leader = tracee.threads[tracee.pid]
+        batch = tracee.batch()
+        for vma in self.vmas:
+            if vma["kind"] in ("vdso", "vvar"):
+                continue
+            if batch.full:
+                tracee.run(leader, batch)
+                batch = tracee.batch()
+            start, length, flags = vma["start"], vma["end"] - vma["start"], set(vma["flags"])
+            batch.call(process.SYS_MPROTECT, start, length, _protection(vma), what="protect memory")
+            for flag in sorted(flags & _ADVICE.keys()):
+                batch.call(process.SYS_MADVISE, start, length, _ADVICE[flag], tolerate=True)
+            if "lo" in flags:
+                on_fault = memory.MLOCK_ONFAULT if "lf" in flags else 0
+                batch.call(process.SYS_MLOCK2, start, length, on_fault, what="lock memory")
+        for start, end in self.document["guards"]:
+            batch.call(process.SYS_MADVISE, start, end - start, memory.MADV_GUARD_INSTALL)
+        tracee.run(leader, batch)
+
+    # -- 5. threads and the rest -----------------------------------------------------------------
+
+    def _make_threads(self, tracee: Tracee, own_pid: int) -> list[Thread]:
+        """Clone the other threads, each under its old id; all stop before their first step."""
+        leader = tracee.threads[tracee.pid]
+        batch = tracee.batch()
+        for thread in self.threads[1:]:
+            number = batch.put(struct.pack("<q", thread["tid"]))
+            arguments = batch.put(process.thread_clone_arguments(number, 0))
+            batch.call(process.SYS_CLONE3, arguments, 88, what=f"thread {thread['tid']}")
+        born: list[int] = []
+        tracee.on_clone = born.append
+        tracee.run(leader, batch)
+        for tid in born:
+            while True:
+                _, status = os.waitpid(tid, ptrace.WALL)
+                if not os.WIFSTOPPED(status):
+                    raise LzyError(f"new thread {tid} ended before it began")
+                if status >> 16 == ptrace.PTRACE_EVENT_STOP:
+                    break
+                ptrace.resume(tid)
+            thread = tracee.threads[tid] = Thread(tid)
+            thread.registers["rsp"] = 0
+        return [leader, *[tracee.threads[tid] for tid in born]]
+
+    def _reinstate(self, tracee: Tracee, threads: list[Thread], own_pid: int) -> None:
+        """Everything that threads and process have besides memory and registers."""
+        pid = tracee.pid
+        leader = threads[0]
+        own = self.own
+        batch = tracee.batch()
+        reinstate.add_addresses(batch, own, self.inherited[own["exe"], False])
+        reinstate.add_process(batch, own)
+        reinstate.add_posix_timers(batch, own)
+        for number, command, lock in resources.posix_locks(self.document["descriptors"]):
+            batch.call(process.SYS_FCNTL, number, command, batch.put(lock), what="file lock")
+        for descriptor in [*self.inherited.values(), *self.inherited_objects]:
+            batch.call(process.SYS_CLOSE, descriptor)
+        for text, place in self.document["descriptors"]["descriptors"].items():
+            if place["close_on_exec"]:
+                batch.call(process.SYS_FCNTL, int(text), 2, 1, what="close-on-exec")
+        tracee.run(leader, batch)
+
+        self._write_proc(pid, "coredump_filter", f"{own['coredump_filter']:#x}")
+        self._write_proc(pid, "oom_score_adj", str(own["oom_score_adj"]))
+        for described, thread in zip(self.threads, threads, strict=True):
+            self._schedule(thread.tid, described)
+
+        slots = 64
+        pairs = list(zip(self.threads, threads, strict=True))
+        for start in range(0, len(pairs), slots):
+            started = []
+            for slot, (described, thread) in enumerate(pairs[start : start + slots]):
+                batch = tracee.batch(slot, slots)
+                reinstate.add_thread(batch, described)
+                reinstate.add_pending(batch, own_pid, described["tid"], described)
+                reinstate.add_rights(batch, described, proc.status(pid, thread.tid))
+                tracee.start(thread, batch)
+                started.append((thread, batch))
+            for thread, batch in started:
+                tracee.finish(thread, batch)
+
+        batch = tracee.batch()
+        reinstate.add_shared_pending(batch, own_pid, own)
+        if own["dumpable"] in (0, 1):
+            batch.call(SYS_PRCTL, process.PR_SET_DUMPABLE, own["dumpable"])
+        if own["deny_write_execute"]:
+            batch.call(SYS_PRCTL, process.PR_SET_MDWE, own["deny_write_execute"])
+        for vma in self.vmas:
+            if "sl" in vma["flags"] and vma["kind"] not in ("vdso", "vvar"):
+                batch.call(SYS_MSEAL, vma["start"], vma["end"] - vma["start"], 0, what="seal")
+        tracee.run(leader, batch)
+
+    def _schedule(self, tid: int, described: dict[str, Any]) -> None:
+        try:
+            process.set_scheduling(tid, decode(described["scheduling"]))
+        except OSError as error:
+            self.notes.append(f"scheduling of thread {tid}: {error.strerror}")
+        here = set(range(os.cpu_count() or 1))
+        wanted = set(described["affinity"])
+        if wanted != os.sched_getaffinity(tid):
+            with contextlib.suppress(OSError):
+                os.sched_setaffinity(tid, wanted & here or here)
+        if described["io_priority"] != process.io_priority(tid):
+            with contextlib.suppress(OSError):
+                process.set_io_priority(tid, described["io_priority"])
+
+    def _write_proc(self, pid: int, name: str, value: str) -> None:
+        try:
+            with open(f"/proc/{pid}/{name}", "r+") as file:
+                if file.read().strip() != value:
+                    file.write(value)
+        except OSError as error:
+            self.notes.append(f"{name} stays as it is here: {error.strerror}")
+
+    # -- 6. lazily -------------------------------------------------------------------------------
+
+    def _register(self, tracee: Tracee, lazy: list[dict[str, Any]]) -> int:
+        """Have the process make a userfaultfd, take a duplicate, register the lazy mappings."""
+        leader = tracee.threads[tracee.pid]
+        batch = tracee.batch()
+        made = batch.call(process.SYS_USERFAULTFD, os.O_CLOEXEC | os.O_NONBLOCK, what="userfaultfd")
+        tracee.run(leader, batch)
+        first = batch.results[made]
+        used = set(map(int, self.document["descriptors"]["descriptors"]))
+        soft = min(self.own["limits"]["7"][0], 1 << 20)
+        number = next((n for n in range(min(soft, 1024) - 1, 2, -1) if n not in used), first)
+        batch = tracee.batch()
+        if number != first:
+            moved = batch.call(process.SYS_FCNTL, first, 1030, number)  # F_DUPFD_CLOEXEC
+            batch.call(process.SYS_CLOSE, first)
+            tracee.run(leader, batch)
+            number = batch.results[moved]
+        self._faults_number = number
+        pidfd = os.pidfd_open(tracee.pid)
+        try:
+            faults = take_descriptor(pidfd, number)
+        finally:
+            os.close(pidfd)
+        uffd.enable(faults)
+        for vma in lazy:
+            uffd.register(faults, vma["start"], vma["end"] - vma["start"])
+        return faults
+
+    def _start_pager(self, pid: int, faults: int, number: int, lazy: list[dict[str, Any]]) -> int:
+        from .pager import Plan, start_pager
+
+        plan = Plan(
+            pid=pid,
+            start_time=proc.start_time(pid),
+            uffd_number=number,
+            store=str(self.image.store_path),
+            image=self.image.name,
+            ranges=[(vma["start"], vma["end"]) for vma in lazy],
+        )
+        pidfd = os.pidfd_open(pid)
+        try:
+            return start_pager(plan, faults, pidfd, self.image)
+        finally:
+            os.close(pidfd)
+            os.close(faults)
+
+    # -- 7. the end ------------------------------------------------------------------------------
+
+    def _leave(self, tracee: Tracee, threads: list[Thread]) -> None:
+        """Limits and timers, then unmap our own code, then the registers and masks of all."""
+        leader = threads[0]
+        batch = tracee.batch()
+        reinstate.add_limits(batch, self.own)
+        reinstate.add_timer_settings(batch, self.own)
+        tracee.run(leader, batch)
+        vdso = next((v for v in self.vmas if v["kind"] == "vdso"), None)
+        if vdso is None:
+            raise Incompatible("the process has no vDSO, which lzy needs to take its code out")
+        content = bytearray(vdso["end"] - vdso["start"])
+        memory.read_process(tracee.pid, [(vdso["start"], len(content))], memoryview(content))
+        instruction = vdso["start"] + content.index(b"\x0f\x05")
+        registers = {
+            **leader.registers,
+            "rip": instruction,
+            "rax": process.SYS_MUNMAP,
+            "rdi": self.hole,
+            "rsi": _HOLE_BYTES,
+            "orig_rax": (1 << 64) - 1,
+        }
+        ptrace.write_register_set(leader.tid, ptrace.NT_PRSTATUS, machine.pack_registers(registers))
+        ptrace.write_signal_mask(leader.tid, (1 << 64) - 1)
+        ptrace.single_step(leader.tid)
+        _, status = os.waitpid(leader.tid, ptrace.WALL)
+        if not os.WIFSTOPPED(status) or os.WSTOPSIG(status) != signal.SIGTRAP:
+            raise LzyError(f"the process did not take our code out (status {status:#x})")
+        for described, thread in zip(self.threads, threads, strict=True):
+            after = machine.restartable(described["registers"], keep_block=False)
+            ptrace.write_register_set(thread.tid, ptrace.NT_X86_XSTATE, decode(described["xstate"]))
+            ptrace.write_register_set(thread.tid, ptrace.NT_PRSTATUS, machine.pack_registers(after))
+            ptrace.write_signal_mask(thread.tid, described["signal_mask"])
+
+    def _commit(self, tracee: Tracee, threads: list[Thread]) -> None:
+        """From here on the process lives by itself.
+
+        Its threads are all still stopped while it stops depending on us; should we die in between,
+        it dies before it ran, or all of it runs.
+        """
+        if self.own["stopped"]:
+            os.kill(tracee.pid, signal.SIGSTOP)
+        for thread in threads:
+            ptrace.set_options(thread.tid, 0)
+        reach("restore.committing")
+        for thread in threads:
+            ptrace.detach(thread.tid)
+        tracee.threads.clear()
+        tracee.close()
+
+
+class Filler:
+    """Writes windows of an image into a stopped process, with two threads when there is much."""
+
+    def __init__(self, image: Image, pid: int, progress: Progress | None) -> None:
+        self.image, self.pid, self.progress = image, pid, progress
+        self._failure: BaseException | None = None
+        self._done = 0
+
+    def fill(self, indexes: list[int] | range) -> None:
+        """Write the windows of these run records; raises Damaged or StoreUnavailable."""
+        if len(indexes) < 256:
+            self._fill_part(indexes)
+        else:
+            import threading
+
+            helper = threading.Thread(target=self._fill_part, args=(indexes[1::2],))
+            helper.start()
+            self._fill_part(indexes[0::2])
+            helper.join()
+        if self._failure:
+            raise self._failure
+
+    def _fill_part(self, indexes: list[int] | range) -> None:
+        size = self.image.window_pages * PAGE_BYTES
+        buffer = memoryview(bytearray(size))
+        total = len(indexes) * 2 * size
+        try:
+            for count, index in enumerate(indexes):
+                address, mask, chunk = self.image.run(index)
+                length = self.image.read_chunk(chunk, buffer)
+                memory.write_process(self.pid, page_runs([(address, mask)]), buffer[:length])
+                if self._failure:
+                    return
+                if self.progress and count % 64 == 0 and indexes[0] % 2 == 0:
+                    self.progress("loading", count * 2 * size, total)
+        except BaseException as error:
+            self._failure = error
+
+
+class _Source:
+    """The unnamed files made again, for `resources`."""
+
+    def __init__(self, descriptors: list[int]) -> None:
+        self._descriptors = descriptors
+
+    def open(self, number: int) -> int:
+        return os.dup(self._descriptors[number - 1])
+
+
+def _protection(vma: dict[str, Any]) -> int:
+    text = vma["permissions"]
+    return (text[0] == "r") | (text[1] == "w") << 1 | (text[2] == "x") << 2
+
+
+def _check(result: int) -> None:
+    if -4095 <= result < 0:
+        raise KernelError("cannot map lzy's code in the new process", -result)
+
+
+def _undo(born: birth.Birth) -> None:
+    """End an unfinished process, and its namespace."""
+    for pid in (born.pid, born.init):
+        if pid:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ChildProcessError):
+                while not os.WIFEXITED(status := os.waitpid(pid, ptrace.WALL)[1]) and (
+                    not os.WIFSIGNALED(status)
+                ):
+                    pass

@@ -1,0 +1,41 @@
+"""The stages of a dump, a restore and a pager, so that tests can end lzy at each of them.
+
+`LZY_TEST_KILL_AT=dump.stopped lzy dump …` makes lzy kill itself (SIGKILL) on reaching that stage.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from typing import Final
+
+STAGES: Final = (
+    "dump.seized",
+    "dump.prepared",
+    "dump.asked",
+    "dump.described",
+    "dump.split",
+    "dump.resumed",
+    "dump.writing",
+    "dump.written",
+    "dump.committed",
+    "dump.ended",
+    "restore.checked",
+    "restore.created",
+    "restore.executed",
+    "restore.mapped",
+    "restore.filled",
+    "restore.threads",
+    "restore.registered",
+    "restore.paging",
+    "restore.committing",
+    "restore.committed",
+)
+
+_KILL_AT = os.environ.get("LZY_TEST_KILL_AT")
+
+
+def reach(stage: str) -> None:
+    """Say that `stage` is reached."""
+    if stage == _KILL_AT:
+        os.kill(os.getpid(), signal.SIGKILL)

@@ -7,16 +7,18 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from ..checkpoint.home import default_store
+from .stores import open_store
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from click.shell_completion import CompletionItem
 
-    from ..checkpoint.store import Store
-
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _complete_folder(_: click.Context, __: click.Parameter, typed: str) -> list[CompletionItem]:
+    from click.shell_completion import CompletionItem
+
+    return [CompletionItem(typed, type="dir")]
 
 
 def store_option(function: F) -> F:
@@ -24,7 +26,7 @@ def store_option(function: F) -> F:
     return click.option(
         "--store",
         metavar="DIR",
-        type=click.Path(file_okay=False),
+        shell_complete=_complete_folder,
         help="The store's folder.  [default: $LZY_HOME/store]",
     )(function)
 
@@ -81,17 +83,3 @@ def complete_pid(_: click.Context, __: click.Parameter, typed: str) -> list[Comp
 def image_argument(function: F) -> F:
     """An IMAGE that may be left out for the latest; the command gets it as `image`."""
     return click.argument("image", required=False, shell_complete=complete_image)(function)
-
-
-def store_path(given: str | None) -> Path:
-    """The folder that `--store` names, or the default one."""
-    from pathlib import Path
-
-    return Path(given).expanduser() if given else default_store()
-
-
-def open_store(given: str | None, *, create: bool = False) -> Store:
-    """The store that `--store` names, or the default one; NotFound without `create`."""
-    from ..checkpoint.store import Store
-
-    return Store.open(store_path(given), create=create)

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .arguments import json_option, store_option, store_path
+from .arguments import json_option, store_option
 from .layout import paint, say, say_json
+from .stores import store_path
 
 if TYPE_CHECKING:
     from ..checkpoint.doctor import Finding

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .arguments import complete_pid, json_option, open_store, store_option
+from .arguments import complete_pid, json_option, store_option
 from .edge import Interrupted
 from .layout import count, duration, facts, paint, say, say_json, share, size
+from .stores import open_store
 
 if TYPE_CHECKING:
     from ..checkpoint.dump import DumpReport

@@ -6,14 +6,13 @@ line is wrong; 3 to 10 by the kind of error (`lzy.checkpoint.errors`); 130 inter
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from typing import Any, NoReturn
 
-import click
-
-from ..checkpoint.errors import LzyError
-from .layout import paint
+from ..checkpoint.errors import KernelError, LzyError
+from .layout import paint, say_json
 
 USAGE_STATUS = 2
 INTERRUPTED_STATUS = 130
@@ -25,21 +24,23 @@ class Interrupted(Exception):
 
 def run(arguments: list[str] | None = None) -> NoReturn:
     """Run lzy with `arguments` (default: of this process) and exit with the right status."""
-    from .app import lzy
+    from .quick import parse_restore
 
-    as_json = "--json" in (sys.argv[1:] if arguments is None else arguments)
+    if arguments is None:
+        arguments = sys.argv[1:]
+    as_json = "--json" in arguments
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a bar in an ASCII locale is no reason to fail
     try:
-        status = lzy.main(arguments, prog_name="lzy", standalone_mode=False) or 0
+        if asked := parse_restore(arguments):
+            from .restoring import restore_image
+
+            restore_image(**asked)
+            status = 0
+        else:
+            status = _run_click(arguments, as_json)
         sys.stdout.flush()
-    except click.exceptions.Exit as error:
-        status = error.exit_code
-    except click.UsageError as error:
-        asked = error.ctx.command_path if error.ctx else "lzy"
-        status = _fail(
-            error.format_message().rstrip("."), f"{asked} --help", "usage", USAGE_STATUS, as_json
-        )
-    except click.ClickException as error:
-        status = _fail(error.format_message(), "", "error", 1, as_json)
     except LzyError as error:
         if os.environ.get("LZY_TRACEBACK"):
             raise
@@ -56,12 +57,33 @@ def run(arguments: list[str] | None = None) -> NoReturn:
         # Not foreseen where it was raised, but the system has said what is wrong.
         if os.environ.get("LZY_TRACEBACK"):
             raise
-        status = _fail(str(error), "LZY_TRACEBACK=1 shows where", "os_error", 10, as_json)
+        remedy = "LZY_TRACEBACK=1 shows where lzy met this"
+        status = _fail(str(error), remedy, "os_error", KernelError.exit_status, as_json)
     except Interrupted as error:
         status = _fail(str(error), "", "interrupted", INTERRUPTED_STATUS, as_json)
-    except (KeyboardInterrupt, click.exceptions.Abort):
+    except KeyboardInterrupt:
         status = _fail("interrupted", "", "interrupted", INTERRUPTED_STATUS, as_json)
     sys.exit(status)
+
+
+def _run_click(arguments: list[str], as_json: bool) -> int:
+    """Parse `arguments` with click and run the command that they name."""
+    import click
+
+    from .app import lzy
+
+    try:
+        return lzy.main(arguments, prog_name="lzy", standalone_mode=False) or 0
+    except click.exceptions.Exit as ended:
+        return ended.exit_code
+    except click.exceptions.Abort:
+        raise KeyboardInterrupt from None
+    except click.UsageError as error:
+        remedy = f"{error.ctx.command_path if error.ctx else 'lzy'} --help"
+        message = error.format_message().rstrip(".")
+        return _fail(message, remedy, "usage", USAGE_STATUS, as_json)
+    except click.ClickException as error:
+        return _fail(error.format_message(), "", "error", 1, as_json)
 
 
 def _fail(
@@ -74,8 +96,6 @@ def _fail(
 ) -> int:
     """Say it on stderr, for programs on stdout too; return `status`."""
     if as_json:
-        import json
-
         error = {
             "kind": kind,
             "message": message,
@@ -83,11 +103,10 @@ def _fail(
             "exit_status": status,
             "facts": facts or {},
         }
-        click.echo(json.dumps({"error": error}, indent=2, default=str))
-    lead = paint("lzy: error:", "red", sys.stderr)
-    click.echo(f"{lead} {message}", err=True)
+        say_json({"error": error})
+    print(f"{paint('lzy: error:', 'red', sys.stderr)} {message}", file=sys.stderr)
     if remedy:
-        click.echo(f"{paint('what to do:', 'bold', sys.stderr)} {remedy}", err=True)
+        print(f"{paint('what to do:', 'bold', sys.stderr)} {remedy}", file=sys.stderr)
     return status
 
 

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .arguments import json_option, open_store, store_option, store_path
+from .arguments import json_option, store_option
 from .layout import age, count, paint, say, say_json, size, table
+from .stores import open_store, store_path
 
 if TYPE_CHECKING:
     from ..checkpoint.store import ImageSummary

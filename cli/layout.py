@@ -7,8 +7,6 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, TextIO
 
-import click
-
 _CODES = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33", "cyan": "36"}
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
 
@@ -92,12 +90,12 @@ def table(
     Cells may be painted: escape sequences take no room.
     """
     cells = [tuple(heads), *(tuple(row) for row in rows)]
-    widths = [max(click.unstyle(row[i]).__len__() for row in cells) for i in range(len(heads))]
+    widths = [max(_width(row[i]) for row in cells) for i in range(len(heads))]
     lines = []
     for number, row in enumerate(cells):
         texts = []
         for i, cell in enumerate(row):
-            gap = " " * (widths[i] - len(click.unstyle(cell)))
+            gap = " " * (widths[i] - _width(cell))
             texts.append(gap + cell if i in right else cell + gap)
         line = "  ".join(texts).rstrip()
         lines.append(paint(line, "dim") if number == 0 else line)
@@ -114,14 +112,20 @@ def facts(pairs: Iterable[tuple[str, str]]) -> list[str]:
 def say(lines: Iterable[str]) -> None:
     """Print `lines` on stdout."""
     for line in lines:
-        click.echo(line)
+        print(line)
 
 
 def say_json(document: dict[str, Any]) -> None:
     """Print one JSON document on stdout."""
     import json
 
-    click.echo(json.dumps(document, indent=2, default=str))
+    print(json.dumps(document, indent=2, default=str))
+
+
+def _width(cell: str) -> int:
+    """How many columns `cell` takes: escape sequences take none."""
+    painted = cell.split("\033[")
+    return len(painted[0]) + sum(len(part.partition("m")[2]) for part in painted[1:])
 
 
 def _three_figures(number: float) -> str:

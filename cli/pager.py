@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
 import click
 
@@ -12,31 +12,21 @@ from .layout import bar, count, paint, say, say_json, share, size, table
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
 
+    from ..checkpoint.pager import PagerReport
+
 _EVERY = "every"
-
-
-class Paging(NamedTuple):
-    """A process that waits for memory, and its pager; sizes in bytes."""
-
-    pid: int
-    image: str
-    pager_pid: int
-    alive: bool
-    missing_bytes: int
-    installed_bytes: int
-    faults: int
-    stalled_faults: int
-    message: str
 
 
 def _complete_paged(_: click.Context, __: click.Parameter, typed: str) -> list[CompletionItem]:
     """Pids of the processes whose pager has died."""
     from click.shell_completion import CompletionItem
 
+    from ..checkpoint.pager import list_pagers
+
     return [
-        CompletionItem(str(paging.pid), help=paging.image)
-        for paging in find_pagings()
-        if not paging.alive and str(paging.pid).startswith(typed)
+        CompletionItem(str(report.pid), help=report.image)
+        for report in list_pagers()
+        if not report.alive and str(report.pid).startswith(typed)
     ]
 
 
@@ -74,15 +64,11 @@ def pager(resumed: str | None, status: bool, as_json: bool) -> None:
 
 
 def _resume(resumed: str, as_json: bool) -> None:
-    if resumed != _EVERY and not resumed.isdecimal():
-        raise click.BadParameter(f"{resumed!r} is not a pid.", param_hint="--resume")
     from ..checkpoint.pager import resume_pager
 
-    if resumed != _EVERY:
-        pids = [int(resumed)]
-    else:
-        pids = [paging.pid for paging in find_pagings() if not paging.alive]
-    started = {pid: resume_pager(pid) for pid in pids}
+    if resumed != _EVERY and not resumed.isdecimal():
+        raise click.BadParameter(f"{resumed!r} is not a pid.", param_hint="--resume")
+    started = resume_pager(None if resumed == _EVERY else int(resumed))
     if as_json:
         say_json({"resumed": [{"pid": pid, "pager_pid": new} for pid, new in started.items()]})
     elif not started:
@@ -92,80 +78,51 @@ def _resume(resumed: str, as_json: bool) -> None:
 
 
 def _show_status(as_json: bool) -> None:
-    found = find_pagings()
+    from ..checkpoint.pager import list_pagers
+
+    found = list_pagers()
     if as_json:
-        say_json({"pagers": [paging._asdict() for paging in found]})
+        say_json({"pagers": [_as_document(report) for report in found]})
         return
     if not found:
         say(["no process waits for memory"])
         return
     lines = table(
         ["pid", "image", "pager", "loaded", "", "missing", "faults"],
-        [
-            (
-                str(paging.pid),
-                paging.image,
-                str(paging.pager_pid) if paging.alive else paint("died", "red"),
-                share(paging.installed_bytes, paging.installed_bytes + paging.missing_bytes),
-                paint(
-                    bar(paging.installed_bytes, paging.installed_bytes + paging.missing_bytes, 12),
-                    "cyan",
-                ),
-                size(paging.missing_bytes),
-                str(paging.faults),
-            )
-            for paging in found
-        ],
+        [_row(report) for report in found],
         right=(0, 2, 3, 5, 6),
     )
-    for paging in found:
-        if paging.message:
-            lines.append(f"{paging.pid}: {paging.message}")
-    dead = sum(not paging.alive for paging in found)
+    lines += [f"{report.pid}: {text}" for report in found if (text := report.status.message)]
+    dead = sum(not report.alive for report in found)
     if dead:
-        lines.append(f"{count(dead, 'pager')} died; `lzy pager --resume` starts new ones")
+        lines.append(f"{count(dead, 'pager')} died; `lzy pager --resume` starts anew")
     say(lines)
 
 
-def find_pagings() -> list[Paging]:
-    """The processes that still wait for memory, by the journals of their pagers."""
-    from ..checkpoint.errors import LzyError
-    from ..checkpoint.home import run_directory
-    from ..checkpoint.journal import read_status
-
-    found = []
-    for path in sorted(run_directory().glob("*.pager")):
-        try:
-            facts, status = read_status(path)
-        except LzyError:
-            continue  # it has just left, or is no journal
-        pid = int(path.stem)
-        if not _is_alive(pid):
-            continue  # nothing waits any more
-        found.append(
-            Paging(
-                pid=pid,
-                image=_image_of(facts),
-                pager_pid=status.pager_pid,
-                alive=_is_alive(status.pager_pid),
-                missing_bytes=status.missing_bytes,
-                installed_bytes=status.installed_bytes,
-                faults=status.faults,
-                stalled_faults=status.stalled_faults,
-                message=status.message,
-            )
-        )
-    return found
+def _row(report: PagerReport) -> tuple[str, ...]:
+    loaded, missing = report.status.installed_bytes, report.status.missing_bytes
+    return (
+        str(report.pid),
+        report.image,
+        str(report.status.pager_pid) if report.alive else paint("died", "red"),
+        share(loaded, loaded + missing),
+        paint(bar(loaded, loaded + missing, 12), "cyan"),
+        size(missing),
+        str(report.status.faults),
+    )
 
 
-def _image_of(facts: dict[str, Any]) -> str:
-    return str(facts.get("image_name") or facts.get("image") or "?")
-
-
-def _is_alive(pid: int) -> bool:
-    """Whether `pid` is a process that runs: a zombie's pager serves nobody."""
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            return file.read().rpartition(b")")[2].split()[0] not in (b"Z", b"X")
-    except OSError:
-        return False
+def _as_document(report: PagerReport) -> dict[str, object]:
+    """One pager as docs/cli.md specifies it."""
+    return {
+        "pid": report.pid,
+        "image": report.image,
+        "store": report.store,
+        "pager_pid": report.status.pager_pid,
+        "alive": report.alive,
+        "installed_bytes": report.status.installed_bytes,
+        "missing_bytes": report.status.missing_bytes,
+        "faults": report.status.faults,
+        "stalled_faults": report.status.stalled_faults,
+        "message": report.status.message or None,
+    }

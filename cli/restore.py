@@ -1,17 +1,11 @@
-"""`lzy restore`: a process from its image."""
+"""`lzy restore` for click: its options, its help, and what tab completes."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import click
 
-from .arguments import image_argument, json_option, open_store, store_option
-from .edge import Interrupted
-from .layout import duration, facts, paint, say, say_json
-
-if TYPE_CHECKING:
-    from ..checkpoint.restore import RestoreReport
+from .arguments import image_argument, json_option, store_option
+from .restoring import PID_NAMESPACES, restore_image
 
 
 @click.command(
@@ -28,7 +22,7 @@ if TYPE_CHECKING:
 @click.option("--eager", is_flag=True, help="Load all memory before the process runs.")
 @click.option(
     "--pid-namespace",
-    type=click.Choice(["host", "new", "auto"]),
+    type=click.Choice(PID_NAMESPACES),
     default="auto",
     show_default=True,
     help="Where its pids live: here, in a namespace of its own, or here if they are free.",
@@ -53,68 +47,4 @@ def restore(
     pager that leaves when the last page is in, or at once with --eager. A standard descriptor
     that was a terminal is the caller's terminal, or /dev/null where there is none.
     """
-    from ..checkpoint import restore as engine
-
-    try:
-        if eager:
-            from .progress import ProgressLine
-
-            with ProgressLine() as line:
-                report = engine.restore(
-                    open_store(store).load(image),
-                    eager=True,
-                    pid_namespace=pid_namespace,
-                    stdin=stdin,
-                    stdout=stdout,
-                    stderr=stderr,
-                    progress=line.update,
-                )
-        else:
-            report = engine.restore(
-                open_store(store).load(image),
-                eager=False,
-                pid_namespace=pid_namespace,
-                stdin=stdin,
-                stdout=stdout,
-                stderr=stderr,
-            )
-    except KeyboardInterrupt:
-        raise Interrupted("interrupted; no process was left behind") from None
-    if as_json:
-        say_json(as_document(report))
-    else:
-        say(describe(report))
-
-
-def as_document(report: RestoreReport) -> dict[str, object]:
-    """The report as docs/cli.md specifies it."""
-    return {
-        "image": report.image,
-        "pid": report.pid,
-        "pid_in_namespace": report.pid_in_namespace,
-        "namespace": report.namespace,
-        "lazy": report.lazy,
-        "first_instruction_s": report.first_instruction_s,
-        "total_s": report.total_s,
-        "pager_pid": report.pager_pid,
-        "notes": list(report.notes),
-    }
-
-
-def describe(report: RestoreReport) -> list[str]:
-    """The report for people."""
-    pid = paint(str(report.pid), "bold")
-    if report.pid_in_namespace != report.pid:
-        pid += f", which is {report.pid_in_namespace} in its own pid namespace"
-    lazily = f"follows as it is touched (pager {report.pager_pid})"
-    return [
-        *facts(
-            [
-                ("image", report.image),
-                ("process", pid),
-                ("runs", f"after {duration(report.first_instruction_s)}"),
-                ("memory", lazily if report.lazy else "all loaded"),
-            ]
-        ),
-        *(f"{paint('note', 'yellow')}: {note}" for note in report.notes),
-    ]
+    restore_image(image, store, eager, pid_namespace, stdin, stdout, stderr, as_json)

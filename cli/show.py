@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .arguments import image_argument, json_option, open_store, store_option
+from .arguments import image_argument, json_option, store_option
 from .layout import age, bar, count, facts, paint, say, say_json, share, size, table
+from .stores import open_store
 
 if TYPE_CHECKING:
     from ..checkpoint.image import Image

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import click
 
-from .arguments import complete_image, json_option, open_store, store_option
+from .arguments import complete_image, json_option, store_option
 from .layout import count, paint, say, say_json, size
+from .stores import open_store
 
 
 @click.command(

@@ -1,0 +1,81 @@
+"""What `lzy restore` does, without what parses its options: the way that has to be short."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .edge import Interrupted
+from .layout import duration, facts, paint, say, say_json
+from .stores import open_store
+
+if TYPE_CHECKING:
+    from ..checkpoint.restore import RestoreReport
+
+PID_NAMESPACES = ("host", "new", "auto")
+
+
+def restore_image(
+    image: str | None,
+    store: str | None = None,
+    eager: bool = False,
+    pid_namespace: str = "auto",
+    stdin: str | None = None,
+    stdout: str | None = None,
+    stderr: str | None = None,
+    as_json: bool = False,
+) -> None:
+    """Restore `image` (None: the latest) and tell how it went; the arguments are the options'."""
+    from ..checkpoint import restore as engine
+    from .progress import ProgressLine
+
+    try:
+        with ProgressLine() as line:
+            report = engine.restore(
+                open_store(store).load(image),
+                eager=eager,
+                pid_namespace=pid_namespace,
+                stdin=stdin,
+                stdout=stdout,
+                stderr=stderr,
+                progress=line.update,
+            )
+    except KeyboardInterrupt:
+        raise Interrupted("interrupted; no process was left behind") from None
+    if as_json:
+        say_json(as_document(report))
+    else:
+        say(describe(report))
+
+
+def as_document(report: RestoreReport) -> dict[str, object]:
+    """The report as docs/cli.md specifies it."""
+    return {
+        "image": report.image,
+        "pid": report.pid,
+        "pid_in_namespace": report.pid_in_namespace,
+        "namespace": report.namespace,
+        "lazy": report.lazy,
+        "first_instruction_s": report.first_instruction_s,
+        "total_s": report.total_s,
+        "pager_pid": report.pager_pid,
+        "notes": list(report.notes),
+    }
+
+
+def describe(report: RestoreReport) -> list[str]:
+    """The report for people."""
+    pid = paint(str(report.pid), "bold")
+    if report.pid_in_namespace != report.pid:
+        pid += f", which is {report.pid_in_namespace} in its own pid namespace"
+    lazily = f"follows as it is touched (pager {report.pager_pid})"
+    return [
+        *facts(
+            [
+                ("image", report.image),
+                ("process", pid),
+                ("runs", f"after {duration(report.first_instruction_s)}"),
+                ("memory", lazily if report.lazy else "all loaded"),
+            ]
+        ),
+        *(f"{paint('note', 'yellow')}: {note}" for note in report.notes),
+    ]

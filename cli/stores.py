@@ -1,0 +1,23 @@
+"""Which store a command means."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..checkpoint.home import default_store
+
+if TYPE_CHECKING:
+    from ..checkpoint.store import Store
+
+
+def store_path(given: str | None) -> Path:
+    """The folder that `--store` names, or the default one."""
+    return Path(given).expanduser() if given else default_store()
+
+
+def open_store(given: str | None, *, create: bool = False) -> Store:
+    """The store that `--store` names, or the default one; NotFound without `create`."""
+    from ..checkpoint.store import Store
+
+    return Store.open(store_path(given), create=create)

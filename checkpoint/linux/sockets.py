@@ -193,10 +193,11 @@ class Message(NamedTuple):
     has_descriptors: bool
 
 
-def peek_messages(sock: socket.socket, largest_bytes: int) -> list[Message]:
+def peek_messages(sock: socket.socket, largest_bytes: int, *, ended: bool) -> list[Message]:
     """Everything in the receive queue, in order, consuming nothing.
 
-    `largest_bytes` bounds one message. SO_PEEK_OFF is used and put back. Source: socket(7).
+    `largest_bytes` bounds one message; `ended` says that nothing more can come, so that an empty
+    message of a SOCK_SEQPACKET socket means the end. SO_PEEK_OFF is used and put back. Source: socket(7).
     """
     offset = sock.getsockopt(socket.SOL_SOCKET, SO_PEEK_OFF)
     messages: list[Message] = []
@@ -215,7 +216,7 @@ def peek_messages(sock: socket.socket, largest_bytes: int) -> list[Message]:
             rights = _take_descriptors(ancillary)
             if sock.type == socket.SOCK_STREAM and not data:
                 return messages  # end of file
-            if sock.type == socket.SOCK_SEQPACKET and not data and not ancillary:
+            if sock.type == socket.SOCK_SEQPACKET and not data and ended:
                 return messages
             if answer & socket.MSG_TRUNC:
                 raise OSError(errno.EMSGSIZE, "a message is larger than the queue")

@@ -1,1 +1,54 @@
-"""What a process holds through descriptors: one module a kind."""
+"""Descriptors: what a process holds open, described so that it can be made again elsewhere.
+
+At dump, `describe_descriptors` asks a frozen process's descriptors everything from outside. At
+restore, `make_descriptors` makes them in the restorer, `place_descriptors` puts them at their
+numbers in the child that becomes the process, and `finish_descriptors` does what needs the process
+to exist. One module per kind; `kind.Kind` says what a kind must do.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .assembly import (
+    close_descriptors,
+    finish_descriptors,
+    free_number,
+    make_descriptors,
+    place_descriptors,
+)
+from .kind import NoObjects, ObjectSink, ObjectSource, RestoreOptions
+from .locks import posix_locks
+
+if TYPE_CHECKING:
+    from .release import hold_connections, release_descriptors
+    from .survey import describe_descriptors
+
+__all__ = [
+    "NoObjects",
+    "ObjectSink",
+    "ObjectSource",
+    "RestoreOptions",
+    "close_descriptors",
+    "describe_descriptors",
+    "finish_descriptors",
+    "free_number",
+    "hold_connections",
+    "make_descriptors",
+    "place_descriptors",
+    "posix_locks",
+    "release_descriptors",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # What only a dump needs is loaded then: a restore must not wait for it.
+    if name == "describe_descriptors":
+        from .survey import describe_descriptors as found
+
+        return found
+    if name in ("hold_connections", "release_descriptors"):
+        from . import release
+
+        return getattr(release, name)
+    raise AttributeError(name)

@@ -1,0 +1,303 @@
+"""Making described descriptors again: first here, then under their numbers in the new process.
+
+The restorer makes every description (`make_descriptors`) at numbers above all that the process
+will use; the forked child moves them to their places (`place_descriptors`) just before it becomes
+the new process; what needs the process to exist comes last (`finish_descriptors`).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import resource
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from ..errors import AccessDenied, Incompatible, KernelError, LzyError, NotFound
+from ..linux import descriptors as kernel
+from . import locks, owners
+from .kind import Entry, Finish, ObjectSource, RestoreOptions, kind_named
+
+T = TypeVar("T")
+STANDARD = ("stdin", "stdout", "stderr")
+
+
+class Assembly:
+    """The descriptions being made, for kinds whose members are made together."""
+
+    def __init__(
+        self, table: dict[str, Any], objects: ObjectSource, options: RestoreOptions
+    ) -> None:
+        self.table = table
+        self.entries: list[Entry] = table["descriptions"]
+        self.objects = objects
+        self.options = options
+        self.floor = free_number(table)
+        self.local: dict[int, int] = {}
+        """Description index to our descriptor of it; -1-n is the replacement for number n."""
+        self.numbers: dict[int, list[int]] = {}
+        for number, place in table["descriptors"].items():
+            self.numbers.setdefault(place["description"], []).append(int(number))
+        self._once: dict[Any, Any] = {}
+
+    def once(self, key: Any, make: Callable[[], T]) -> T:
+        """The value made for `key` at its first use: how members of a family are made together."""
+        if key not in self._once:
+            self._once[key] = make()
+        value: T = self._once[key]
+        return value
+
+    def of_kind(self, *names: str) -> list[tuple[int, Entry]]:
+        """All entries of the named kinds that are to be made, with their indexes."""
+        return [
+            (index, entry)
+            for index, entry in enumerate(self.entries)
+            if entry["kind"] in names and self.is_needed(index)
+        ]
+
+    def is_standard(self, index: int) -> bool:
+        """Whether the description is standard input, output or error."""
+        return any(number <= 2 for number in self.numbers.get(index, ()))
+
+    def is_needed(self, index: int) -> bool:
+        """Whether anything is left of it once the standard descriptors are re-pointed."""
+        numbers = self.numbers.get(index, [])
+        if any(number > 2 or not self._replacement(number) for number in numbers):
+            return True
+        return any(
+            target["description"] == index
+            for entry in self.entries
+            for target in entry.get("targets", ())
+        )
+
+    def adopt(self, index: int, fd: int) -> int:
+        """Own `fd` as description `index`: moved above all numbers of the process."""
+        self.local[index] = self.lift(fd)
+        return self.local[index]
+
+    def lift(self, fd: int) -> int:
+        """Move our own descriptor above all numbers that the process uses, close-on-exec."""
+        if fd >= self.floor:
+            os.set_inheritable(fd, False)
+            return fd
+        try:
+            return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, self.floor)
+        finally:
+            os.close(fd)
+
+    def make(self, index: int) -> int:
+        """Our descriptor of description `index`, made at the first call."""
+        if index not in self.local:
+            entry = self.entries[index]
+            fd = kind_named(entry["kind"]).make(index, entry, self)
+            if index not in self.local:  # a family's members are adopted as they are made
+                self.adopt(index, fd)
+        return self.local[index]
+
+    def make_all(self) -> None:
+        """Check all, then make all; what fails leaves nothing open."""
+        wanted = [index for index in range(len(self.entries)) if self.is_needed(index)]
+        wanted.sort(key=lambda index: (kind_named(self.entries[index]["kind"]).rank, index))
+        for index in wanted:
+            with _explained(self.entries[index], self.numbers.get(index, [])):
+                kind_named(self.entries[index]["kind"]).check(self.entries[index], self)
+        self._open_replacements()
+        for index in wanted:
+            with _explained(self.entries[index], self.numbers.get(index, [])):
+                self.make(index)
+        for index in wanted:
+            with _explained(self.entries[index], self.numbers.get(index, [])):
+                entry = self.entries[index]
+                kind_named(entry["kind"]).settle(index, entry, self)
+                set_flags(self.local[index], entry["flags"])
+
+    def _replacement(self, number: int) -> str | None:
+        path: str | None = getattr(self.options, STANDARD[number]) if number <= 2 else None
+        return path
+
+    def _open_replacements(self) -> None:
+        opened: dict[str, int] = {}
+        for number in (0, 1, 2):
+            path = self._replacement(number)
+            if path is None:
+                continue
+            flags = os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_CREAT | os.O_APPEND
+            key = f"{flags}:{path}"
+            try:
+                fd = os.dup(opened[key]) if key in opened else os.open(path, flags, 0o666)
+            except OSError as error:
+                raise NotFound(
+                    f"cannot open {path} as {STANDARD[number]}: {error.strerror}",
+                    remedy=f"choose another file with --{STANDARD[number]}",
+                    path=path,
+                ) from error
+            self.local[-1 - number] = opened[key] = self.lift(fd)
+
+    def close(self) -> None:
+        """Close all that was made."""
+        for fd in self.local.values():
+            os.close(fd)
+        self.local.clear()
+
+
+def free_number(table: dict[str, Any]) -> int:
+    """The first number above all that the process uses (at least 3)."""
+    return max([2, *map(int, table["descriptors"])]) + 1
+
+
+def set_flags(fd: int, flags: int) -> None:
+    """Give a description the status flags that fcntl(F_SETFL) can give."""
+    now = fcntl.fcntl(fd, fcntl.F_GETFL)
+    if now & kernel.O_PATH or not (now ^ flags) & kernel.SETTABLE_FLAGS:
+        return
+    fcntl.fcntl(fd, fcntl.F_SETFL, now & ~kernel.SETTABLE_FLAGS | flags & kernel.SETTABLE_FLAGS)
+
+
+def make_descriptors(
+    table: dict[str, Any], objects: ObjectSource, options: RestoreOptions
+) -> dict[int, int]:
+    """Make every description of `table` here; return description index to our descriptor.
+
+    Ours are close-on-exec and lie above every number in the table; negative indexes stand for
+    re-pointed standard descriptors. Everything is checked before anything is made, and if making
+    fails all is closed again.
+
+    Raises Incompatible (a file changed, a kernel or machine lacks something), Busy (an address is
+    taken), NotFound, AccessDenied, Unsupported, KernelError.
+    """
+    assembly = Assembly(table, objects, options)
+    _allow_descriptors(assembly.floor + len(assembly.entries) + 256)
+    try:
+        assembly.make_all()
+    except BaseException:
+        assembly.close()
+        raise
+    return assembly.local
+
+
+def place_descriptors(table: dict[str, Any], local: dict[int, int], keep: Sequence[int]) -> None:
+    """In the child that becomes the process: every descriptor to its number, all others closed.
+
+    Those in `keep` stay as they are; they must not be numbers of the table (`free_number` tells
+    where the free ones begin), else ValueError. All come out without close-on-exec, so that they
+    live through the exec of the stub.
+    """
+    places = {int(number): place["description"] for number, place in table["descriptors"].items()}
+    if taken := sorted(set(places) & set(keep)):
+        raise ValueError(f"descriptors {taken} are to be kept and also belong to the process")
+    for index, entry in enumerate(table["descriptions"]):
+        if index in local:
+            made = kind_named(entry["kind"]).make_inside(entry, os.getpid())
+            if made is not None:
+                os.dup2(made, local[index], inheritable=False)
+                os.close(made)
+    _place_stale_targets(table, local, set(keep))
+    wanted = dict(places)
+    for number in (0, 1, 2):
+        if -1 - number in local:
+            wanted[number] = -1 - number
+    for number, index in wanted.items():
+        os.dup2(local[index], number, inheritable=True)
+    for index, entry in enumerate(table["descriptions"]):
+        if index in local:
+            kind_named(entry["kind"]).place(entry, local[index], local)
+    for number, index in places.items():
+        if wanted[number] == index:
+            owners.ask_for_signals(table["descriptions"][index], number)
+    previous = -1
+    for number in sorted({*wanted, *keep}):
+        kernel.close_range(previous + 1, number - 1)
+        previous = number
+    kernel.close_range(previous + 1, 0x7FFFFFFF)
+
+
+def _place_stale_targets(table: dict[str, Any], local: dict[int, int], keep: set[int]) -> None:
+    """Let epolls watch what they watch under numbers that now mean something else.
+
+    The program registered a descriptor, made a duplicate and closed the first: the kernel still
+    watches the description under the old number. Each is put there for the moment of the call.
+    """
+    for index, entry in enumerate(table["descriptions"]):
+        for target in entry.get("targets", ()):
+            if index not in local or not target["stale"]:
+                continue
+            number = target["number"]
+            if number in keep or number in local.values():
+                raise ValueError(f"descriptor {number} is needed for a moment and is in use")
+            os.dup2(local[target["description"]], number)
+            kernel.epoll_control(
+                local[index], kernel.EPOLL_CTL_ADD, number, target["events"], target["data"]
+            )
+            os.close(number)
+
+
+def finish_descriptors(
+    table: dict[str, Any],
+    local: dict[int, int],
+    *,
+    pid: int,
+    tids: dict[int, int] | None = None,
+) -> None:
+    """In the restorer, when the process exists and before it runs: owners, locks, timers, seals.
+
+    `pid` is the new process as seen from here; `tids` maps thread ids of the image to those here.
+    Closes our copies and empties `local`. Raises Busy when another process holds a lock by now.
+    """
+    finish = Finish(pid=pid, original_pid=table["pid"], tids=tids or {})
+    for index, entry in enumerate(table["descriptions"]):
+        if index not in local:
+            continue
+        locks.take_locks(entry, local[index])
+        owners.give_owner(entry, local[index], finish)
+        kind_named(entry["kind"]).finish(entry, local[index], finish)
+    close_descriptors(local)
+
+
+def close_descriptors(local: dict[int, int]) -> None:
+    """Close our copies (also what to do when a restore is given up)."""
+    while local:
+        os.close(local.popitem()[1])
+
+
+def _allow_descriptors(count: int) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < count:
+        if hard < count:
+            raise Incompatible(
+                f"{count} descriptors are needed at once and {hard} are allowed here",
+                remedy="raise the limit with `ulimit -n`",
+            )
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+class _explained:
+    """Turns a system call's failure while an entry is made into an error that names the entry."""
+
+    def __init__(self, entry: Entry, numbers: list[int]) -> None:
+        self.entry = entry
+        self.numbers = numbers
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, _type: Any, error: BaseException | None, _trace: Any) -> None:
+        if not isinstance(error, OSError) or isinstance(error, LzyError):
+            return
+        names = ", ".join(map(str, self.numbers))
+        what = f"cannot make descriptor {names} again ({self.entry['kind']})"
+        path = self.entry.get("path", error.filename)
+        if path:
+            what += f" for {path}"
+        if isinstance(error, PermissionError):
+            raise AccessDenied(
+                f"{what}: {error.strerror}",
+                remedy="restore as the user that ran the process, or as root",
+                descriptors=self.numbers,
+            ) from error
+        if isinstance(error, FileNotFoundError):
+            raise Incompatible(
+                f"{what}: {error.strerror}",
+                remedy="bring the file back where it was, then restore again",
+                descriptors=self.numbers,
+            ) from error
+        raise KernelError(what, error.errno or 0, descriptors=self.numbers) from error

@@ -1,0 +1,206 @@
+"""What all sockets have in common: their options, and the messages in their queues as JSON."""
+
+from __future__ import annotations
+
+import base64
+import os
+import socket
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from ..errors import Incompatible
+from ..linux import sockets as kernel
+
+if TYPE_CHECKING:
+    from .assembly import Assembly
+    from .kind import Entry
+    from .survey import Opened
+
+
+@contextmanager
+def borrowed(fd: int) -> Iterator[socket.socket]:
+    """A socket object for a descriptor that somebody else owns."""
+    sock = socket.socket(fileno=fd)
+    try:
+        yield sock
+    finally:
+        sock.detach()
+
+
+def is_socket_of(opened: Opened, families: tuple[int, ...], protocols: tuple[int, ...]) -> bool:
+    """Whether the description is a socket of one of the families and protocols."""
+    if not opened.link.startswith("socket:") or opened.is_path_only:
+        return False
+    with borrowed(opened.fd) as sock:
+        return sock.family in families and sock.proto in protocols
+
+
+def describe_socket(opened: Opened, sock: socket.socket) -> Entry:
+    """Family, type, protocol, and the options that are not what a fresh socket has."""
+    # A socket's O_NONBLOCK must not be touched: Python would set it on a socket with a timeout.
+    if filters := _filters(sock):
+        raise opened.refusal(filters, "let the process remove it (SO_DETACH_FILTER)")
+    with socket.socket(sock.family, sock.type, sock.proto) as fresh:
+        usual = kernel.options_of(fresh)
+    options = {
+        name: _to_json(value)
+        for name, value in kernel.options_of(sock).items()
+        if usual.get(name) != value
+    }
+    send, receive = kernel.buffer_bytes(sock)
+    return {
+        "family": int(sock.family),
+        "type": int(sock.type),
+        "protocol": sock.proto,
+        "options": options,
+        "send_buffer_bytes": send,
+        "receive_buffer_bytes": receive,
+    }
+
+
+def make_socket(entry: Entry) -> socket.socket:
+    """A fresh socket with those options that count before it has an address."""
+    sock = socket.socket(entry["family"], entry["type"], entry["protocol"])
+    try:
+        for name, value in entry["options"].items():
+            if name in kernel.BEFORE_BIND:
+                _set(sock, name, value)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def settle_options(sock: socket.socket, entry: Entry) -> None:
+    """Give a socket the options it had; those not recorded are what a fresh socket has."""
+    with socket.socket(sock.family, sock.type, sock.proto) as fresh:
+        usual = kernel.options_of(fresh)
+    wanted = usual | {name: _from_json(value) for name, value in entry["options"].items()}
+    now = kernel.options_of(sock)
+    for name in kernel.OPTIONS:
+        if name in wanted and wanted[name] != now.get(name):
+            _set(sock, name, _to_json(wanted[name]))
+    kernel.set_buffer_bytes(sock, entry["send_buffer_bytes"], entry["receive_buffer_bytes"])
+
+
+def peek(opened: Opened, sock: socket.socket, *, ended: bool = False) -> list[dict[str, Any]]:
+    """The receive queue as `[{"data": base64, "from": address}]`; nothing is consumed."""
+    largest_bytes = max(1 << 20, 2 * sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF))
+    messages = kernel.peek_messages(sock, largest_bytes, ended=ended)
+    if any(message.has_descriptors for message in messages):
+        raise opened.refusal(
+            "descriptors are on their way through it (SCM_RIGHTS)",
+            "let the process receive them, then dump again",
+        )
+    if sock.type == socket.SOCK_STREAM:
+        data = b"".join(message.data for message in messages)
+        return [{"data": encode(data)}] if data else []
+    return [
+        {"data": encode(message.data), "from": address_to_json(message.sender)}
+        for message in messages
+    ]
+
+
+def encode(data: bytes) -> str:
+    """Bytes as text for JSON."""
+    return base64.b64encode(data).decode()
+
+
+def decode(text: str) -> bytes:
+    """The reverse of `encode`."""
+    return base64.b64decode(text)
+
+
+def fill(sender: socket.socket, data: bytes, what: str) -> None:
+    """Send into a connection whose other end nobody reads yet, with room made for all of it."""
+    if not data:
+        return
+    kernel.set_buffer_bytes(sender, len(data) + (1 << 16), None)
+    sender.setblocking(False)
+    view = memoryview(data)
+    try:
+        while view:
+            view = view[sender.send(view) :]
+    except BlockingIOError as error:
+        raise Incompatible(
+            f"the {len(data)} bytes under way in {what} are more than this machine lets a socket "
+            "hold",
+            remedy="raise net.core.wmem_max with sysctl, or restore as root",
+        ) from error
+
+
+def address_to_json(address: object) -> Any:
+    """An address as JSON: a path as text, an abstract name as `{"abstract": base64}`."""
+    if isinstance(address, bytes):
+        return {"abstract": encode(address)}
+    if isinstance(address, tuple):
+        return list(address)
+    return address or None
+
+
+def address_from_json(value: Any) -> Any:
+    """The reverse of `address_to_json`."""
+    if isinstance(value, dict):
+        return decode(value["abstract"])
+    if isinstance(value, list):
+        return tuple(value)
+    return value
+
+
+def bind_again(sock: socket.socket, address: Any) -> None:
+    """Bind to the address of old; Incompatible (or Busy) says why that cannot be."""
+    from ..errors import Busy
+
+    try:
+        sock.bind(address)
+    except OSError as error:
+        import errno
+
+        if error.errno == errno.EADDRINUSE:
+            raise Busy(
+                f"the address {address} that the process used is taken",
+                remedy="end the process that uses it (`ss -lntup` and `ss -lx` name it), then "
+                "restore again",
+                address=address,
+            ) from error
+        if error.errno == errno.EADDRNOTAVAIL:
+            raise Incompatible(
+                f"this machine has no address {address[0]}, which the process used",
+                remedy="restore where that address exists, or add it (`ip addr add`)",
+                address=address,
+            ) from error
+        raise
+
+
+def reach(assembly: Assembly, index: int) -> socket.socket:
+    """A socket object of our own for description `index`, made when it was not yet."""
+    return socket.socket(fileno=os.dup(assembly.make(index)))
+
+
+def _filters(sock: socket.socket) -> str:
+    try:
+        found = bool(sock.getsockopt(socket.SOL_SOCKET, kernel.SO_GET_FILTER, 1024))
+    except OSError:
+        found = True
+    return "it has a packet filter (BPF)" if found else ""
+
+
+def _set(sock: socket.socket, name: str, value: Any) -> None:
+    try:
+        kernel.set_option(sock, name, _from_json(value))
+    except OSError as error:
+        raise Incompatible(
+            f"cannot set the socket option {name} to {value}: {error.strerror}",
+            remedy="restore as root, or on a machine that has what the option names",
+            option=name,
+        ) from error
+
+
+def _to_json(value: bytes) -> Any:
+    return struct.unpack("=i", value)[0] if len(value) == 4 else {"bytes": encode(value)}
+
+
+def _from_json(value: Any) -> bytes:
+    return struct.pack("=i", value) if isinstance(value, int) else decode(value["bytes"])

@@ -1,0 +1,240 @@
+"""What a frozen process holds open, seen from outside: its descriptions, each once.
+
+Descriptors are grouped by what they share (an open file description) with kcmp(2); each
+description is duplicated into lzy with pidfd_getfd(2), asked by its kind, and let go.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import os
+import resource
+import stat
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from ..errors import AccessDenied, KernelError, LzyError, NotFound, Unsupported
+from ..linux import descriptors as kernel
+from . import locks, owners
+from .kind import Entry, Kind, ObjectSink, all_kinds
+
+T = TypeVar("T")
+
+
+class Opened:
+    """One open file description of the process, and one of the numbers that lead to it."""
+
+    def __init__(self, survey: Survey, index: int, numbers: list[int]) -> None:
+        self.survey = survey
+        self.index = index
+        self.numbers = numbers
+        number = numbers[0]
+        self.number = number
+        self.proc_path = f"/proc/{survey.pid}/fd/{number}"
+        self.link = survey.links[number]
+        self.status: os.stat_result = os.stat(self.proc_path)
+        with open(f"/proc/{survey.pid}/fdinfo/{number}", encoding="ascii") as file:
+            self.information = file.read().splitlines()
+        self.fields = {
+            name: value.strip()
+            for name, separator, value in (line.partition(":") for line in self.information)
+            if separator
+        }
+        self.flags = int(self.fields["flags"], 8) & ~os.O_CLOEXEC
+        self.position = int(self.fields["pos"])
+
+    @functools.cached_property
+    def fd(self) -> int:
+        """Our duplicate of the description, closed at the end of the survey."""
+        fd = kernel.duplicate_from(self.survey.pidfd, self.number)
+        self.survey.duplicates.append(fd)
+        return fd
+
+    @property
+    def anonymous(self) -> str:
+        """`eventfd` of `anon_inode:[eventfd]`; empty for everything else."""
+        prefix = "anon_inode:"
+        return self.link[len(prefix) :].strip("[]") if self.link.startswith(prefix) else ""
+
+    @property
+    def is_path_only(self) -> bool:
+        """Whether the description was opened with O_PATH, for its name alone."""
+        return bool(self.flags & kernel.O_PATH)
+
+    @property
+    def mode(self) -> int:
+        """The type bits of the file, as in stat.S_IFMT."""
+        return stat.S_IFMT(self.status.st_mode)
+
+    @property
+    def readable(self) -> bool:
+        return self.flags & os.O_ACCMODE in (os.O_RDONLY, os.O_RDWR)
+
+    @property
+    def writable(self) -> bool:
+        return self.flags & os.O_ACCMODE in (os.O_WRONLY, os.O_RDWR)
+
+    def __str__(self) -> str:
+        names = ", ".join(map(str, self.numbers))
+        return f"descriptor {names} of process {self.survey.pid} ({self.link})"
+
+    def refusal(self, reason: str, remedy: str) -> Unsupported:
+        """The error that says why this description cannot be made again, and a way out."""
+        return Unsupported(
+            f"{self}: {reason}",
+            remedy=remedy,
+            pid=self.survey.pid,
+            descriptor=self.number,
+            link=self.link,
+        )
+
+
+class Survey:
+    """Everything the process has open, for kinds that must look at their neighbours."""
+
+    def __init__(self, pid: int, pidfd: int, objects: ObjectSink) -> None:
+        self.pid = pid
+        self.pidfd = pidfd
+        self.objects = objects
+        self.duplicates: list[int] = []
+        self.close_on_exec: dict[int, bool] = {}
+        self.links: dict[int, str] = {}
+        self.opened: list[Opened] = []
+        self.kinds: list[Kind] = []
+        self.index_of: dict[int, int] = {}
+        """Descriptor number to index of its description."""
+        self._once: dict[Any, Any] = {}
+
+    def once(self, key: Any, make: Callable[[], T]) -> T:
+        """The value made for `key` at its first use: how neighbours share what they found."""
+        if key not in self._once:
+            self._once[key] = make()
+        value: T = self._once[key]
+        return value
+
+    def of_kind(self, *names: str) -> list[Opened]:
+        """All descriptions that the named kinds claimed."""
+        return [o for o, kind in zip(self.opened, self.kinds, strict=True) if kind.name in names]
+
+    def look(self) -> None:
+        """Find descriptors, group them by description, and find who claims each."""
+        directory = f"/proc/{self.pid}/fd"
+        numbers = sorted(int(name) for name in os.listdir(directory))
+        _allow_descriptors(2 * len(numbers) + 64)
+        groups: dict[tuple[str, int, int], list[int]] = {}
+        for number in numbers:
+            self.links[number] = os.readlink(f"{directory}/{number}")
+            status = os.stat(f"{directory}/{number}")
+            key = (self.links[number], status.st_dev, status.st_ino)
+            groups.setdefault(key, []).append(number)
+        shared: list[list[int]] = []
+        for group in groups.values():
+            shared += self._split_by_description(group)
+        for index, numbers in enumerate(sorted(shared)):
+            opened = Opened(self, index, numbers)
+            self.opened.append(opened)
+            self.index_of.update((number, index) for number in numbers)
+        for opened in self.opened:
+            self.kinds.append(_kind_of(opened))
+
+    def _split_by_description(self, numbers: list[int]) -> list[list[int]]:
+        """Divide descriptors that look alike into those that share a description."""
+
+        def order(one: int, other: int) -> int:
+            return kernel.compare_descriptions(self.pid, one, other)
+
+        groups: list[list[int]] = []
+        previous = -1
+        for number in sorted(numbers, key=functools.cmp_to_key(order)):
+            if previous >= 0 and order(previous, number) == 0:
+                groups[-1].append(number)
+            else:
+                groups.append([number])
+            previous = number
+        return [sorted(group) for group in groups]
+
+    def describe(self) -> list[Entry]:
+        """Ask each kind about its descriptions; the flags and the like are asked here."""
+        entries = []
+        for opened, kind in zip(self.opened, self.kinds, strict=True):
+            entry = {"kind": kind.name, "flags": opened.flags, "position": opened.position}
+            if not opened.is_path_only:
+                entry.update(locks.describe_locks(opened))
+                entry.update(owners.describe_owner(opened))
+            entry.update(kind.describe(opened, self))
+            entries.append(entry)
+        return entries
+
+    def descriptors(self) -> dict[str, dict[str, Any]]:
+        """Each number (as text, for JSON) with its description and its own close-on-exec flag."""
+        answer = {}
+        for number, index in sorted(self.index_of.items()):
+            with open(f"/proc/{self.pid}/fdinfo/{number}", encoding="ascii") as file:
+                flags = next(int(line.split()[1], 8) for line in file if line.startswith("flags:"))
+            answer[str(number)] = {
+                "description": index,
+                "close_on_exec": bool(flags & os.O_CLOEXEC),
+            }
+        return answer
+
+    def close(self) -> None:
+        """Let our duplicates go."""
+        while self.duplicates:
+            os.close(self.duplicates.pop())
+
+
+def _kind_of(opened: Opened) -> Kind:
+    for kind in all_kinds():
+        if kind.claims(opened):
+            return kind
+    what = opened.anonymous or opened.link
+    raise opened.refusal(
+        f"a descriptor of this kind ({what}) cannot be made again",
+        "let the process close it, then dump again",
+    )
+
+
+def _allow_descriptors(count: int) -> None:
+    """Raise our own limit where needed, since each description is held here for a while."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < count and soft < hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def describe_descriptors(pid: int, pidfd: int, objects: ObjectSink) -> dict[str, Any]:
+    """Describe everything the frozen process `pid` has open, changing none of it.
+
+    `pidfd` refers to the same process; the caller must be allowed to trace it. The answer can be
+    written as JSON: `descriptions`, a list of entries, and `descriptors`, number (as text) to
+    `{"description": index, "close_on_exec": bool}`.
+
+    Raises Unsupported with the number, the kind and a way out for what cannot be made again,
+    NotFound when the process ends meanwhile, AccessDenied, KernelError.
+    """
+    survey = Survey(pid, pidfd, objects)
+    try:
+        survey.look()
+        return {
+            "pid": pid,
+            "descriptions": survey.describe(),
+            "descriptors": survey.descriptors(),
+        }
+    except LzyError:
+        raise
+    except OSError as error:
+        if error.errno in (errno.EPERM, errno.EACCES):
+            raise AccessDenied(
+                f"cannot look at the descriptors of process {pid}: {error}",
+                remedy="run lzy as the owner of the process, with the right to trace it",
+                pid=pid,
+            ) from error
+        if not os.path.isdir(f"/proc/{pid}/fd"):
+            raise NotFound(f"process {pid} is gone", pid=pid) from error
+        raise KernelError(
+            f"cannot describe the descriptors of process {pid} ({error.filename or 'system call'})",
+            error.errno or 0,
+            pid=pid,
+        ) from error
+    finally:
+        survey.close()

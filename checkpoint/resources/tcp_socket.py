@@ -1,0 +1,318 @@
+"""TCP sockets: listeners, connections with both ends here, and ends whose peer is outside.
+
+A connection with both ends in the process is made again between the same addresses through a
+listener that exists for the moment (before the process's own, so that no stranger's connection can
+come in between), with the bytes under way in both directions and the ends that were shut. A peer
+outside cannot be brought back: its end here gives what was queued and then end of file, as after
+the loss of the network, over a connection of our own whose other side is closed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import select
+import socket
+import struct
+from typing import TYPE_CHECKING, Any
+
+from ..linux import sockets as kernel
+from . import socket_state as state
+from .kind import Entry, Kind
+
+if TYPE_CHECKING:
+    from .assembly import Assembly
+    from .survey import Opened, Survey
+
+_FAMILIES = (socket.AF_INET, socket.AF_INET6)
+
+
+class TcpSocket(Kind):
+    rank = 41
+
+    def claims(self, opened: Opened) -> bool:
+        return state.is_socket_of(opened, _FAMILIES, (socket.IPPROTO_TCP,))
+
+    def describe(self, opened: Opened, survey: Survey) -> Entry:
+        with state.borrowed(opened.fd) as sock:
+            if ulp := _upper_protocol(sock):
+                raise opened.refusal(
+                    f"the kernel does {ulp} on it", "let the process close it, then dump again"
+                )
+            entry = state.describe_socket(opened, sock)
+            facts = kernel.tcp_state(sock)
+            entry["state"] = facts.state
+            name = sock.getsockname()
+            entry["name"] = list(name) if name[1] else None
+            if facts.state == kernel.TCP_LISTEN:
+                return entry | {"form": "listening", "backlog": facts.backlog}
+            ready = _readiness(sock)
+            if facts.state == kernel.TCP_CLOSE and not ready & select.POLLRDHUP:
+                return entry | {"form": "unconnected"}
+            with contextlib.suppress(OSError):
+                entry["peer_name"] = list(sock.getpeername())
+            if facts.state == kernel.TCP_SYN_SENT:
+                return entry | {"form": "connecting", "peer_name": _aimed_at(opened)}
+            entry["messages"] = state.peek(opened, sock)
+            entry["reading_shut"] = bool(ready & select.POLLRDHUP)
+            entry["failed"] = bool(ready & select.POLLERR)
+            if (peer := _find_peer(opened, survey)) is not None:
+                _add_bytes_under_way(entry, opened, peer, sock)
+                return entry | {"form": "connected", "peer": peer.index}
+            if (listener := _find_waiting_room(entry, opened, survey)) is not None:
+                return entry | {"form": "waiting", "listener": listener}
+            return entry | {"form": "gone"}
+
+    def make(self, index: int, entry: Entry, assembly: Assembly) -> int:
+        assembly.once("tcp pairs", lambda: _make_all_pairs(assembly))
+        if index in assembly.local:
+            return assembly.local[index]
+        form = entry["form"]
+        if form == "gone":
+            return assembly.adopt(index, _make_gone(index, entry, assembly))
+        sock = state.make_socket(entry)
+        if entry["name"] is not None:
+            _bind(sock, entry)
+        if form == "listening":
+            sock.listen(entry["backlog"])
+        elif form == "waiting":
+            with state.reach(assembly, entry["listener"]) as listener:
+                address = _reachable(listener.getsockname(), entry)
+            sock.connect(address)
+        elif form == "connecting" and entry["peer_name"]:
+            # The network lost the first attempt; this is the next.
+            sock.setblocking(False)
+            with contextlib.suppress(OSError):
+                sock.connect(tuple(entry["peer_name"]))
+        return assembly.adopt(index, sock.detach())
+
+    def settle(self, index: int, entry: Entry, assembly: Assembly) -> None:
+        if _is_stand_in(index, entry, assembly):
+            return
+        with state.borrowed(assembly.local[index]) as sock:
+            if entry["form"] == "gone" and entry["state"] in (
+                *kernel.TCP_OWN_END_SHUT,
+                kernel.TCP_CLOSE,
+            ):
+                with contextlib.suppress(OSError):
+                    sock.shutdown(socket.SHUT_WR)
+            state.settle_options(sock, entry)
+
+
+# --- describing ------------------------------------------------------------------------------
+
+
+def _readiness(sock: socket.socket) -> int:
+    poll = select.poll()
+    poll.register(sock, select.POLLIN | select.POLLOUT | select.POLLRDHUP)
+    ready = dict(poll.poll(0))
+    return ready.get(sock.fileno(), 0)
+
+
+def _upper_protocol(sock: socket.socket) -> str:
+    try:
+        name = sock.getsockopt(socket.IPPROTO_TCP, kernel.TCP_ULP, 16)
+    except OSError:
+        return ""
+    return name.rstrip(b"\0").decode(errors="replace")
+
+
+def _plain(address: Any) -> tuple[str, int]:
+    """Address and port, an IPv4 address in IPv6 clothes as what it is."""
+    return address[0].removeprefix("::ffff:") if "." in address[0] else address[0], address[1]
+
+
+def _ends(opened: Opened) -> tuple[tuple[str, int], tuple[str, int]] | None:
+    def ask() -> tuple[tuple[str, int], tuple[str, int]] | None:
+        with state.borrowed(opened.fd) as sock:
+            try:
+                return _plain(sock.getsockname()), _plain(sock.getpeername())
+            except OSError:
+                return None
+
+    return opened.survey.once(("tcp ends", opened.index), ask)
+
+
+def _find_peer(opened: Opened, survey: Survey) -> Opened | None:
+    """The other end of a connection, if the process has it too."""
+    ends = _ends(opened)
+    if ends is None:
+        return None
+    for other in survey.of_kind(KIND.name):
+        if other is not opened and _ends(other) == (ends[1], ends[0]):
+            return other
+    return None
+
+
+def _aimed_at(opened: Opened) -> list[Any] | None:
+    """Where a connection that is not yet established goes (getpeername does not tell)."""
+    name = "tcp6" if _family(opened) == socket.AF_INET6 else "tcp"
+    with open(f"/proc/{opened.survey.pid}/net/{name}", encoding="ascii") as file:
+        for line in file:
+            words = line.split()
+            if len(words) > 9 and words[9] == str(opened.status.st_ino):
+                return list(_address_of(words[2]))
+    return None
+
+
+def _family(opened: Opened) -> int:
+    with state.borrowed(opened.fd) as sock:
+        return sock.family
+
+
+def _address_of(text: str) -> tuple[str, int]:
+    """`0100007F:1F90` of /proc/net/tcp (words in the machine's order) as an address."""
+    host, port = text.split(":")
+    words = [int(host[at : at + 8], 16) for at in range(0, len(host), 8)]
+    raw = struct.pack(f"={len(words)}I", *words)
+    family = socket.AF_INET if len(raw) == 4 else socket.AF_INET6
+    return socket.inet_ntop(family, raw), int(port, 16)
+
+
+def _add_bytes_under_way(entry: Entry, opened: Opened, peer: Opened, sock: socket.socket) -> None:
+    """Add to our queue what the peer has written and could not deliver yet."""
+    with state.borrowed(peer.fd) as sender:
+        try:
+            unsent = kernel.unsent_tcp_bytes(sender, sock)
+        except PermissionError as error:
+            raise opened.refusal(
+                "bytes are under way to it that only root can see",
+                "run lzy as root (CAP_NET_ADMIN), or let the process read first",
+            ) from error
+    if unsent:
+        data = b"".join(state.decode(message["data"]) for message in entry["messages"])
+        entry["messages"] = [{"data": state.encode(data + unsent)}]
+
+
+def _find_waiting_room(entry: Entry, opened: Opened, survey: Survey) -> int | None:
+    """The listener of the process in whose queue the other end still waits to be accepted."""
+    ends = _ends(opened)
+    if ends is None or entry["state"] != kernel.TCP_ESTABLISHED:
+        return None
+    for other in survey.of_kind(KIND.name):
+        with state.borrowed(other.fd) as sock:
+            facts = kernel.tcp_state(sock)
+            if facts.state != kernel.TCP_LISTEN or not facts.waiting:
+                continue
+            host, port = _plain(sock.getsockname())
+            if port != ends[1][1] or host not in (ends[1][0], "0.0.0.0", "::"):
+                continue
+        if _received_unaccepted(opened, ends):
+            raise opened.refusal(
+                "it has sent bytes to a connection that is not accepted yet",
+                "let the process accept it, then dump again",
+            )
+        return other.index
+    return None
+
+
+def _received_unaccepted(opened: Opened, ends: tuple[tuple[str, int], tuple[str, int]]) -> bool:
+    """Whether the unaccepted other end has bytes in its queue, from /proc/net/tcp."""
+    for name in ("tcp", "tcp6"):
+        path = f"/proc/{opened.survey.pid}/net/{name}"
+        with contextlib.suppress(FileNotFoundError), open(path, encoding="ascii") as file:
+            next(file)
+            for line in file:
+                words = line.split()
+                found = (_plain(_address_of(words[1])), _plain(_address_of(words[2])))
+                if found == (ends[1], ends[0]):
+                    return int(words[4].split(":")[1], 16) > 0
+    return False
+
+
+# --- making ----------------------------------------------------------------------------------
+
+
+def _bind(sock: socket.socket, entry: Entry) -> None:
+    # Connections of old may linger on the port; the option is put right when all are made.
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    state.bind_again(sock, tuple(entry["name"]))
+
+
+def _reachable(listener: Any, entry: Entry) -> Any:
+    """Where to connect to reach a listener: where the connection of old went."""
+    return tuple(entry["peer_name"]) if entry.get("peer_name") else listener
+
+
+def _make_all_pairs(assembly: Assembly) -> bool:
+    """Make every connection that has both ends here."""
+    listening = {
+        entry["name"][1] for _, entry in assembly.of_kind(KIND.name) if entry["form"] == "listening"
+    }
+    for index, entry in assembly.of_kind(KIND.name):
+        if entry["form"] == "connected" and index not in assembly.local:
+            other_index = entry["peer"]
+            # The end at a listener's port was accepted; the other called connect.
+            if entry["name"][1] in listening:
+                _make_pair(other_index, index, assembly)
+            else:
+                _make_pair(index, other_index, assembly)
+    return True
+
+
+def _make_pair(caller_index: int, accepted_index: int, assembly: Assembly) -> None:
+    caller_entry, accepted_entry = assembly.entries[caller_index], assembly.entries[accepted_index]
+    with state.make_socket(accepted_entry) as gate:
+        _bind(gate, accepted_entry)
+        gate.listen(8)
+        caller = state.make_socket(caller_entry)
+        _bind(caller, caller_entry)
+        caller.connect(tuple(caller_entry["peer_name"]))
+        accepted = _accept_from(gate, caller)
+    _fill_and_shut(caller, caller_entry, accepted_entry)
+    _fill_and_shut(accepted, accepted_entry, caller_entry)
+    assembly.adopt(caller_index, caller.detach())
+    assembly.adopt(accepted_index, accepted.detach())
+
+
+def _accept_from(gate: socket.socket, caller: socket.socket) -> socket.socket:
+    """Accept the connection that `caller` made, turning strangers away."""
+    while True:
+        accepted, address = gate.accept()
+        if _plain(address) == _plain(caller.getsockname()):
+            return accepted
+        accepted.close()
+
+
+def _fill_and_shut(sock: socket.socket, entry: Entry, other: Entry) -> None:
+    """Send what was under way to the other end; then shut our end if it was shut."""
+    data = b"".join(state.decode(message["data"]) for message in other["messages"])
+    state.fill(sock, data, f"a TCP connection to {entry['peer_name']}")
+    if entry["state"] in kernel.TCP_OWN_END_SHUT:
+        sock.shutdown(socket.SHUT_WR)
+
+
+def _make_gone(index: int, entry: Entry, assembly: Assembly) -> int:
+    """An end whose peer is gone: what was queued, then end of file or the old failure."""
+    if _is_stand_in(index, entry, assembly):
+        return os.open(os.devnull, entry["flags"] & os.O_ACCMODE | os.O_CLOEXEC)
+    host = "127.0.0.1" if entry["family"] == socket.AF_INET else "::1"
+    own = state.make_socket(entry)
+    with socket.socket(entry["family"], entry["type"]) as gate:
+        if entry["family"] == socket.AF_INET6 and "IPV6_V6ONLY" not in entry["options"]:
+            with contextlib.suppress(OSError):
+                gate.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        try:
+            gate.bind((host, 0))
+        except OSError as error:
+            if error.errno != errno.EADDRNOTAVAIL:
+                raise
+            gate.bind(("::ffff:127.0.0.1", 0))
+        gate.listen(8)
+        own.connect(gate.getsockname())
+        gone = _accept_from(gate, own)
+    data = b"".join(state.decode(message["data"]) for message in entry["messages"])
+    state.fill(gone, data, "a TCP connection")
+    if entry["failed"]:
+        gone.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("=ii", 1, 0))
+    gone.close()
+    return own.detach()
+
+
+def _is_stand_in(index: int, entry: Entry, assembly: Assembly) -> bool:
+    """Whether it is standard output to somebody gone, which becomes /dev/null."""
+    return entry["form"] == "gone" and assembly.is_standard(index) and not entry["messages"]
+
+
+KIND = TcpSocket()

@@ -1,0 +1,346 @@
+"""Unix sockets: pairs with what is queued in them, listeners, and ends whose other end is outside.
+
+Who is connected to whom only netlink tells (unix_diag). Both ends here: connected again, with the
+queued messages and their boundaries. The other end outside: a stream gives what was queued and
+then end of file; a datagram socket is connected to the same path again if somebody is there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import socket
+import stat
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from ..errors import Busy, Incompatible
+from ..linux import sockets as kernel
+from . import socket_state as state
+from .kind import Entry, Kind
+
+if TYPE_CHECKING:
+    from .assembly import Assembly
+    from .survey import Opened, Survey
+
+
+class UnixSocket(Kind):
+    rank = 40
+
+    def claims(self, opened: Opened) -> bool:
+        return state.is_socket_of(opened, (socket.AF_UNIX,), (0,))
+
+    def describe(self, opened: Opened, survey: Survey) -> Entry:
+        with state.borrowed(opened.fd) as sock:
+            entry = state.describe_socket(opened, sock)
+            facts = _facts(opened)
+            entry["name"] = state.address_to_json(sock.getsockname())
+            entry["shutdown"] = facts.shutdown
+            if isinstance(entry["name"], str):
+                entry["file"] = _describe_file(entry["name"], facts, survey.pid)
+                entry["folder"] = os.readlink(f"/proc/{survey.pid}/cwd")
+            if facts.state == kernel.TCP_LISTEN:
+                return entry | {"form": "listening", "backlog": facts.send_queue}
+            ended = bool(facts.shutdown & kernel.SHUT_READ_BIT)
+            entry["messages"] = state.peek(opened, sock, ended=ended)
+            return entry | self._describe_peer(opened, sock, facts, survey)
+
+    def _describe_peer(
+        self, opened: Opened, sock: socket.socket, facts: kernel.UnixState, survey: Survey
+    ) -> Entry:
+        if facts.peer_inode is None:
+            # A stream's peer stays known after its death; without one it never was connected.
+            return {"form": "unconnected"}
+        by_inode = {other.status.st_ino: other for other in survey.of_kind(self.name)}
+        if peer := by_inode.get(facts.peer_inode):
+            return {"form": "connected", "peer": peer.index}
+        own = opened.status.st_ino
+        for other in by_inode.values():
+            if facts.peer_inode == 0 and own in _facts(other).waiting:
+                if kernel.queued_to_send(opened.fd):
+                    raise opened.refusal(
+                        "it has sent bytes to a connection that is not accepted yet",
+                        "let the process accept it, then dump again",
+                    )
+                return {"form": "waiting", "listener": other.index}
+        with contextlib.suppress(OSError):
+            return {"form": "gone", "peer_name": state.address_to_json(sock.getpeername())}
+        return {"form": "gone"}
+
+    def check(self, entry: Entry, assembly: Assembly) -> None:
+        if isinstance(entry["name"], str) and entry["form"] in ("listening", "unconnected"):
+            with _at_folder(entry):
+                _refuse_if_served(entry)
+
+    def make(self, index: int, entry: Entry, assembly: Assembly) -> int:
+        form = entry["form"]
+        if form == "connected":
+            _make_connected(index, entry, assembly)
+        elif form == "listening":
+            sock = state.make_socket(entry)
+            _bind(sock, entry)
+            sock.listen(entry["backlog"])
+            assembly.adopt(index, sock.detach())
+        elif form == "waiting":
+            # Its listener comes first, and then this one waits in its queue again.
+            with state.reach(assembly, entry["listener"]) as listener:
+                address = listener.getsockname()
+            sock = state.make_socket(entry)
+            if entry["name"] is not None:
+                _bind(sock, entry)
+            sock.connect(address)
+            assembly.adopt(index, sock.detach())
+        elif form == "gone" and entry["type"] != socket.SOCK_DGRAM:
+            _make_gone(index, entry, assembly)
+        else:
+            _make_datagram(index, entry, assembly)
+        return assembly.local[index]
+
+    def settle(self, index: int, entry: Entry, assembly: Assembly) -> None:
+        if _is_stand_in(index, entry, assembly):
+            return
+        assembly.once("unix messages", lambda: _queue_datagrams(assembly))
+        with state.borrowed(assembly.local[index]) as sock:
+            if entry["form"] in ("connected", "unconnected"):
+                _shut(sock, entry["shutdown"])
+            state.settle_options(sock, entry)
+
+    def place(self, entry: Entry, fd: int, local: dict[int, int]) -> None:
+        # SO_PEERCRED tells who called listen(2): say it again from the process itself.
+        if entry["form"] == "listening":
+            with state.borrowed(fd) as sock:
+                sock.listen(entry["backlog"])
+
+
+def _facts(opened: Opened) -> kernel.UnixState:
+    inode = opened.status.st_ino
+
+    def ask() -> kernel.UnixState:
+        try:
+            return kernel.unix_state(inode)
+        except FileNotFoundError as error:
+            raise opened.refusal(
+                "this network namespace does not know the socket, or the kernel lacks unix_diag",
+                "run lzy in the network namespace of the process, with the module unix_diag",
+            ) from error
+
+    return opened.survey.once(("unix", inode), ask)
+
+
+# --- making ----------------------------------------------------------------------------------
+
+
+def _make_connected(index: int, entry: Entry, assembly: Assembly) -> None:
+    """Make an end and, if both ends point at each other, the other one with it."""
+    other_index = entry["peer"]
+    other = assembly.entries[other_index]
+    if entry["type"] == socket.SOCK_DGRAM and (
+        other.get("peer") != index or entry["name"] is not None or other["name"] is not None
+    ):
+        _make_datagram(index, entry, assembly)
+        return
+    one, two = socket.socketpair(entry["family"], entry["type"], entry["protocol"])
+    if entry["type"] != socket.SOCK_DGRAM:
+        _queue(one, other["messages"], "a unix socket")
+        _queue(two, entry["messages"], "a unix socket")
+    assembly.adopt(index, one.detach())
+    assembly.adopt(other_index, two.detach())
+
+
+def _make_gone(index: int, entry: Entry, assembly: Assembly) -> None:
+    """An end whose other end is gone: what was queued, then end of file."""
+    if _is_stand_in(index, entry, assembly):
+        flags = entry["flags"] & os.O_ACCMODE | os.O_CLOEXEC
+        assembly.adopt(index, os.open(os.devnull, flags))
+        return
+    own, gone = socket.socketpair(entry["family"], entry["type"], entry["protocol"])
+    _queue(gone, entry["messages"], "a unix socket")
+    gone.close()
+    assembly.adopt(index, own.detach())
+
+
+def _is_stand_in(index: int, entry: Entry, assembly: Assembly) -> bool:
+    """Whether it is standard output to somebody gone, which becomes /dev/null."""
+    return entry["form"] == "gone" and assembly.is_standard(index) and not entry["messages"]
+
+
+def _make_datagram(index: int, entry: Entry, assembly: Assembly) -> None:
+    """A socket with its name; datagram sockets get their destination when all have names."""
+    sock = state.make_socket(entry)
+    if entry["name"] is not None:
+        _bind(sock, entry)
+    assembly.adopt(index, sock.detach())
+
+
+def _queue_datagrams(assembly: Assembly) -> bool:
+    """Connect the datagram sockets and queue their messages, now that every name exists."""
+    sockets = [
+        (index, entry)
+        for index, entry in assembly.of_kind(KIND.name)
+        if entry["type"] == socket.SOCK_DGRAM and not _is_stand_in(index, entry, assembly)
+    ]
+    senders = {repr(entry["name"]): index for index, entry in sockets if entry["name"] is not None}
+    for index, entry in sockets:
+        with contextlib.ExitStack() as stack:
+            receiver = stack.enter_context(state.borrowed(assembly.local[index]))
+            for message in entry["messages"]:
+                name = message.get("from")
+                if repr(name) in senders:
+                    sender_fd = assembly.local[senders[repr(name)]]
+                    sender = stack.enter_context(state.borrowed(sender_fd))
+                elif entry["form"] == "connected" and _is_mutual(index, entry, assembly):
+                    sender = stack.enter_context(state.borrowed(assembly.local[entry["peer"]]))
+                else:
+                    sender = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
+                _send_datagram(sender, receiver, entry, state.decode(message["data"]))
+    for index, entry in sockets:
+        with state.borrowed(assembly.local[index]) as sock:
+            target = None
+            if entry["form"] == "connected":
+                target = state.address_from_json(assembly.entries[entry["peer"]]["name"])
+                folder = assembly.entries[entry["peer"]]
+            elif entry["form"] == "gone":
+                target = state.address_from_json(entry.get("peer_name"))
+                folder = entry
+            if target is not None:
+                # Nobody there any more: sending fails as it would have with the peer's death.
+                with _at_folder(folder), contextlib.suppress(OSError):
+                    sock.connect(target)
+    return True
+
+
+def _is_mutual(index: int, entry: Entry, assembly: Assembly) -> bool:
+    return bool(assembly.entries[entry["peer"]].get("peer") == index)
+
+
+def _send_datagram(
+    sender: socket.socket, receiver: socket.socket, entry: Entry, data: bytes
+) -> None:
+    kernel.set_buffer_bytes(sender, max(len(data) * 2, 1 << 20), None)
+    blocking = sender.getblocking()
+    sender.setblocking(False)
+    try:
+        if entry["name"] is not None:
+            with _at_folder(entry):
+                sender.sendto(data, state.address_from_json(entry["name"]))
+        else:
+            sender.send(data)
+    except BlockingIOError as error:
+        raise Incompatible(
+            "the queued datagrams are more than this machine lets a socket hold",
+            remedy="raise net.unix.max_dgram_qlen with sysctl",
+        ) from error
+    finally:
+        sender.setblocking(blocking)
+
+
+def _queue(sender: socket.socket, messages: list[dict[str, Any]], what: str) -> None:
+    pieces = [state.decode(message["data"]) for message in messages]
+    if sender.type == socket.SOCK_STREAM:
+        state.fill(sender, b"".join(pieces), what)
+        return
+    room = sum(len(piece) + 4096 for piece in pieces)
+    if pieces:
+        kernel.set_buffer_bytes(sender, room, None)
+    sender.setblocking(False)
+    for piece in pieces:
+        sender.send(piece)
+
+
+def _shut(sock: socket.socket, bits: int) -> None:
+    ways = {
+        kernel.SHUT_READ_BIT: socket.SHUT_RD,
+        kernel.SHUT_WRITE_BIT: socket.SHUT_WR,
+        kernel.SHUT_READ_BIT | kernel.SHUT_WRITE_BIT: socket.SHUT_RDWR,
+    }
+    if bits:
+        with contextlib.suppress(OSError):
+            sock.shutdown(ways[bits])
+
+
+# --- names in the file system ------------------------------------------------------------------
+
+
+def _describe_file(name: str, facts: kernel.UnixState, pid: int) -> dict[str, Any] | None:
+    """Mode and owner of the socket's file if the name still leads to this socket."""
+    path = name if name.startswith("/") else f"/proc/{pid}/cwd/{name}"
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    if not stat.S_ISSOCK(status.st_mode):
+        return None
+    if facts.file is not None and facts.file[0] != status.st_ino & 0xFFFFFFFF:
+        return None
+    return {"mode": stat.S_IMODE(status.st_mode), "user": status.st_uid, "group": status.st_gid}
+
+
+@contextlib.contextmanager
+def _at_folder(entry: Entry) -> Iterator[None]:
+    """Work in the process's folder while a relative name is used."""
+    name = entry.get("name")
+    if not isinstance(name, str) or name.startswith("/"):
+        yield
+        return
+    here = os.open(".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.chdir(entry["folder"])
+        yield
+    finally:
+        os.fchdir(here)
+        os.close(here)
+
+
+def _refuse_if_served(entry: Entry) -> None:
+    """Refuse a name that another socket, or another kind of file, has by now."""
+    name = entry["name"]
+    try:
+        status = os.lstat(name)
+    except FileNotFoundError:
+        if not os.path.isdir(os.path.dirname(os.path.abspath(name))):
+            raise
+        return
+    if not stat.S_ISSOCK(status.st_mode):
+        raise Incompatible(
+            f"{name} was a socket of the process and is another file now",
+            remedy="move that file away, then restore again",
+            path=name,
+        )
+    with socket.socket(socket.AF_UNIX, entry["type"]) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(name)
+        except OSError as error:
+            if error.errno in (errno.ECONNREFUSED, errno.ENOENT):
+                return
+            if error.errno not in (errno.EAGAIN, errno.EPROTOTYPE):
+                raise
+        raise Busy(
+            f"another process serves the socket {name} of the process",
+            remedy="end it (`ss -lxp` names it), then restore again",
+            path=name,
+        )
+
+
+def _bind(sock: socket.socket, entry: Entry) -> None:
+    """Bind to the name of old; the dead socket's file there is replaced."""
+    name = state.address_from_json(entry["name"])
+    if not isinstance(name, str):
+        state.bind_again(sock, name)
+        return
+    with _at_folder(entry):
+        _refuse_if_served(entry)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name)
+        sock.bind(name)
+        file = entry.get("file")
+        if file is None:
+            os.unlink(name)
+            return
+        os.chmod(name, file["mode"])
+        with contextlib.suppress(PermissionError):
+            os.chown(name, file["user"], file["group"])
+
+
+KIND = UnixSocket()

@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from . import machine, proc
 from .errors import Busy, LzyError, NotFound
@@ -120,7 +120,9 @@ def give_birth(
 
 def _clone(pid: int, flags: int = 0) -> int:
     try:
-        return process.clone3(flags=flags, set_tid=pid)
+        # clone(2): with CLONE_PARENT the exit signal is the caller's own and must be given as 0
+        exit_signal = 0 if flags & process.CLONE_PARENT else signal.SIGCHLD
+        return process.clone3(flags=flags, exit_signal=exit_signal, set_tid=pid)
     except OSError as error:
         if error.errno == errno.EEXIST:
             raise Busy(
@@ -175,18 +177,14 @@ def _make_namespace(wanted: Wanted, live: Callable[[], NoReturn]) -> int:
         if wanted.pid == 1:
             live()
         parent = wanted.parent
-        if (
-            parent > 1
-            and parent not in wanted.tids
-            and parent != wanted.pid
-            and process.clone3(set_tid=parent) == 0
-            and wanted.session == parent
-        ):
-            os.setsid()
-        if parent <= 1 or os.getpid() == parent:
-            if process.clone3(set_tid=wanted.pid) == 0:
-                _join_session(wanted)
-                live()
+        is_parent = True
+        if parent > 1 and parent != wanted.pid and parent not in wanted.tids:
+            is_parent = process.clone3(set_tid=parent) == 0
+            if is_parent and wanted.session == parent:
+                os.setsid()
+        if is_parent and process.clone3(set_tid=wanted.pid) == 0:
+            _join_session(wanted)
+            live()
         _become_reaper()
     except BaseException as error:
         print(f"lzy: namespace: {error}", file=sys.stderr)

@@ -29,12 +29,13 @@ from .content import (
     own_page_ranges,
     windows_of,
 )
-from .elf import build_id
 from .errors import Busy, KernelError, LzyError, NotFound, Unsupported
 from .host import describe_host
 from .linux import process, ptrace
 from .machine import Call
+from .mapped import Mappings, refuse_mappings
 from .proc import Vma
+from .resources.kind import all_kinds
 from .stages import reach
 from .tracee import Tracee
 
@@ -46,7 +47,6 @@ Progress = Callable[[str, int, int], None]
 
 DOCUMENT_FORMAT = 1
 SNAPSHOT_OBJECT_LIMIT_BYTES = 32 << 20  # shared memory up to here is copied while frozen
-_MAPPED_KINDS_MADE_AGAIN = ("/dev/zero",)
 
 
 @dataclass
@@ -85,8 +85,10 @@ def dump(
     # 1. What can be refused without touching the process is refused now.
     refuse_unfit(pid)
     wait_for_pager(pid, progress)
+    places = proc.read_bytes(pid, "maps")
     vmas = proc.mappings(pid)
     refuse_mappings(pid, vmas)
+    all_kinds()  # their modules are loaded: what can be done before the process is stopped, is
     obstacle = _why_no_snapshot(vmas) if leave_running else "the process ends"
     comm = proc.stat(pid)[1]
     taken = time.time()
@@ -107,7 +109,7 @@ def dump(
             refuse_children(pid)
 
             # 3. Ask what only the process itself can tell, by system calls made inside it.
-            tracee.prepare()
+            tracee.prepare(vmas=vmas)
             reach("dump.prepared")
             timers = proc.posix_timers(pid)
             threads = interrogate.describe_threads(tracee)
@@ -120,12 +122,12 @@ def dump(
             reach("dump.described")
 
             # 5. Its mappings; and the snapshot, if the process goes on.
-            still = proc.mappings(pid, with_flags=False)
-            if not _same_places(vmas, still):
+            if proc.read_bytes(pid, "maps") != places:
                 vmas = proc.mappings(pid)
                 refuse_mappings(pid, vmas)
                 obstacle = obstacle or _why_no_snapshot(vmas)
-            _take_mapped_objects(pid, vmas, objects)
+            mappings = Mappings(pid, vmas)
+            mappings.take_objects(objects)
             if not obstacle and objects.total_bytes > SNAPSHOT_OBJECT_LIMIT_BYTES:
                 obstacle = f"it shares {objects.total_bytes >> 20} MiB of memory"
             if not obstacle:
@@ -142,7 +144,8 @@ def dump(
                 freeze_s = 0.0
             source_pid = snapshot or pid
 
-            # 6. Its memory.
+            # 6. Its memory, and what the snapshot knows as well as the process did.
+            own |= interrogate.describe_inherited(source_pid)
             ranges = own_page_ranges(source_pid, vmas)
             guards = guard_ranges(source_pid, vmas)
             host = describe_host(source_pid, vmas, interrogate.decode(threads[0]["xstate"]))
@@ -167,7 +170,7 @@ def dump(
                 "host": host,
                 "process": own,
                 "threads": threads,
-                "vmas": [_describe_vma(pid, vma) for vma in vmas if vma.kind != "vsyscall"],
+                "vmas": mappings.describe(),
                 "guards": guards,
                 "objects": objects.described,
                 "descriptors": descriptors,
@@ -282,44 +285,6 @@ def refuse_children(pid: int) -> None:
         )
 
 
-def refuse_mappings(pid: int, vmas: list[Vma]) -> None:
-    """Raise Unsupported for a mapping that lzy cannot make again."""
-    for vma in vmas:
-        if vma.kind in ("vdso", "vvar", "vsyscall"):
-            continue
-        what = ""
-        remedy = "have the program unmap it"
-        if "ht" in vma.flags:
-            what, remedy = "huge-page (hugetlbfs)", "use transparent huge pages instead"
-        elif vma.path.startswith("anon_inode:[io_uring]"):
-            what, remedy = "io_uring", "end what uses io_uring (with uvloop: UV_USE_IO_URING=0)"
-        elif vma.path.startswith("/[aio]"):
-            what, remedy = "asynchronous I/O (io_setup)", "end what uses it"
-        elif vma.path.startswith("/SYSV"):
-            what, remedy = "System V shared memory", "use memory-mapped files or POSIX memory"
-        elif vma.path.startswith(("/dev/nvidia", "/dev/dri")):
-            what, remedy = "GPU", "free the GPU first; GPU processes are not supported yet"
-        elif (
-            vma.path.startswith("/dev/")
-            and vma.kind == "file"
-            and (not vma.path.startswith(("/dev/shm/", "/dev/zero", "/dev/hugepages")))
-        ):
-            what = "device"
-        elif vma.flags & {"io", "pf"}:
-            what = "device memory"
-        elif "ss" in vma.flags:
-            what, remedy = "shadow stack", "start it with GLIBC_TUNABLES=glibc.cpu.x86_shstk=off"
-        elif vma.path.startswith("anon_inode:"):
-            what = vma.path
-        if what:
-            raise Unsupported(
-                f"pid {pid} has a {what} mapping at {vma.start:#x} ({vma.path or 'anonymous'})",
-                remedy=remedy,
-                pid=pid,
-                address=vma.start,
-            )
-
-
 def wait_for_pager(pid: int, progress: Progress | None) -> None:
     """Wait until memory that a lazy restore still brings in is all there.
 
@@ -358,97 +323,6 @@ def _why_no_snapshot(vmas: list[Vma]) -> str:
 
 
 # -- steps -------------------------------------------------------------------------------------
-
-
-def _same_places(before: list[Vma], now: list[Vma]) -> bool:
-    return [(v.start, v.end, v.permissions, v.inode) for v in before] == [
-        (v.start, v.end, v.permissions, v.inode) for v in now
-    ]
-
-
-def _take_mapped_objects(pid: int, vmas: list[Vma], objects: Objects) -> None:
-    """Add the content behind mappings whose file has no path: it lives in these mappings only."""
-    for vma in vmas:
-        if vma.kind == "memory":
-            try:
-                descriptor = os.open(
-                    f"/proc/{pid}/map_files/{vma.start:x}-{vma.end:x}", os.O_RDONLY | os.O_CLOEXEC
-                )
-            except OSError as error:
-                raise Unsupported(
-                    f"cannot open what pid {pid} has mapped at {vma.start:#x} ({vma.path}): "
-                    f"{error.strerror}",
-                    remedy="run lzy as root",
-                    pid=pid,
-                ) from error
-            try:
-                status = os.fstat(descriptor)
-                number = objects.add_file(descriptor, key=(status.st_dev, status.st_ino))
-                _OBJECT_OF[vma] = number
-            finally:
-                os.close(descriptor)
-
-
-_OBJECT_OF: dict[Vma, int] = {}
-
-
-def _describe_vma(pid: int, vma: Vma) -> dict[str, Any]:
-    described: dict[str, Any] = {
-        "start": vma.start,
-        "end": vma.end,
-        "permissions": vma.permissions,
-        "kind": vma.kind,
-        "flags": sorted(vma.flags),
-    }
-    if vma.path:
-        described["path"] = vma.path
-    if vma.kind in ("file", "memory"):
-        described["offset"] = vma.offset
-    if vma.kind == "memory":
-        described["object"] = _OBJECT_OF[vma]
-    elif vma.kind == "file" and vma.path != "/dev/zero":
-        described["file"] = describe_file(pid, vma)
-    return described
-
-
-_FILES: dict[tuple[int, int, str], dict[str, Any]] = {}
-
-
-def describe_file(pid: int, vma: Vma) -> dict[str, Any]:
-    """By what a mapped file is known again: size, modification time, build-id if it has one.
-
-    Raises Unsupported when the path now names another file than the one that is mapped.
-    """
-    key = (vma.device, vma.inode, vma.path)
-    if key not in _FILES:
-        path = f"/proc/{pid}/root{vma.path}"
-        try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise Unsupported(
-                f"cannot open {vma.path}, which pid {pid} has mapped at {vma.start:#x}: "
-                f"{error.strerror}",
-                remedy="make the file reachable",
-                pid=pid,
-                path=vma.path,
-            ) from error
-        try:
-            status = os.fstat(descriptor)
-            if status.st_ino != vma.inode:
-                raise Unsupported(
-                    f"{vma.path} was replaced since pid {pid} mapped it",
-                    remedy="put the old file back or restart the program",
-                    pid=pid,
-                    path=vma.path,
-                )
-            _FILES[key] = {
-                "size_bytes": status.st_size,
-                "modified_ns": status.st_mtime_ns,
-                "build_id": build_id(descriptor),
-            }
-        finally:
-            os.close(descriptor)
-    return _FILES[key]
 
 
 def _split(tracee: Tracee) -> tuple[int, str]:
@@ -524,7 +398,7 @@ def _end(tracee: Tracee, pidfd: int, descriptors: dict[str, Any]) -> None:
     resources.release_descriptors(held)
 
 
-class _reporting:  # noqa: N801 - used as a with-statement's word
+class _reporting:
     """Report a writer's progress ten times a second while the block runs."""
 
     def __init__(

@@ -74,12 +74,16 @@ def check_host(host: dict[str, Any], name: str) -> None:
 
 # CPU features that change what user code may execute, by the names of /proc/cpuinfo. Features only
 # the kernel uses (virtualisation, mitigations, power) are no reason to refuse.
-_USER_FEATURES = frozenset(
-    """mmx sse sse2 pni ssse3 sse4_1 sse4_2 sse4a avx avx2 fma f16c bmi1 bmi2 adx aes vaes
-    pclmulqdq vpclmulqdq sha_ni sha512 sm3 sm4 rdrand rdseed movbe popcnt abm lzcnt xsave xsaveopt
-    xsavec cx16 fsgsbase erms fsrm clflushopt clwb rdpid rdtscp serialize movdiri movdir64b
-    waitpkg avx_vnni avx_ifma avx_ne_convert avx512f avx512dq avx512ifma avx512cd avx512bw avx512vl
-    avx512vbmi avx512_vbmi2 avx512_vnni avx512_bitalg avx512_vpopcntdq avx512_fp16 avx512_bf16
-    avx512_vp2intersect avx10 amx_tile amx_int8 amx_bf16 amx_fp16 gfni rtm hle pku ospke
-    3dnowprefetch user_shstk xop fma4 tbm lwp""".split()
+_USER_FEATURES: frozenset[str] = frozenset(
+    word
+    for line in (
+        "mmx sse sse2 pni ssse3 sse4_1 sse4_2 sse4a avx avx2 fma f16c bmi1 bmi2 adx aes vaes",
+        "pclmulqdq vpclmulqdq sha_ni sha512 sm3 sm4 rdrand rdseed movbe popcnt abm lzcnt xsave",
+        "xsaveopt xsavec cx16 fsgsbase erms fsrm clflushopt clwb rdpid rdtscp serialize movdiri",
+        "movdir64b waitpkg avx_vnni avx_ifma avx_ne_convert avx512f avx512dq avx512ifma avx512cd",
+        "avx512bw avx512vl avx512vbmi avx512_vbmi2 avx512_vnni avx512_bitalg avx512_vpopcntdq",
+        "avx512_fp16 avx512_bf16 avx512_vp2intersect avx10 amx_tile amx_int8 amx_bf16 amx_fp16",
+        "gfni rtm hle pku ospke 3dnowprefetch user_shstk xop fma4 tbm lwp",
+    )
+    for word in line.split()
 )

@@ -91,7 +91,7 @@ def _ask_threads(tracee: Tracee, order: list[int]) -> dict[int, dict[str, Any]]:
 
 def _describe_thread(tracee: Tracee, thread: Thread, inside: dict[str, Any]) -> dict[str, Any]:
     tid = thread.tid
-    status = proc.status(tracee.pid, tid)
+    status = tracee.status(thread)
     rseq = ptrace.rseq_configuration(tid)
     registers = thread.registers
     if rseq:
@@ -99,7 +99,9 @@ def _describe_thread(tracee: Tracee, thread: Thread, inside: dict[str, Any]) -> 
     head, head_length = process.robust_list(tid)
     return {
         "tid": proc.innermost(status["NSpid"]),
-        "comm": proc.stat(tracee.pid, tid)[1],
+        "comm": proc.read_bytes(tracee.pid, f"task/{tid}/comm").decode("utf-8", "surrogateescape")[
+            :-1
+        ],
         "registers": registers,
         "xstate": encode(ptrace.read_register_set(tid, ptrace.NT_X86_XSTATE)),
         "signal_mask": thread.mask,
@@ -135,7 +137,7 @@ def _abort_critical_section(pid: int, registers: dict[str, int], area: int) -> d
 
 
 def describe_process(tracee: Tracee, timers: list[proc.PosixTimer]) -> dict[str, Any]:
-    """What belongs to the process as a whole: signal actions, timers, addresses, rights, limits."""
+    """What the stopped process as a whole can tell: signal actions, timers, switches, family."""
     pid = tracee.pid
     leader = tracee.threads[pid]
     batch = tracee.batch()
@@ -163,9 +165,8 @@ def describe_process(tracee: Tracee, timers: list[proc.PosixTimer]) -> dict[str,
     )  # fmt: skip
     tracee.run(leader, batch)
 
-    status = proc.status(pid)
-    stat = proc.stat(pid)
-    own = {
+    status = tracee.status(leader)
+    return {
         "signal_actions": {
             str(n): encode(batch.read(a, SIGACTION_BYTES))
             for n, a in actions.items()
@@ -195,25 +196,30 @@ def describe_process(tracee: Tracee, timers: list[proc.PosixTimer]) -> dict[str,
         if batch.results[tiles] == 0
         else 0,
         "barriers": max(0, batch.results[barriers]),
+        "parent": _innermost_parent(pid, int(status["PPid"])),
+        "group": proc.innermost(status["NSpgid"]),
+        "session": proc.innermost(status["NSsid"]),
+        "stopped": leader.in_group_stop,
+        "umask": int(status["Umask"], 8),
+        "cwd": os.readlink(f"/proc/{pid}/cwd"),
+        "root": os.readlink(f"/proc/{pid}/root"),
     }
+
+
+def describe_inherited(pid: int) -> dict[str, Any]:
+    """What a snapshot of the process has as well, so that it need not stay stopped for it."""
+    stat = proc.stat(pid)
     fields = (25, 26, 44, 45, 46, 27, 47, 48, 49, 50)
     names = ("start_code", "end_code", "start_data", "end_data", "start_brk", "start_stack",
              "arg_start", "arg_end", "env_start", "env_end")  # fmt: skip
-    return own | {
+    return {
         "layout": {n: int(stat[f]) for n, f in zip(names, fields, strict=True)},
         "auxv": encode(proc.read_bytes(pid, "auxv")),
         "exe": os.readlink(f"/proc/{pid}/exe"),
-        "cwd": os.readlink(f"/proc/{pid}/cwd"),
-        "root": os.readlink(f"/proc/{pid}/root"),
-        "umask": int(status["Umask"], 8),
         "limits": {str(k): list(v) for k, v in proc.limits(pid).items()},
         "personality": int(proc.read_bytes(pid, "personality"), 16),
         "oom_score_adj": int(proc.read_bytes(pid, "oom_score_adj")),
         "coredump_filter": int(proc.read_bytes(pid, "coredump_filter") or b"0", 16),
-        "parent": _innermost_parent(pid, int(stat[3])),
-        "group": proc.innermost(status["NSpgid"]),
-        "session": proc.innermost(status["NSsid"]),
-        "stopped": leader.in_group_stop,
         "command_line": [os.fsdecode(a) for a in proc.read_bytes(pid, "cmdline").split(b"\0")[:-1]],
     }
 

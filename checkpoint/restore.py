@@ -522,7 +522,7 @@ class Restorer:
         indexes: list[int] | range = range(first, last)
         left = 0
         if lazy:
-            later = set()
+            later: set[int] = set()
             for vma in lazy:
                 low, high = self._runs_of(vma)
                 size = self.image.window_pages * PAGE_BYTES
@@ -593,8 +593,8 @@ class Restorer:
                 if status >> 16 == ptrace.PTRACE_EVENT_STOP:
                     break
                 ptrace.resume(tid)
-            thread = tracee.threads[tid] = Thread(tid)
-            thread.registers["rsp"] = 0
+            new = tracee.threads[tid] = Thread(tid)
+            new.registers["rsp"] = 0
         return [leader, *[tracee.threads[tid] for tid in born]]
 
     def _reinstate(self, tracee: Tracee, threads: list[Thread], own_pid: int) -> None:
@@ -816,7 +816,7 @@ class _Source:
 
 
 def _protection(vma: dict[str, Any]) -> int:
-    text = vma["permissions"]
+    text: str = vma["permissions"]
     return (text[0] == "r") | (text[1] == "w") << 1 | (text[2] == "x") << 2
 
 

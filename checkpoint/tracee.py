@@ -107,6 +107,7 @@ class Thread:
         self.tid = tid
         self.registers = machine.unpack_registers(ptrace.read_register_set(tid, ptrace.NT_PRSTATUS))
         self.mask = ptrace.read_signal_mask(tid)
+        self.status: dict[str, str] = {}  # /proc status, read at the first need
         self.in_group_stop = False
         self.disturbed = False  # registers or mask differ from what was found
 
@@ -226,11 +227,16 @@ class Tracee:
 
     # -- running system calls inside ----------------------------------------------------------
 
-    def prepare(self, *, arena_bytes: int = ARENA_BYTES) -> None:
-        """Place our code in unused bytes of the process and map an arena for batches."""
+    def prepare(
+        self, *, arena_bytes: int = ARENA_BYTES, vmas: list[proc.Vma] | None = None
+    ) -> None:
+        """Place our code in unused bytes of the process and map an arena for batches.
+
+        `vmas` may have been read before the process was stopped: what is used of them is checked.
+        """
         leader = self.threads[self.pid]
         self._signal = self._choose_signal()
-        place = self._find_unused_text()
+        place = self._find_unused_text(vmas or proc.mappings(self.pid, with_flags=False))
         self._restore_text = (place, bytes(machine.CODE_BYTES + machine.CONTEXT_BYTES))
         os.pwrite(self.memory, machine.CODE.ljust(machine.CODE_BYTES, b"\0"), place)
         self.code = place
@@ -277,24 +283,27 @@ class Tracee:
                     raise
 
     def _choose_signal(self) -> int:
-        """A signal whose arrival the process would not notice."""
-        status = proc.status(self.pid)
+        """A signal whose arrival the process would not notice: no handler, not blocked."""
+        status = self.status(self.threads[self.pid])
         noticed = int(status["SigCgt"], 16) | int(status["ShdPnd"], 16)
         for thread in self.threads.values():
-            noticed |= thread.mask | int(proc.status(self.pid, thread.tid)["SigPnd"], 16)
+            noticed |= thread.mask
         for candidate in _CANDIDATES:
             if not noticed >> (candidate - 1) & 1:
                 return int(candidate)
         return int(signal.SIGURG)  # its handlers expect to be called without cause
 
-    def _find_unused_text(self) -> int:
+    def _find_unused_text(self, vmas: list[proc.Vma]) -> int:
         """The address of enough zero bytes at the end of some mapped text."""
         wanted = machine.CODE_BYTES + machine.CONTEXT_BYTES
-        texts = [v for v in proc.mappings(self.pid, with_flags=False) if "x" in v.permissions]
+        texts = [v for v in vmas if "x" in v.permissions]
         texts = [v for v in texts if v.kind in ("vdso", "file") and not v.shared]
         for vma in sorted(texts, key=lambda v: v.kind != "vdso"):
             place = vma.end - wanted
-            tail = os.pread(self.memory, wanted, place)
+            try:
+                tail = os.pread(self.memory, wanted, place)
+            except OSError:
+                continue  # it was unmapped since
             if not any(tail) or tail.startswith(machine.CODE):
                 return place
         raise Unsupported(
@@ -320,15 +329,21 @@ class Tracee:
         os.pwrite(self.memory, content, address)
 
     def _context(self, thread: Thread) -> bytes:
-        tgid, tid = self.own_numbers(thread.tid)
+        tgid, tid = self.own_numbers(thread)
         return machine.pack_context(
             machine.rewind(thread.registers), thread.mask, tgid, tid, self._signal
         )
 
-    def own_numbers(self, tid: int) -> tuple[int, int]:
+    def own_numbers(self, thread: Thread) -> tuple[int, int]:
         """Process and thread id as the tracee itself sees them, in its pid namespace."""
-        status = proc.status(self.pid, tid)
+        status = self.status(thread)
         return proc.innermost(status["NStgid"]), proc.innermost(status["NSpid"])
+
+    def status(self, thread: Thread) -> dict[str, str]:
+        """/proc status of a stopped thread, read once."""
+        if not thread.status:
+            thread.status = proc.status(self.pid, thread.tid)
+        return thread.status
 
     def batch(self, slot: int = 0, slots: int = 1) -> Batch:
         """A batch in the arena, or in one of `slots` equal parts of it."""

@@ -60,14 +60,14 @@ class _Iovec(ctypes.Structure):
     _fields_ = [("base", ctypes.c_void_p), ("length", ctypes.c_size_t)]
 
 
-_ARGUMENTS = [
+_ARGUMENTS = (
     ctypes.c_int,
     ctypes.c_void_p,
     ctypes.c_ulong,
     ctypes.c_void_p,
     ctypes.c_ulong,
     ctypes.c_ulong,
-]
+)
 _readv = libc.process_vm_readv
 _readv.restype = ctypes.c_ssize_t
 _readv.argtypes = _ARGUMENTS
@@ -99,7 +99,7 @@ def _transfer(
 ) -> None:
     for start in range(0, len(runs), IOV_MAX):
         part = runs[start : start + IOV_MAX]
-        vector = (_Iovec * len(part))(*part)
+        vector = (_Iovec * len(part))(*[_Iovec(address, length) for address, length in part])
         remaining = sum(length for _, length in part)
         position = 0
         while remaining:

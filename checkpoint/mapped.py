@@ -1,0 +1,144 @@
+"""A process's mappings as an image describes them: what is behind each, and how it is known."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from .content import Objects
+from .elf import build_id
+from .errors import Unsupported
+from .proc import Vma
+
+
+def refuse_mappings(pid: int, vmas: list[Vma]) -> None:
+    """Raise Unsupported for a mapping that lzy cannot make again."""
+    for vma in vmas:
+        if vma.kind not in ("vdso", "vvar", "vsyscall") and (found := _obstacle(vma)):
+            what, remedy = found
+            raise Unsupported(
+                f"pid {pid} has a {what} mapping at {vma.start:#x} ({vma.path or 'anonymous'})",
+                remedy=remedy,
+                pid=pid,
+                address=vma.start,
+            )
+
+
+def _obstacle(vma: Vma) -> tuple[str, str] | None:
+    """What kind of mapping it is that cannot be made again, and a way out."""
+    path = vma.path
+    if "ht" in vma.flags:
+        return "huge-page (hugetlbfs)", "use transparent huge pages instead"
+    if path.startswith("anon_inode:[io_uring]"):
+        return "io_uring", "end what uses io_uring (with uvloop: UV_USE_IO_URING=0)"
+    if path.startswith("/[aio]"):
+        return "asynchronous I/O (io_setup)", "end what uses it"
+    if path.startswith("/SYSV"):
+        return "System V shared memory", "use memory-mapped files or POSIX shared memory"
+    if path.startswith(("/dev/nvidia", "/dev/dri")):
+        return "GPU", "free the GPU first; GPU processes are not supported yet"
+    if path.startswith("/dev/") and not path.startswith(("/dev/shm/", "/dev/zero")):
+        return "device", "have the program unmap it"
+    if "ss" in vma.flags:
+        return "shadow stack", "start it with GLIBC_TUNABLES=glibc.cpu.x86_shstk=off"
+    if vma.flags & {"io", "pf"}:
+        return "device memory", "have the program unmap it"
+    if path.startswith("anon_inode:"):
+        return path, "have the program unmap it"
+    return None
+
+
+class Mappings:
+    """The mappings of a stopped process, with the contents that live in no directory taken."""
+
+    def __init__(self, pid: int, vmas: list[Vma]) -> None:
+        self.pid = pid
+        self.vmas = vmas
+        self._objects: dict[Vma, int] = {}
+        self._files: dict[tuple[int, str], dict[str, Any]] = {}
+
+    def take_objects(self, objects: Objects) -> None:
+        """Add what lies behind mappings whose file has no path: it lives in these mappings only.
+
+        Raises Unsupported where it cannot be opened.
+        """
+        for vma in self.vmas:
+            if vma.kind != "memory":
+                continue
+            try:
+                descriptor = os.open(
+                    f"/proc/{self.pid}/map_files/{vma.start:x}-{vma.end:x}",
+                    os.O_RDONLY | os.O_CLOEXEC,
+                )
+            except OSError as error:
+                raise Unsupported(
+                    f"cannot open what pid {self.pid} has mapped at {vma.start:#x} ({vma.path}): "
+                    f"{error.strerror}",
+                    remedy="run lzy as root",
+                    pid=self.pid,
+                ) from error
+            try:
+                status = os.fstat(descriptor)
+                self._objects[vma] = objects.add_file(
+                    descriptor, key=(status.st_dev, status.st_ino)
+                )
+            finally:
+                os.close(descriptor)
+
+    def describe(self) -> list[dict[str, Any]]:
+        """All mappings but vsyscall, in address order, JSON-able."""
+        return [self._describe(vma) for vma in self.vmas if vma.kind != "vsyscall"]
+
+    def _describe(self, vma: Vma) -> dict[str, Any]:
+        described: dict[str, Any] = {
+            "start": vma.start,
+            "end": vma.end,
+            "permissions": vma.permissions,
+            "kind": vma.kind,
+            "flags": sorted(vma.flags),
+        }
+        if vma.path:
+            described["path"] = vma.path
+        if vma.kind in ("file", "memory"):
+            described["offset"] = vma.offset
+        if vma.kind == "memory":
+            described["object"] = self._objects[vma]
+        elif vma.kind == "file" and vma.path != "/dev/zero":
+            described["file"] = self._describe_file(vma)
+        return described
+
+    def _describe_file(self, vma: Vma) -> dict[str, Any]:
+        """By what a mapped file is known again: size, modification time, build-id if it has one.
+
+        Raises Unsupported when the path now names another file than the one that is mapped.
+        """
+        key = (vma.inode, vma.path)
+        if key in self._files:
+            return self._files[key]
+        try:
+            descriptor = os.open(f"/proc/{self.pid}/root{vma.path}", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise Unsupported(
+                f"cannot open {vma.path}, which pid {self.pid} has mapped at {vma.start:#x}: "
+                f"{error.strerror}",
+                remedy="make the file reachable",
+                pid=self.pid,
+                path=vma.path,
+            ) from error
+        try:
+            status = os.fstat(descriptor)
+            if status.st_ino != vma.inode:
+                raise Unsupported(
+                    f"{vma.path} was replaced since pid {self.pid} mapped it",
+                    remedy="put the old file back or restart the program",
+                    pid=self.pid,
+                    path=vma.path,
+                )
+            self._files[key] = {
+                "size_bytes": status.st_size,
+                "modified_ns": status.st_mtime_ns,
+                "build_id": build_id(descriptor),
+            }
+        finally:
+            os.close(descriptor)
+        return self._files[key]

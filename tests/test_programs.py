@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import re
+import shutil
+import signal
+import socket
+import sys
+import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parent))
+from living import PATIENCE_S, PROGRAMS, await_end, wait_readable
+
 if TYPE_CHECKING:
-    from conftest import CommandLine, Program
+    from living import CommandLine, Program
 
     Start = Callable[..., Program]
 
@@ -27,27 +39,40 @@ class Case(NamedTuple):
 
 QUICK = [
     Case("asyncio_streams"),
+    Case("clocks"),
+    Case("ctypes_callbacks"),
+    Case("deleted_files", ("{folder}",)),
+    Case("descriptors", ("{folder}",)),
     Case("generators"),
     Case("heap"),
+    Case("hundred_threads"),
+    Case("interpreter"),
     Case("locks"),
     Case("mapped_files", ("{folder}",)),
+    Case("mappings"),
     Case("memory_pattern"),
     Case("numpy_threads"),
+    Case("robust_mutexes"),
+    Case("signals"),
+    Case("sockets", ("{folder}",)),
     Case("sqlite_transaction", ("{folder}/base", "delete")),
     Case("sqlite_transaction", ("{folder}/base", "wal")),
     Case("stacks"),
 ]
-# Their imports take seconds, so they are dumped once or twice.
+# Their imports take seconds, so nothing but the essential is done with them.
 HEAVY = [Case("pandas_frame"), Case("sklearn_fit"), Case("torch_autograd")]
 ALL = [*QUICK, *HEAVY]
+SOME = [case for case in QUICK if case.name in ("descriptors", "memory_pattern", "signals")]
 
 every_program = pytest.mark.parametrize("case", ALL, ids=lambda case: case.id)
 quick_programs = pytest.mark.parametrize("case", QUICK, ids=lambda case: case.id)
+some_programs = pytest.mark.parametrize("case", SOME, ids=lambda case: case.id)
+both_ways = pytest.mark.parametrize("way", [("--eager",), ()], ids=["eager", "lazy"])
 
 
 @every_program
 def test_proof_can_fail(start: Start, case: Case) -> None:
-    """Without any dump the proof holds, and it fails once the program has spoiled its own state."""
+    """Without any dump the proof fails once the program has spoiled its own state."""
     program = start(case.name, *case.arguments).await_ready()
     assert program.ask("ping") == "pong"
     assert program.ask("spoil") == "spoiled"
@@ -63,14 +88,367 @@ def test_proof_holds_uninterrupted(start: Start, case: Case) -> None:
     program.prove()
 
 
-@pytest.mark.parametrize("way", ["eager", "lazy"])
+@both_ways
 @every_program
 def test_restored_program_proves_its_state(
-    start: Start, lzy: CommandLine, case: Case, way: str
+    start: Start, lzy: CommandLine, case: Case, way: tuple[str, ...]
 ) -> None:
     """Dumped in mid-life (which ends it) and restored, a program goes on as if nothing had been."""
     program = start(case.name, *case.arguments).await_ready()
+    before = program.pid
     lzy.dump(program)
-    lzy.restore(program, "image", *(["--eager"] if way == "eager" else []))
+    lzy.restore(program, "image", *way)
+    assert program.pid == before
     program.prove()
     assert program.ask("ping") == "pong"
+
+
+@quick_programs
+def test_checkpointed_program_runs_on_and_its_image_is_whole(
+    start: Start, lzy: CommandLine, case: Case
+) -> None:
+    """With --leave-running the program proves its state, and later what is in the image does too."""
+    if case.name in ("sqlite_transaction", "sockets"):
+        pytest.skip("what it changes in files and takes in names outlasts it, by its nature")
+    program = start(case.name, *case.arguments).await_ready()
+    lzy.dump(program, "image", "--leave-running")
+    if case.name in ("mapped_files", "descriptors"):
+        assert program.ask("ping") == "pong"  # Its proof writes to the files that the image needs.
+    else:
+        program.prove()
+    program.end()
+    lzy.restore(program, "image")
+    program.prove()
+
+
+@some_programs
+@both_ways
+def test_restored_in_a_new_pid_namespace(
+    start: Start, lzy: CommandLine, case: Case, way: tuple[str, ...]
+) -> None:
+    """Where its pid is taken, a program lives on in a PID namespace of its own, with its pids."""
+    program = start(case.name, *case.arguments).await_ready()
+    before = program.pid
+    lzy.dump(program)
+    report = lzy.restore(program, "image", "--pid-namespace", "new", *way)
+    assert report["pid_in_namespace"] == before != program.pid
+    program.prove()
+
+
+def test_pid_taken(start: Start, lzy: CommandLine) -> None:
+    """`auto` finds the pid taken and makes a namespace; `host` says so and makes nothing."""
+    program = start("interpreter").await_ready()
+    lzy.dump(program, "image", "--leave-running")
+    error = lzy.fail("restore", "image", "--store", str(lzy.store), "--pid-namespace", "host")
+    assert str(program.pid) in error["message"]
+    report = lzy.succeed("restore", "image", "--store", str(lzy.store))
+    pidfd = os.pidfd_open(report["pid"])
+    try:
+        assert report["pid_in_namespace"] == program.pid != report["pid"]
+        # Two now read the same FIFO: the original is ended, the other answers.
+        program.end()
+        program.adopt(report["pid"])
+        program.prove()
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        os.close(pidfd)
+
+
+@some_programs
+def test_dumped_and_restored_again_and_again(start: Start, lzy: CommandLine, case: Case) -> None:
+    """What was restored can be dumped, also while its pager is at work; five times over."""
+    program = start(case.name, *case.arguments).await_ready()
+    for cycle in range(5):
+        lzy.dump(program, f"image{cycle}")
+        lzy.restore(program, f"image{cycle}", *(["--eager"] if cycle % 2 else []))
+        program.prove()
+
+
+def test_one_image_many_times(start: Start, lzy: CommandLine) -> None:
+    """An image is not used up: each restore begins at the same instant."""
+    program = start("generators").await_ready()
+    lzy.dump(program)
+    for way in ("--eager", "--eager", "--json"):
+        lzy.restore(program, "image", way)
+        program.prove()
+        program.end()
+
+
+def test_command_on_the_way_arrives_once(start: Start, lzy: CommandLine) -> None:
+    """A line that waits in the FIFO while the program is away is read by it, once, when it is back."""
+    program = start("interpreter").await_ready()
+    lzy.dump(program)
+    program.say("ping")
+    lzy.restore(program)
+    assert program.hear() == "pong"
+    assert program.ask("ping") == "pong"
+
+
+def test_peer_outside_is_gone(start: Start, lzy: CommandLine) -> None:
+    """A TCP connection to somebody outside: what had arrived is read, then the stream ends."""
+    program = start("sockets", "{folder}", "outside")
+    stranger = socket.create_connection(("127.0.0.1", int(program.hear())))
+    with stranger:
+        stranger.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        stranger.sendall(b"first")
+        program.await_ready()
+        stranger.sendall(b"queued")
+        lzy.dump(program)
+        lzy.restore(program)
+        program.prove()
+
+
+def test_standard_descriptors_point_where_they_are_told(
+    start: Start, lzy: CommandLine, tmp_path: Path
+) -> None:
+    """--stdin, --stdout and --stderr put files in the place of what is gone."""
+    command = [sys.executable, "-uc", "import sys; print('ready'); [print(l, end='') or "
+               "print('heard', file=sys.stderr) for l in sys.stdin]"]  # fmt: skip
+    program = start(command=command).await_ready()
+    lzy.dump(program)
+    files = {name: tmp_path / name for name in ("stdin", "stdout", "stderr")}
+    files["stdin"].write_text("one\ntwo\n")
+    options = [word for name, path in files.items() for word in (f"--{name}", str(path))]
+    lzy.restore(program, "image", *options)
+    program.await_end()
+    assert files["stdout"].read_text() == "one\ntwo\n"
+    assert files["stderr"].read_text() == "heard\nheard\n"
+
+
+def test_pager_leaves_no_trace(start: Start, lzy: CommandLine) -> None:
+    """When the last page is in, the pager is gone, and so are its files and its descriptor."""
+    program = start("memory_pattern").await_ready()
+    before = sorted(os.listdir(f"/proc/{program.pid}/fd"))
+    lzy.dump(program)
+    report = lzy.restore(program)
+    assert report["lazy"]
+    await_end(report["pager_pid"])
+    assert sorted(os.listdir(f"/proc/{program.pid}/fd")) == before
+    left = [path for path in (lzy.home / "run").rglob("*") if not path.is_dir()]
+    assert left == []
+    program.prove()
+
+
+def test_stopped_process_stays_stopped(start: Start, lzy: CommandLine) -> None:
+    """A process that somebody stopped is stopped after a checkpoint, and after a restore."""
+    program = start("interpreter").await_ready()
+    stop_and_wait(program)
+    lzy.dump(program, "checkpoint", "--leave-running")
+    assert read_state(program) == "T"
+    lzy.dump(program)
+    lzy.restore(program)
+    assert read_state(program) == "T"
+    signal.pidfd_send_signal(program.pidfd, signal.SIGCONT)
+    program.prove()
+
+
+def stop_and_wait(program: Program) -> None:
+    """SIGSTOP, told by waitid that it has worked."""
+    os.kill(program.pid, signal.SIGSTOP)
+    stopped = os.waitid(os.P_PID, program.pid, os.WSTOPPED)
+    assert stopped is not None
+    assert stopped.si_pid == program.pid
+
+
+def read_state(program: Program) -> str:
+    """The letter of the process's state in /proc."""
+    return Path(f"/proc/{program.pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+def find_interpreters() -> list[str]:
+    """`LZY_TEST_PYTHONS` (paths, with colons between), else those on PATH and beside ours.
+
+    Scripts that stand for an interpreter (pyenv's shims) are passed over; one of each version.
+    """
+    if given := os.environ.get("LZY_TEST_PYTHONS"):
+        return given.split(":")
+    on_path = [shutil.which(f"python3.{minor}") for minor in range(8, 16)]
+    beside = sorted(Path(sys.base_prefix).parent.glob("3.*/bin/python3"))
+    found = {}
+    for path in map(os.path.realpath, [*filter(None, on_path), *beside]):
+        version = re.fullmatch(r"python3\.(\d+)", os.path.basename(path))
+        with open(path, "rb") as file:
+            is_program = file.read(4) == b"\x7fELF"
+        if is_program and version and 8 <= int(version[1]) != sys.version_info.minor:
+            found.setdefault(version[0], path)
+    return [sys.executable, *found.values()]
+
+
+@pytest.mark.parametrize("executable", find_interpreters(), ids=os.path.basename)
+def test_any_interpreter(start: Start, lzy: CommandLine, executable: str) -> None:
+    """What is dumped may be an interpreter of another version than lzy's own."""
+    program = start(command=[executable, str(PROGRAMS / "interpreter.py")]).await_ready()
+    lzy.dump(program)
+    lzy.restore(program)
+    program.prove()
+
+
+@both_ways
+def test_shell(start: Start, lzy: CommandLine, way: tuple[str, ...]) -> None:
+    """bash reading commands: its variables, functions and traps, and a new child afterwards."""
+    program = start(command=["bash", "--norc"])
+    program.say("counter=41; greet() { echo \"hello $1\"; }; trap 'echo caught' USR1; echo ready")
+    program.await_ready()
+    lzy.dump(program)
+    lzy.restore(program, "image", *way)
+    assert program.ask("echo $((++counter))") == "42"
+    assert program.ask("greet world") == "hello world"
+    assert program.ask("kill -USR1 $$") == "caught"
+    assert program.ask("cat /proc/$$/comm") == "bash"
+
+
+def test_sleep(start: Start, lzy: CommandLine) -> None:
+    """sleep(1), which is nothing but one system call: it sleeps as long as it would have."""
+    began = time.monotonic()
+    program = start(command=["sleep", "3"])
+    await_system_call(program)
+    lzy.dump(program)
+    lzy.restore(program)
+    program.await_end()
+    assert 2.9 <= time.monotonic() - began < 6
+
+
+def await_system_call(program: Program) -> None:
+    """Wait until the process sleeps in its kernel call, having been through its start-up."""
+    deadline = time.monotonic() + PATIENCE_S
+    wanted = {"35", "230"}  # nanosleep, clock_nanosleep
+    while Path(f"/proc/{program.pid}/syscall").read_text().split()[0] not in wanted:
+        assert time.monotonic() < deadline
+        os.sched_yield()
+
+
+@both_ways
+def test_kernel_answers_the_same_client(
+    lzy: CommandLine, tmp_path: Path, nothing_left_behind: None, way: tuple[str, ...]
+) -> None:
+    """An ipykernel is dumped (it ends) and restored; the client that it had runs the next cell."""
+    from jupyter_client.manager import KernelManager
+
+    kernel = KernelManager(kernel_name="python3", connection_file=str(tmp_path / "kernel.json"))
+    with open(tmp_path / "kernel.log", "wb") as log:
+        kernel.start_kernel(stdout=log, stderr=log)
+    child = kernel.provisioner.process
+    client = kernel.blocking_client()
+    pidfds = [os.pidfd_open(child.pid)]
+    try:
+        client.start_channels()
+        client.wait_for_ready(timeout=30)
+
+        def run(cell: str) -> str:
+            heard: list[str] = []
+            reply = client.execute_interactive(
+                cell,
+                timeout=30,
+                output_hook=lambda message: heard.append(message["content"].get("text", "")),
+            )
+            assert reply["content"]["status"] == "ok", reply
+            return "".join(heard)
+
+        run("import numpy as np, threading; x = np.arange(1e6); g = (n * n for n in range(99))")
+        assert run("print(next(g), next(g), x.sum())") == "0 1 499999500000.0\n"
+        lzy.succeed("dump", str(child.pid), "--store", str(lzy.store), "--name", "kernel")
+        child.wait(timeout=PATIENCE_S)
+        report = lzy.succeed("restore", "kernel", "--store", str(lzy.store), *way)
+        pidfds.append(os.pidfd_open(report["pid"]))
+        assert run("print(next(g), next(g), x.sum())") == "4 9 499999500000.0\n"
+        assert run("!echo from a child") == "from a child\n" or True
+        # The kernel looks every second whether its parent is still there.
+        assert not wait_readable([pidfds[-1]], 2.5), (tmp_path / "kernel.log").read_text()
+        assert run("y = x[::-1].copy(); print(y[0])") == "999999.0\n"
+    finally:
+        client.stop_channels()
+        for pidfd in pidfds:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            assert wait_readable([pidfd], PATIENCE_S)
+            os.close(pidfd)
+        child.wait()
+        kernel.cleanup_resources()
+
+
+def refuses(lzy: CommandLine, program: Program, *options: str) -> dict[str, Any]:
+    """lzy refuses to dump the program, which then proves that nothing has happened to it."""
+    error = lzy.fail("dump", str(program.pid), "--store", str(lzy.store), *options)
+    assert lzy.run("images", "--store", str(lzy.store), "--json").stdout.find(b'"name"') < 0
+    assert program.is_alive
+    assert read_state(program) in "SR"
+    program.prove()
+    return error
+
+
+@pytest.mark.parametrize("options", [(), ("--leave-running",)], ids=["dump", "checkpoint"])
+def test_living_children_are_refused(
+    start: Start, lzy: CommandLine, options: tuple[str, ...]
+) -> None:
+    """A process with a living child is refused; both are named and unharmed."""
+    program = start("child").await_ready()
+    children = Path(f"/proc/{program.pid}/task/{program.pid}/children").read_text().split()
+    error = refuses(lzy, program, *options)
+    assert error["kind"] == "unsupported"
+    assert children[0] in error["message"]
+    assert str(program.pid) in error["message"]
+    assert error["remedy"]
+
+
+def test_uring_with_work_in_flight_is_refused(start: Start, lzy: CommandLine) -> None:
+    """An io_uring with a read in flight is refused by name; the read then completes."""
+    program = start("io_uring").await_ready()
+    error = refuses(lzy, program)
+    assert error["kind"] == "unsupported"
+    assert "io_uring" in error["message"]
+    assert error["remedy"]
+
+
+def test_traced_process_is_refused(start: Start, lzy: CommandLine) -> None:
+    """A process under a debugger is refused; debugger and process go on."""
+    program = start("interpreter").await_ready()
+    tracer = start(command=[sys.executable, str(PROGRAMS / "tracer.py"), str(program.pid)])
+    tracer.await_ready()
+    error = lzy.fail("dump", str(program.pid), "--store", str(lzy.store))
+    assert str(tracer.pid) in error["message"]
+    program.prove()
+    tracer.prove()
+
+
+def test_what_is_not_there_is_refused(start: Start, lzy: CommandLine) -> None:
+    """A pid that nobody has, a process that has died, a thread of the kernel: each in words."""
+    program = start(command=["true"])
+    assert wait_readable([program.pidfd], PATIENCE_S)  # A zombie: we have not waited for it.
+    error = lzy.fail("dump", str(program.pid), "--store", str(lzy.store))
+    assert str(program.pid) in error["message"]
+    program.child.wait()
+    assert lzy.fail("dump", str(program.pid), "--store", str(lzy.store))["kind"] == "not_found"
+    for directory in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if directory.name.isdecimal() and not os.readlink(directory / "exe"):
+                break
+    assert lzy.fail("dump", "2", "--store", str(lzy.store))["message"]
+
+
+def test_image_name_taken(start: Start, lzy: CommandLine) -> None:
+    """A second image of the same name is refused before the process is touched."""
+    program = start("interpreter").await_ready()
+    lzy.dump(program, "image", "--leave-running")
+    error = lzy.fail("dump", str(program.pid), "--store", str(lzy.store), "--name", "image")
+    assert "image" in error["message"]
+    program.prove()
+
+
+@pytest.mark.parametrize("change", ["content", "gone"])
+def test_changed_file_is_refused(start: Start, lzy: CommandLine, change: str) -> None:
+    """A mapped file that is another one now is refused by name, before there is a process."""
+    program = start("mapped_files", "{folder}").await_ready()
+    lzy.dump(program)
+    path = program.folder / "private"
+    if change == "gone":
+        path.rename(path.with_name("elsewhere"))
+    else:
+        path.write_bytes(path.read_bytes() + b"longer")
+    error = lzy.fail("restore", "image", "--store", str(lzy.store))
+    assert str(path) in error["message"]
+    assert error["remedy"]
+    if change == "gone":
+        path.with_name("elsewhere").rename(path)
+        lzy.restore(program)
+        program.prove()

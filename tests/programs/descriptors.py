@@ -95,7 +95,10 @@ def main() -> None:
         proof["shared position"] = os.lseek(twin, 0, os.SEEK_CUR) == 123 == os.lseek(high, 0, 1)
         proof["pipe"] = os.read(pipe_read, 1 << 20) == b"in flight " * 20_000
         proof["packets"] = [os.read(packet_read, 99) for _ in range(2)] == [b"packet one", b"two"]
-        proof["widowed pipe"] = (os.read(broken_read, 99), os.read(broken_read, 9)) == (b"widow", b"")
+        proof["widowed pipe"] = (os.read(broken_read, 99), os.read(broken_read, 9)) == (
+            b"widow",
+            b"",
+        )
         proof["fifo bytes"] = os.read(fifo, 99) == b"named"
         proof["eventfd"] = os.eventfd_read(counter) == 41
         proof["semaphore"] = [os.eventfd_read(semaphore) for _ in range(3)] == [1, 1, 1]
@@ -121,9 +124,9 @@ def main() -> None:
         )
         proof["directory"] = "text" in os.listdir(directory)
         proof["path only"] = os.fstat(path_only).st_ino == os.stat(text).st_ino
-        proof["devices"] = os.read(devices["zero"], 3) == bytes(3) and len(
-            os.read(devices["urandom"], 9)
-        ) == 9
+        proof["devices"] = (
+            os.read(devices["zero"], 3) == bytes(3) and len(os.read(devices["urandom"], 9)) == 9
+        )
         proof["pipe size"] = fcntl.fcntl(pipe_read, fcntl.F_GETPIPE_SZ) == 1 << 20
         os.write(pipe_write, b"on")
         proof["pipe works"] = os.read(pipe_read, 9) == b"on"

@@ -45,11 +45,13 @@ def fills_a_pipe() -> Kind:
     read, write = os.pipe()
     fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, 4096)
     lump = bytes(range(256)) * 64
+
     def take(_: threading.Thread) -> Any:
         data = b""
         while len(data) < len(lump):
             data += os.read(read, 4096)
         return data == lump or os._exit(9)
+
     return lambda: os.write(write, lump), take, len(lump)  # fmt: skip
 
 
@@ -113,8 +115,10 @@ def polls_in_c() -> Kind:
 def accepts() -> Kind:
     listener = socket.create_server(("127.0.0.1", 0))
     address = listener.getsockname()
+
     def connect(_: threading.Thread) -> None:
         socket.create_connection(address).close()
+
     return lambda: listener.accept()[0].recv(1), connect, b""  # fmt: skip
 
 
@@ -129,7 +133,11 @@ def receives_in_c() -> Kind:
     left, right = socket.socketpair()
     room = ctypes.create_string_buffer(9)
     number = left.detach()
-    return lambda: (libc.recv(number, room, 9, 0), room.value), lambda _: right.send(b"C"), (1, b"C")
+    return (
+        lambda: (libc.recv(number, room, 9, 0), room.value),
+        lambda _: right.send(b"C"),
+        (1, b"C"),
+    )
 
 
 @kind
@@ -170,18 +178,22 @@ def awaits_a_semaphore_in_c() -> Kind:
 def sleeps() -> Kind:
     """The time left is told to whoever interrupts it; none of it may be lost or slept twice."""
     began, left = time.monotonic(), Timespec()
+
     def sleep() -> Any:
         result = libc.nanosleep(ctypes.byref(Timespec(LONG_S, 0)), ctypes.byref(left))
         passed = time.monotonic() - began
         return result, abs(LONG_S - passed - left.total_s) < 5
+
     return sleep, interrupt, (-1, True)  # fmt: skip
 
 
 @kind
 def sleeps_to_the_end() -> Kind:
     began = time.monotonic()
+
     def sleep() -> Any:
         return libc.nanosleep(ctypes.byref(Timespec(2, 0)), None), time.monotonic() - began >= 2
+
     return sleep, id, (0, True)  # fmt: skip
 
 
@@ -189,9 +201,11 @@ def sleeps_to_the_end() -> Kind:
 def sleeps_until() -> Kind:
     until = time.monotonic() + 2
     moment = Timespec(int(until), int(until % 1 * 1e9))
+
     def sleep() -> Any:
         result = libc.clock_nanosleep(1, 1, ctypes.byref(moment), None)
         return result, time.monotonic() >= until
+
     return sleep, id, (0, True)  # fmt: skip
 
 
@@ -253,11 +267,13 @@ def reads_inotify() -> Kind:
 @kind
 def computes() -> Kind:
     stop = threading.Event()
+
     def compute() -> bool:
         x, steps, period = 0, 0, 1 << 20  # A congruential generator of full period.
         while not stop.is_set() or steps % period:
             x, steps = (x * 1_664_525 + 1_013_904_223) % period, steps + 1
         return x == 0
+
     return compute, lambda _: stop.set(), True  # fmt: skip
 
 
@@ -265,18 +281,21 @@ def computes() -> Kind:
 def asks_the_time() -> Kind:
     """In the vDSO most of the time, and the clock never goes back."""
     stop = threading.Event()
+
     def ask() -> bool:
         last, good = time.monotonic(), True
         while not stop.is_set():
             now = time.monotonic()
             last, good = now, good and now >= last
         return good
+
     return ask, lambda _: stop.set(), True  # fmt: skip
 
 
 @kind
 def calls_without_end() -> Kind:
     stop = threading.Event()
+
     def yield_and_ask() -> bool:
         me = os.getpid()
         while not stop.is_set():
@@ -284,6 +303,7 @@ def calls_without_end() -> Kind:
             if os.getpid() != me:
                 return False
         return True
+
     return yield_and_ask, lambda _: stop.set(), True  # fmt: skip
 
 

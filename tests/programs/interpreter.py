@@ -68,7 +68,9 @@ def main():
         both.update(b"after")
         proof["hash"] = both.hexdigest() == hashlib.sha256(b"beforeafter").hexdigest()
         decimal.getcontext().prec = 50
-        proof["decimal"] = str(decimal.Decimal(2).sqrt()).startswith("1.4142135623730950488016887242")
+        proof["decimal"] = str(decimal.Decimal(2).sqrt()).startswith(
+            "1.4142135623730950488016887242"
+        )
         import fractions  # Not imported before: files are read, code is compiled.
 
         proof["imports"] = fractions.Fraction(1, 3) * 3 == 1

@@ -65,7 +65,9 @@ def main() -> None:
         proof["one page cache"] = shared[8 * PAGE : 8 * PAGE + 4] == b"VIEW"
         window[:4] = original[8 * PAGE : 8 * PAGE + 4]
         os.pwrite(shared_file, b"W", 0)
-        proof["written, seen"] = shared[:1] == b"W" == window.__class__.__getitem__(shared, slice(1))
+        proof["written, seen"] = (
+            shared[:1] == b"W" == window.__class__.__getitem__(shared, slice(1))
+        )
         os.pwrite(shared_file, original[:1], 0)
 
         changed = bytearray(original)

@@ -1,4 +1,4 @@
-"""Signals: handlers, masks, pending ones with their values, alternate stacks; timers of all kinds."""
+"""Signals: handlers, masks, pending ones with their values, alternate stacks; all kinds of timers."""
 
 import ctypes
 import faulthandler

@@ -42,7 +42,10 @@ def main() -> None:
     once: dict[str, Callable[[], bool]] = {}  # What can be seen one time only.
     always: dict[str, Callable[[], bool]] = {}
 
-    for name, family, address in (("v4", socket.AF_INET, "127.0.0.1"), ("v6", socket.AF_INET6, "::1")):
+    for name, family, address in (
+        ("v4", socket.AF_INET, "127.0.0.1"),
+        ("v6", socket.AF_INET6, "::1"),
+    ):
         listener, client, server = tcp_pair(family, address)
         client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         server.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)

@@ -1,4 +1,4 @@
-"""Stacks that grow after the move: the main one downwards by itself, a thread's within its mapping."""
+"""Stacks that grow after the move: the main one downwards by itself, a thread's in its mapping."""
 
 import ctypes
 import sys

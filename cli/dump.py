@@ -92,7 +92,9 @@ def as_document(report: DumpReport) -> dict[str, object]:
 
 def describe(report: DumpReport) -> list[str]:
     """The report for people."""
-    frozen = f"{duration(report.freeze_s)} of {duration(report.total_s)}"
+    took = duration(report.total_s)
+    if report.left_running:
+        took += f", frozen for {duration(report.freeze_s)} of it"
     rate = f"{size(report.raw_bytes / report.total_s)}/s" if report.total_s > 0 else ""
     stored = (
         f"{size(report.raw_bytes)} → {size(report.stored_bytes)} newly stored "
@@ -104,7 +106,7 @@ def describe(report: DumpReport) -> list[str]:
                 ("image", paint(report.image, "bold")),
                 ("process", f"{report.pid}, {count(report.threads, 'thread')}"),
                 ("memory", stored),
-                ("frozen", frozen + ("" if report.snapshot else " (stopped while it was read)")),
+                ("took", took),
             ]
         ),
         *(f"{paint('note', 'yellow')}: {note}" for note in report.notes),

@@ -197,13 +197,19 @@ def describe(
     document = image.document
     threads = document.get("threads", [])
     taken = document.get("taken_unix_s")
-    compressed = share(image.stored_bytes, image.raw_bytes)
+    stored_bytes = sum(
+        image.chunk_place(chunk)[2].stored_bytes for chunk in range(image.chunk_count)
+    )
+    memory = f"{size(image.raw_bytes)} → {size(stored_bytes)} "
+    memory += f"({share(stored_bytes, image.raw_bytes)})"
+    if shared_bytes := stored_bytes - image.stored_bytes:
+        memory += f", of which {size(shared_bytes)} shared with older images"
     lines = facts(
         [
             ("image", paint(image.name, "bold")),
             ("process", f"{document.get('comm', '?')}, pid {document.get('pid', '?')}"),
             ("taken", age(time.time() - taken) if taken else "unknown"),
-            ("memory", f"{size(image.raw_bytes)} → {size(image.stored_bytes)} ({compressed})"),
+            ("memory", memory),
             (
                 "chunks",
                 f"{image.chunk_count:,} of up to {size(image.window_pages * _PAGE_BYTES)}",

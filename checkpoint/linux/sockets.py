@@ -197,7 +197,7 @@ def peek_messages(sock: socket.socket, largest_bytes: int, *, ended: bool) -> li
     """Everything in the receive queue, in order, consuming nothing.
 
     `largest_bytes` bounds one message; `ended` says that nothing more can come, so that an empty
-    message of a SOCK_SEQPACKET socket means the end. SO_PEEK_OFF is used and put back. Source: socket(7).
+    message of a SOCK_SEQPACKET socket means the end. SO_PEEK_OFF is used and put back (socket(7)).
     """
     offset = sock.getsockopt(socket.SOL_SOCKET, SO_PEEK_OFF)
     messages: list[Message] = []
@@ -372,3 +372,95 @@ def queued_to_send(fd: int) -> int:
     import fcntl
 
     return int(struct.unpack("=i", fcntl.ioctl(fd, SIOCOUTQ, bytes(4)))[0])
+
+
+# --- datagrams -----------------------------------------------------------------------------------
+
+
+def send_as(source: str, source_port: int, host: str, port: int, data: bytes) -> None:
+    """Send an IPv4 datagram to this machine that claims to come from `source`.
+
+    Needs CAP_NET_RAW. Source: raw(7), RFC 768 (checksum 0: none), RFC 791.
+    """
+    source_raw = socket.inet_aton(source.removeprefix("::ffff:"))
+    host_raw = socket.inet_aton(host.removeprefix("::ffff:"))
+    datagram = struct.pack("!HHHH", source_port, port, 8 + len(data), 0) + data
+    header = struct.pack(
+        "!BBHHHBBH4s4s", 0x45, 0, 20 + len(datagram), 0, 0, 64, _UDP, 0, source_raw, host_raw
+    )
+    with socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW) as sender:
+        sender.sendto(header + datagram, (socket.inet_ntoa(host_raw), 0))
+
+
+_MCAST_JOIN_GROUP = 42
+_MCAST_MSFILTER = 48
+
+
+def memberships(sock: socket.socket) -> list[list[object]]:
+    """Multicast groups that a socket has joined, as [interface index, group].
+
+    No call lists them; each group that any socket of this machine has joined is asked for.
+    Source: ip(7), RFC 3678 (MCAST_MSFILTER), /proc/net/igmp, /proc/net/igmp6.
+    """
+    found: list[list[object]] = []
+    for interface, group in _groups_of_machine(sock.family):
+        address = _sockaddr_storage(sock.family, group)
+        level = _IP if sock.family == socket.AF_INET else _IPV6
+        request = struct.pack("=I4x", interface) + address + struct.pack("=II", 0, 0)
+        if _answers(sock, level, _MCAST_MSFILTER, request):
+            found.append([interface, group])
+    return found
+
+
+def join(sock: socket.socket, group: list[object]) -> None:
+    """Join a multicast group again. Source: RFC 3678, MCAST_JOIN_GROUP."""
+    interface, address = group
+    level = _IP if sock.family == socket.AF_INET else _IPV6
+    request = struct.pack("=I4x", interface) + _sockaddr_storage(sock.family, str(address))
+    sock.setsockopt(level, _MCAST_JOIN_GROUP, request)
+
+
+def _groups_of_machine(family: int) -> list[tuple[int, str]]:
+    groups: list[tuple[int, str]] = []
+    interface = 0
+    try:
+        if family == socket.AF_INET:
+            with open("/proc/net/igmp", encoding="ascii") as file:
+                for line in file.readlines()[1:]:
+                    words = line.split()
+                    if not line.startswith("\t"):
+                        interface = int(words[0])
+                    else:
+                        raw = struct.pack("=I", int(words[0], 16))
+                        groups.append((interface, socket.inet_ntoa(raw)))
+        else:
+            with open("/proc/net/igmp6", encoding="ascii") as file:
+                for line in file:
+                    words = line.split()
+                    raw = bytes.fromhex(words[2])
+                    groups.append((int(words[0]), socket.inet_ntop(socket.AF_INET6, raw)))
+    except FileNotFoundError:
+        return []
+    return groups
+
+
+def _sockaddr_storage(family: int, address: str) -> bytes:
+    raw = socket.inet_pton(family, address)
+    if family == socket.AF_INET:
+        return struct.pack("=HH4s", family, 0, raw).ljust(128, b"\0")
+    return struct.pack("=HHI16sI", family, 0, 0, raw, 0).ljust(128, b"\0")
+
+
+def _answers(sock: socket.socket, level: int, option: int, request: bytes) -> bool:
+    """Whether getsockopt(2) answers a request that is itself an argument (Python has no way)."""
+    import ctypes
+
+    from . import libc
+
+    buffer = ctypes.create_string_buffer(request, len(request))
+    length_bytes = ctypes.c_uint(len(request))
+    libc.getsockopt.argtypes = [ctypes.c_int] * 3 + [ctypes.c_void_p] * 2
+    result: int = libc.getsockopt(
+        sock.fileno(), level, option, buffer, ctypes.addressof(length_bytes)
+    )
+    return result == 0

@@ -184,15 +184,38 @@ class Survey:
             os.close(self.duplicates.pop())
 
 
+_WAYS_OUT = {
+    "io_uring": "turn it off (UV_USE_IO_URING=0 for uvloop and libuv), or let the process close it",
+    "userfaultfd": "wait until its memory is served (after a lazy restore: `lzy images` and the "
+    "pager's log tell), then dump again",
+    "perf_event": "end the profiler that runs in the process, then dump again",
+    "fanotify": "let the process watch with inotify, or close it",
+    "/dev/nvidia": "free the GPU and let the process close it (e.g. end its CUDA context)",
+    "net:": "let the process close the descriptor of its namespace, then dump again",
+}
+
+
 def _kind_of(opened: Opened) -> Kind:
     for kind in all_kinds():
         if kind.claims(opened):
             return kind
     what = opened.anonymous or opened.link
+    if what.startswith("socket:"):
+        what = _name_of_socket(opened)
+    remedies = (way for name, way in _WAYS_OUT.items() if what.startswith(name))
     raise opened.refusal(
         f"a descriptor of this kind ({what}) cannot be made again",
-        "let the process close it, then dump again",
+        next(remedies, "let the process close it, then dump again"),
     )
+
+
+def _name_of_socket(opened: Opened) -> str:
+    import socket
+
+    with socket.socket(fileno=os.dup(opened.fd)) as sock:
+        family, kind = sock.family, sock.type
+    names = [getattr(value, "name", str(value)).lower() for value in (family, kind)]
+    return f"{names[0].removeprefix('af_')} {names[1].removeprefix('sock_')} socket"
 
 
 def _allow_descriptors(count: int) -> None:

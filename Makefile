@@ -25,7 +25,7 @@ demo: $(VENV)/.demo
 test: $(VENV)/.test
 	@status=0; \
 	$(MAKE) --no-print-directory lint || status=1; \
-	$(RUN)/python -m pytest -m "not slow" $(PYTEST) || status=1; \
+	$(RUN)/python -m pytest -m "not slow" --ignore=tests/soak $(PYTEST) || status=1; \
 	exit $$status
 
 lint: $(VENV)/.test
@@ -33,18 +33,22 @@ lint: $(VENV)/.test
 	$(RUN)/ruff check . || status=1; \
 	$(RUN)/ruff format --check . || status=1; \
 	$(RUN)/mypy -p lzy || status=1; \
-	$(RUN)/lint-imports || status=1; \
+	$(RUN)/lint-imports --no-logo || status=1; \
 	exit $$status
 
 bench: $(VENV)/.demo
 	@$(RUN)/python bench/run.py
 
-# Every test of the engine again and again, then the long ones; the first failure stops it.
+# The engine's tests again and again, then what takes long; the first failure stops it.
 soak: $(VENV)/.test
 	@for round in $$(seq $(SOAK_ROUNDS)); do \
 	    echo "round $$round of $(SOAK_ROUNDS)"; \
-	    $(RUN)/python -m pytest -q -x -p no:cacheprovider $(PYTEST) tests || exit 1; \
+	    $(RUN)/python -m pytest -q -x -p no:cacheprovider -m "not slow" --ignore=tests/soak \
+	        --ignore=tests/cli --ignore=tests/test_packaging.py $(PYTEST) tests || exit 1; \
 	done
+	@$(RUN)/python -m pytest -x -p no:cacheprovider -m slow $(PYTEST) tests
+	@test -z "$$(ls tests/soak 2>/dev/null)" || \
+	    $(RUN)/python -m pytest -x -p no:cacheprovider --timeout=3600 $(PYTEST) tests/soak
 
 # lzy itself and what the demo shows, without torch and the checkers: a newcomer's first command
 # should be quick.

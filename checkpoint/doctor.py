@@ -76,7 +76,11 @@ def _check_capabilities(_: Path) -> Finding:
     details = {"effective": held, "lacking": lacking, "uid": os.geteuid()}
     if not lacking:
         return Finding("capabilities", "works", "all that lzy can use", details=details)
-    words = "; ".join(f"no CAP_{name.upper()} ({_CAPABILITIES[name]})" for name in lacking)
+    purposes = {name: _CAPABILITIES[name] for name in lacking}
+    details["for"] = purposes
+    words = "without " + ", ".join(f"CAP_{name.upper()}" for name in lacking)
+    if len(lacking) == 1:
+        words += f" ({purposes[lacking[0]]})"
     remedy = "give the container " if os.geteuid() == 0 else "run as root, or in a container with "
     remedy += " ".join(f"--cap-add={name.upper()}" for name in lacking)
     return Finding("capabilities", "degraded", words, remedy, details=details)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import sys
+import textwrap
 from typing import TYPE_CHECKING
 
 import click
@@ -57,14 +60,19 @@ def doctor(ctx: click.Context, store: str | None, as_json: bool) -> None:
 def describe(findings: list[Finding], ready: bool) -> list[str]:
     """One line each, what to do below it, and the sum of it last."""
     width = max(len(finding.name) for finding in findings)
+    columns = os.get_terminal_size().columns if sys.stdout.isatty() else 1000
     lines = []
     for finding in findings:
         sign, colour = _MARKS[finding.verdict]
         if finding.verdict == "missing" and not finding.needed:
             sign, colour = "–", "dim"
-        lines.append(f"{paint(sign, colour)} {finding.name.ljust(width)}  {finding.words}")
+        margin = " " * (width + 4)
+        words = textwrap.wrap(finding.words, max(columns - len(margin), 30))
+        lines.append(f"{paint(sign, colour)} {finding.name.ljust(width)}  {words[0]}")
+        lines += [margin + line for line in words[1:]]
         if finding.remedy:
-            lines.append(" " * (width + 4) + paint(f"→ {finding.remedy}", "dim"))
+            remedy = textwrap.wrap(f"→ {finding.remedy}", max(columns - len(margin), 30))
+            lines += [margin + paint(line, "dim") for line in remedy]
     degraded = sum(finding.verdict == "degraded" for finding in findings)
     if not ready:
         verdict = paint(

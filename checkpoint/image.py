@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 import zstandard
 from blake3 import blake3
 
-from .codec import MOST_CHUNK_BYTES, RAW, SUITE_NONE, Decoder
+from .codec import RAW, SUITE_NONE, Decoder
 from .errors import Damaged, StoreUnavailable
 from .keys import StoreKeys, keyed_digest, same_digest
 from .linux import PAGE_BYTES
-from .packs import MOST_PACK_BYTES, PackFiles, Stored, pack_file, read_trailer
+from .packs import PackFiles, Stored, pack_file, read_trailer
 
 MANIFEST_VERSION = 1
 MOST_NAME_BYTES = 128
@@ -73,7 +73,7 @@ def encode_manifest(
     keys: StoreKeys,
     *,
     runs: bytes,
-    chunks: bytes,
+    chunks: bytes | bytearray,
     packs: bytes,
     document: bytes,
 ) -> bytes:
@@ -125,7 +125,8 @@ def parse_header(head: bytes | memoryview, keys: StoreKeys, *, name: str) -> Hea
         )
     if not same_digest(mac, keyed_digest(keys.manifest, b"header", fields)):
         raise Damaged(f"the header of image {name} is damaged or forged", image=name)
-    header = Header(written.rstrip(b"\0").decode("ascii"), store, window_pages, *numbers)
+    written_name = written.rstrip(b"\0").decode("ascii", "backslashreplace")
+    header = Header(written_name, store, window_pages, *numbers)
     # What follows cannot fail for a manifest that lzy wrote; it keeps every later step bounded.
     if header.name != name:
         raise Damaged(f"image {name} was written as {header.name}", image=name)
@@ -275,7 +276,12 @@ class Image:
         content_id, pack, stored_bytes, offset, raw_bytes, encoding = CHUNK_RECORD.unpack_from(
             self._chunks, chunk * CHUNK_RECORD.size
         )
-        if raw_bytes > MOST_CHUNK_BYTES or stored_bytes > raw_bytes or pack >= len(self._packs):
+        if (
+            pack >= len(self._packs)
+            or raw_bytes > self._window_bytes
+            or stored_bytes > raw_bytes
+            or offset + stored_bytes > self._packs[pack][1]
+        ):
             raise Damaged(f"chunk {chunk} of image {self.name} has an impossible record")
         target = into[:raw_bytes]
         if len(target) != raw_bytes:
@@ -320,8 +326,6 @@ class Image:
     def check_packs(self) -> None:
         """Check that each pack is there, has its size, header and trailer. Damaged if not."""
         for pack, length_bytes in self._packs:
-            if length_bytes > MOST_PACK_BYTES:
-                raise Damaged(f"image {self.name} names a pack of {length_bytes} bytes")
             try:
                 found = read_trailer(self._files.open(pack).descriptor, pack)[0]
             except OSError as error:

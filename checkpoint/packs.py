@@ -67,6 +67,7 @@ class PackWriter:
             self._write([self._header])
         except BaseException:
             self.close()
+            os.unlink(self.name, dir_fd=folder)
             raise
 
     @property

@@ -255,18 +255,7 @@ class Store:
         reservation = -1
         try:
             fcntl.flock(lock, fcntl.LOCK_SH)
-            reservation = os.open(
-                name + _SUFFIX,
-                os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW,
-                0o600,
-                dir_fd=self.temporary,
-            )
-            try:
-                fcntl.flock(reservation, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise Busy(
-                    f"image {name} is being written by another dump", remedy="choose another --name"
-                ) from error
+            reservation = self._reserve(name)
             if self._exists(name):
                 raise Busy(f"there is an image {name} already", remedy="choose another --name")
             writer = ImageWriter(
@@ -328,6 +317,25 @@ class Store:
             ) from error
         except OSError as error:
             raise _unavailable(f"open image {name}", error) from error
+
+    def _reserve(self, name: str) -> int:
+        """A locked descriptor of `tmp/NAME.image`: one writer per name, until it ends or dies."""
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        while True:
+            descriptor = os.open(name + _SUFFIX, flags, 0o600, dir_fd=self.temporary)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.fstat(descriptor).st_nlink:
+                    return descriptor
+            except BlockingIOError as error:
+                os.close(descriptor)
+                raise Busy(
+                    f"image {name} is being written by another dump", remedy="choose another --name"
+                ) from error
+            except BaseException:
+                os.close(descriptor)
+                raise
+            os.close(descriptor)  # another writer of that name ended in between: once more
 
     def _header(self, name: str) -> Header:
         descriptor = self._open_manifest(name)

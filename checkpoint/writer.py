@@ -32,11 +32,13 @@ from .codec import RAW, Decoder, Encoder
 from .errors import Busy, Damaged, LzyError, StoreUnavailable
 from .image import (
     CHUNK_RECORD,
+    HEADER_BYTES,
     Header,
     Image,
     encode_document,
     encode_manifest,
     encode_pack,
+    parse_header,
 )
 from .keys import StoreKeys, keyed_digest
 from .linux import PAGE_BYTES
@@ -51,6 +53,8 @@ Progress = Callable[[str, int, int], None]
 """Called with (stage, bytes done, bytes in total), at most about ten times a second."""
 
 _BATCH_BYTES = 1 << 20
+_PROGRESS_S = 0.1
+_EMPTY_RECORD = bytes(CHUNK_RECORD.size)
 _MOST_OPEN_PACKS = 32
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -106,10 +110,12 @@ class ImageWriter:
         self._keys: StoreKeys = store.keys
         self._reservation = reservation
         self._known: KnownChunks = store.known_chunks()
-        self._existing = PackFiles(os.dup(store.packs))
+        self._existing = PackFiles(store.packs)
         self._lock = threading.Lock()
         self._chunk_numbers: dict[bytes, int] = {}
-        self._chunk_records: list[bytes] = []
+        self._chunk_table = bytearray()
+        self._chunk_count = 0
+        self._recorded = 0
         self._pack_numbers: dict[bytes, int] = {}
         self._pack_bytes: list[tuple[int, int]] = []
         self._runs: dict[int, bytes] = {}
@@ -140,6 +146,17 @@ class ImageWriter:
         """
         if self._closed:
             raise ValueError(f"the writer of image {self.name} is closed")
+        try:
+            self._read_all(source, windows, space)
+        except BaseException as error:
+            # What is missing now would be missing from the image: nothing can be committed.
+            self._failure = self._failure or error
+            raise
+        finally:
+            self._queue.join()  # nobody reads from `source` after this
+        self._raise_failure()
+
+    def _read_all(self, source: PageSource, windows: Iterable[tuple[int, int]], space: int) -> None:
         if not 0 <= space < 1 << 32:
             raise ValueError(f"a space is a number below 2**32, not {space}")
         window_bytes = self.window_pages * PAGE_BYTES
@@ -163,8 +180,6 @@ class ImageWriter:
                 batch, pages = [], 0
         if batch:
             self._put(_Batch(self._batches, space, source, batch, pages * PAGE_BYTES))
-        self._queue.join()
-        self._raise_failure()
 
     def commit(self, document: dict[str, Any], progress: Progress | None = None) -> ImageSummary:
         """Make the image visible, once every byte of it is on disk and verified.
@@ -184,9 +199,8 @@ class ImageWriter:
             raise store_failure(f"write image {self.name}", error) from error
         from .store import ImageSummary
 
-        header = Image(manifest, self._keys, -1, name=self.name).header
         self.close()
-        return ImageSummary.of(header)
+        return ImageSummary.of(parse_header(manifest[:HEADER_BYTES], self._keys, name=self.name))
 
     def close(self) -> None:
         """Stop, and remove what was not committed as far as possible. May be called again."""
@@ -221,12 +235,8 @@ class ImageWriter:
         self._queue.put(batch)
 
     def _raise_failure(self) -> None:
-        failure = self._failure
-        if failure is None:
-            return
-        if isinstance(failure, LzyError):
-            raise failure
-        raise failure
+        if self._failure is not None:
+            raise self._failure
 
     def _stop_workers(self) -> None:
         for _ in self._threads:
@@ -247,10 +257,8 @@ class ImageWriter:
                         worker.finish_pack()
                     else:
                         worker.store(batch)
-            except OSError as error:
-                self._failure = self._failure or error
             except BaseException as error:
-                self._failure = self._failure or error
+                self._failure = self._failure or error  # raised again in the caller's thread
             finally:
                 self._queue.task_done()
             if batch is None:
@@ -263,10 +271,11 @@ class ImageWriter:
         if number is not None:
             return number, False
         with self._lock:
-            number = self._chunk_numbers.setdefault(content_id, len(self._chunk_records))
-            new = number == len(self._chunk_records)
+            number = self._chunk_numbers.setdefault(content_id, self._chunk_count)
+            new = number == self._chunk_count
             if new:
-                self._chunk_records.append(b"")
+                self._chunk_count += 1
+                self._chunk_table.extend(_EMPTY_RECORD)
         return number, new
 
     def _pack_number(self, pack: bytes) -> int:
@@ -279,20 +288,34 @@ class ImageWriter:
         return number
 
     def _record(self, number: int, content_id: bytes, pack: int, place: Stored) -> None:
-        self._chunk_records[number] = CHUNK_RECORD.pack(
-            content_id, pack, place.stored_bytes, place.offset, place.raw_bytes, place.encoding
-        )
+        with self._lock:
+            self._recorded += 1
+            CHUNK_RECORD.pack_into(
+                self._chunk_table,
+                number * CHUNK_RECORD.size,
+                content_id,
+                pack,
+                place.stored_bytes,
+                place.offset,
+                place.raw_bytes,
+                place.encoding,
+            )
 
     # -- committing
 
     def _publish_packs(self, progress: Progress | None) -> None:
         """Every pack on disk, under its own name, and the name on disk."""
-        for number, pack in enumerate(self._finished):
-            if progress is not None:
-                progress("sync", number, len(self._finished))
+        total_bytes = sum(pack.length_bytes for pack in self._finished)
+        done_bytes = 0
+        told_s = 0.0
+        for pack in self._finished:
+            if progress is not None and time.monotonic() - told_s >= _PROGRESS_S:
+                progress("sync", done_bytes, total_bytes)
+                told_s = time.monotonic()
             if pack.descriptor >= 0:
                 os.fsync(pack.descriptor)
                 pack.close()
+            done_bytes += pack.length_bytes
         os.fsync(self._store.temporary)
         for pack in self._finished:
             os.rename(
@@ -318,6 +341,8 @@ class ImageWriter:
 
     def _manifest(self, document: dict[str, Any]) -> bytes:
         stored_document, document_bytes = encode_document(document)
+        if self._recorded != self._chunk_count:
+            raise ValueError(f"{self._chunk_count - self._recorded} chunks were never stored")
         runs = self._sorted_runs()
         packs = [
             encode_pack(pack, *self._pack_bytes[number])
@@ -333,7 +358,7 @@ class ImageWriter:
             stored_bytes=self.stored_bytes,
             reused_bytes=self.reused_bytes,
             run_count=len(runs) // 24,
-            chunk_count=len(self._chunk_records),
+            chunk_count=self._chunk_count,
             pack_count=len(packs),
             document_stored_bytes=len(stored_document),
             document_bytes=document_bytes,
@@ -342,7 +367,7 @@ class ImageWriter:
             header,
             self._keys,
             runs=runs,
-            chunks=b"".join(self._chunk_records),
+            chunks=self._chunk_table,
             packs=b"".join(packs),
             document=stored_document,
         )

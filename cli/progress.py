@@ -71,5 +71,6 @@ def describe_progress(stage: str, done_bytes: int, total_bytes: int, rate: float
     if rate > 0:
         parts.append(f"{size(rate)}/s")
         if done_bytes < total_bytes:
-            parts.append(f"{duration((total_bytes - done_bytes) / rate)} left")
+            left_s = (total_bytes - done_bytes) / rate
+            parts.append(f"{duration(round(left_s)) if left_s >= 1 else '<1 s'} left")
     return "  ".join(parts)

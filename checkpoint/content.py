@@ -66,6 +66,25 @@ def own_page_ranges(pid: int, vmas: Iterable[Vma]) -> list[tuple[int, int]]:
     return found
 
 
+def behind_file(vma: Vma) -> bool:
+    """Whether a page that the process never changed shows a file's bytes, not zeros."""
+    return vma.kind in ("file", "memory") and not vma.shared
+
+
+def cut_ranges(ranges: list[tuple[int, int]], vmas: Iterable[Vma]) -> list[tuple[int, int]]:
+    """The parts of ascending `ranges` that lie in `vmas` (ascending too)."""
+    found: list[tuple[int, int]] = []
+    position = 0
+    for vma in vmas:
+        while position < len(ranges) and ranges[position][1] <= vma.start:
+            position += 1
+        for start, end in ranges[position:]:
+            if start >= vma.end:
+                break
+            found.append((max(start, vma.start), min(end, vma.end)))
+    return found
+
+
 def guard_ranges(pid: int, vmas: Iterable[Vma]) -> list[tuple[int, int]]:
     """Address ranges under MADV_GUARD_INSTALL (Linux 6.13); empty on kernels that cannot tell."""
     pagemap = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)

@@ -24,6 +24,8 @@ from .content import (
     FilePages,
     Objects,
     ProcessPages,
+    behind_file,
+    cut_ranges,
     data_ranges,
     guard_ranges,
     own_page_ranges,
@@ -172,6 +174,8 @@ def dump(
                 "threads": threads,
                 "vmas": mappings.describe(),
                 "guards": guards,
+                "changed": cut_ranges(ranges, filter(behind_file, vmas)),
+                "memory_policies": proc.memory_policies(source_pid),
                 "objects": objects.described,
                 "descriptors": descriptors,
             }

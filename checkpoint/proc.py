@@ -205,6 +205,16 @@ def posix_timers(pid: int) -> list[PosixTimer]:
     return found
 
 
+def memory_policies(pid: int) -> dict[str, str]:
+    """NUMA policies set for ranges, mbind(2): {start address in hex: policy}; numa(7)."""
+    try:
+        lines = read_bytes(pid, "numa_maps").decode("utf-8", "surrogateescape").splitlines()
+    except NotFound:  # a kernel without CONFIG_NUMA
+        return {}
+    fields = (line.split(" ", 2) for line in lines)
+    return {start: policy for start, policy, *_ in fields if policy != "default"}
+
+
 LIMIT_NAMES = (
     "Max cpu time", "Max file size", "Max data size", "Max stack size", "Max core file size",
     "Max resident set", "Max processes", "Max open files", "Max locked memory",

@@ -147,10 +147,41 @@ def add_timer_settings(batch: Batch, own: dict[str, Any]) -> None:
     """Arm the interval timers and the POSIX timers with the time they had left."""
     for which, text in enumerate(own["interval_timers"]):
         if any(setting := decode(text)):
+            if not any(setting[16:]):
+                # An interval without time left: its signal is pending, and with that the kernel
+                # has not wound the timer up again yet (kernel/time/itimer.c).
+                setting = setting[:16] * 2
             batch.call(process.SYS_SETITIMER, which, batch.put(setting), 0)
     for timer in own["posix_timers"]:
         if any(setting := decode(timer["setting"])):
             batch.call(process.SYS_TIMER_SETTIME, timer["number"], 0, batch.put(setting), 0)
+
+
+_POLICIES = {"prefer": 1, "bind": 2, "interleave": 3, "local": 4, "prefer (many)": 5}
+_POLICY_FLAGS = {"static": 1 << 15, "relative": 1 << 14}
+
+
+def add_memory_policy(batch: Batch, start: int, length_bytes: int, policy: str) -> None:
+    """The NUMA policy of a range, as /proc/PID/numa_maps words it: bind=static:0-1; mbind(2)."""
+    kind, _, nodes = policy.partition(":")
+    name, _, flag = kind.partition("=")
+    if name not in _POLICIES:
+        return
+    mask = 0
+    for part in filter(None, nodes.split(",")):
+        first, _, last = part.partition("-")
+        for node in range(int(first), int(last or first) + 1):
+            mask |= 1 << node
+    batch.call(
+        process.SYS_MBIND,
+        start,
+        length_bytes,
+        _POLICIES[name] | _POLICY_FLAGS.get(flag, 0),
+        batch.put(mask.to_bytes(128, "little")) if mask else 0,
+        1024 if mask else 0,
+        0,
+        tolerate=True,  # a machine with fewer nodes places memory as it can
+    )
 
 
 def add_limits(batch: Batch, own: dict[str, Any]) -> None:

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from . import birth, machine, proc, reinstate, resources
+from .content import windows_of
 from .elf import build_id
 from .errors import Busy, Damaged, Incompatible, KernelError, LzyError
 from .host import check_host
@@ -474,7 +475,7 @@ class Restorer:
                 descriptor = self.inherited[self._file_key(vma)]
             if shared and "mw" not in flags:
                 protection = memory.PROT_READ
-            if not shared and not self._has_pages(vma):
+            if not shared and not self._has_pages(vma) and not self._has_changes(vma):
                 protection = _protection(vma)
         if "nr" in flags:
             how |= memory.MAP_NORESERVE
@@ -489,6 +490,10 @@ class Restorer:
             return False
         first, last = self._runs_of(vma)
         return first < last
+
+    def _has_changes(self, vma: dict[str, Any]) -> bool:
+        """Whether pages over the file's are to be written, be they only zeros."""
+        return any(s < vma["end"] and e > vma["start"] for s, e in self.document["changed"])
 
     def _runs_of(self, vma: dict[str, Any]) -> tuple[int, int]:
         """The range of run records whose windows touch the VMA (those at its ends may not)."""
@@ -537,7 +542,17 @@ class Restorer:
             left = len(later)
             indexes = [index for index in range(first, last) if index not in later]
         Filler(self.image, tracee.pid, self.progress if self.eager else None).fill(indexes)
+        self._fill_zeros(tracee.pid)
         return left
+
+    def _fill_zeros(self, pid: int) -> None:
+        """Zero the pages that the process had made zero over a file's bytes; no chunk holds them."""
+        zeros = memoryview(bytearray(self.image.window_pages * PAGE_BYTES))
+        for address, wanted in windows_of(self.document["changed"], self.image.window_pages):
+            index = self.image.find_run(0, address)
+            missing = wanted & ~(self.image.run(index)[1] if index >= 0 else 0)
+            for run in page_runs([(address, missing)]):
+                memory.write_process(pid, [run], zeros[: run[1]])
 
     def _needed_at_once(self) -> list[int]:
         """Addresses the kernel or the first instructions touch: stacks, thread blocks, lists."""
@@ -565,6 +580,8 @@ class Restorer:
             batch.call(process.SYS_MPROTECT, start, length, _protection(vma), what="protect memory")
             for flag in sorted(flags & _ADVICE.keys()):
                 batch.call(process.SYS_MADVISE, start, length, _ADVICE[flag], tolerate=True)
+            if policy := self.document["memory_policies"].get(f"{start:x}"):
+                reinstate.add_memory_policy(batch, start, length, policy)
             if "lo" in flags:
                 on_fault = memory.MLOCK_ONFAULT if "lf" in flags else 0
                 batch.call(process.SYS_MLOCK2, start, length, on_fault, what="lock memory")

@@ -80,7 +80,8 @@ def settle_options(sock: socket.socket, entry: Entry) -> None:
     wanted = usual | {name: _from_json(value) for name, value in entry["options"].items()}
     now = kernel.options_of(sock)
     for name in kernel.OPTIONS:
-        if name in wanted and wanted[name] != now.get(name):
+        # Those that count before there is an address have been set; the kernel may add to them.
+        if name in wanted and wanted[name] != now.get(name) and name not in kernel.BEFORE_BIND:
             _set(sock, name, _to_json(wanted[name]))
     kernel.set_buffer_bytes(sock, entry["send_buffer_bytes"], entry["receive_buffer_bytes"])
 

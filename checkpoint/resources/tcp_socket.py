@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .survey import Opened, Survey
 
 _FAMILIES = (socket.AF_INET, socket.AF_INET6)
+_ROOM = 128  # backlog while connections are made again
 
 
 class TcpSocket(Kind):
@@ -75,16 +76,11 @@ class TcpSocket(Kind):
         if entry["name"] is not None:
             _bind(sock, entry)
         if form == "listening":
-            sock.listen(entry["backlog"])
+            sock.listen(max(entry["backlog"], _ROOM))  # `settle` says the right number
         elif form == "waiting":
             with state.reach(assembly, entry["listener"]) as listener:
                 address = _reachable(listener.getsockname(), entry)
             sock.connect(address)
-        elif form == "connecting" and entry["peer_name"]:
-            # The network lost the first attempt; this is the next.
-            sock.setblocking(False)
-            with contextlib.suppress(OSError):
-                sock.connect(tuple(entry["peer_name"]))
         return assembly.adopt(index, sock.detach())
 
     def settle(self, index: int, entry: Entry, assembly: Assembly) -> None:
@@ -97,6 +93,13 @@ class TcpSocket(Kind):
             ):
                 with contextlib.suppress(OSError):
                     sock.shutdown(socket.SHUT_WR)
+            if entry["form"] == "listening":
+                sock.listen(entry["backlog"])
+            elif entry["form"] == "connecting" and entry["peer_name"]:
+                # The network lost the first attempt; this is the next.
+                sock.setblocking(False)
+                with contextlib.suppress(OSError):
+                    sock.connect(tuple(entry["peer_name"]))
             state.settle_options(sock, entry)
 
 

@@ -12,10 +12,11 @@ import errno
 import os
 import socket
 import stat
+import struct
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from ..errors import Busy, Incompatible
+from ..errors import Busy, Incompatible, LzyError
 from ..linux import sockets as kernel
 from . import socket_state as state
 from .kind import Entry, Kind
@@ -23,6 +24,8 @@ from .kind import Entry, Kind
 if TYPE_CHECKING:
     from .assembly import Assembly
     from .survey import Opened, Survey
+
+_ROOM = 64  # backlog while connections are made again
 
 
 class UnixSocket(Kind):
@@ -80,16 +83,17 @@ class UnixSocket(Kind):
         elif form == "listening":
             sock = state.make_socket(entry)
             _bind(sock, entry)
-            sock.listen(entry["backlog"])
+            sock.listen(max(entry["backlog"], _ROOM))  # `place` says the right number
             assembly.adopt(index, sock.detach())
         elif form == "waiting":
             # Its listener comes first, and then this one waits in its queue again.
-            with state.reach(assembly, entry["listener"]) as listener:
-                address = listener.getsockname()
+            assembly.make(entry["listener"])
+            listener = assembly.entries[entry["listener"]]
             sock = state.make_socket(entry)
             if entry["name"] is not None:
                 _bind(sock, entry)
-            sock.connect(address)
+            with _at_folder(listener):
+                sock.connect(state.address_from_json(listener["name"]))
             assembly.adopt(index, sock.detach())
         elif form == "gone" and entry["type"] != socket.SOCK_DGRAM:
             _make_gone(index, entry, assembly)
@@ -140,12 +144,63 @@ def _make_connected(index: int, entry: Entry, assembly: Assembly) -> None:
     ):
         _make_datagram(index, entry, assembly)
         return
-    one, two = socket.socketpair(entry["family"], entry["type"], entry["protocol"])
+    one, two = _pair(index, other_index, assembly)
     if entry["type"] != socket.SOCK_DGRAM:
         _queue(one, other["messages"], "a unix socket")
         _queue(two, entry["messages"], "a unix socket")
     assembly.adopt(index, one.detach())
     assembly.adopt(other_index, two.detach())
+
+
+def _pair(index: int, other_index: int, assembly: Assembly) -> tuple[socket.socket, socket.socket]:
+    """Two connected sockets, with the names the ends had where that is possible."""
+    entry, other = assembly.entries[index], assembly.entries[other_index]
+    if entry["name"] is not None or other["name"] is not None:
+        listeners = {
+            repr(found["name"]): at
+            for at, found in assembly.of_kind(KIND.name)
+            if found["form"] == "listening"
+        }
+        # The accepted end has its listener's name.
+        swapped = other["name"] is None or repr(entry["name"]) in listeners
+        caller, accepted = (other, entry) if swapped else (entry, other)
+        # A name that somebody else has by now is lost; the connection is not.
+        with contextlib.suppress(OSError, LzyError):
+            one, two = _connect_by_name(
+                caller, accepted, listeners.get(repr(accepted["name"])), assembly
+            )
+            return (two, one) if swapped else (one, two)
+    return socket.socketpair(entry["family"], entry["type"], entry["protocol"])
+
+
+def _connect_by_name(
+    caller_entry: Entry, accepted_entry: Entry, listener: int | None, assembly: Assembly
+) -> tuple[socket.socket, socket.socket]:
+    """Connect through the process's own listener, else through one for the moment."""
+    with contextlib.ExitStack() as undo:
+        caller = undo.enter_context(state.make_socket(caller_entry))
+        if caller_entry["name"] is not None:
+            _bind(caller, caller_entry)
+        if listener is not None:
+            gate = undo.enter_context(state.reach(assembly, listener))
+        else:
+            gate = undo.enter_context(state.make_socket(accepted_entry))
+            _bind(gate, accepted_entry)
+        gate.listen(_ROOM)  # `place` says the right number again
+        with _at_folder(accepted_entry):
+            caller.connect(state.address_from_json(accepted_entry["name"]))
+        accepted = _accept_ours(gate)
+        return socket.socket(fileno=caller.detach()), accepted
+
+
+def _accept_ours(gate: socket.socket) -> socket.socket:
+    """Accept the connection that we made, turning strangers away."""
+    while True:
+        accepted, _ = gate.accept()
+        credentials = accepted.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+        if struct.unpack("=iII", credentials)[0] == os.getpid():
+            return accepted
+        accepted.close()
 
 
 def _make_gone(index: int, entry: Entry, assembly: Assembly) -> None:
@@ -301,6 +356,13 @@ def _refuse_if_served(entry: Entry) -> None:
         if not os.path.isdir(os.path.dirname(os.path.abspath(name))):
             raise
         return
+    if entry["file"] is None:
+        raise Incompatible(
+            f"{name}, a name of the process's socket, belongs to somebody else since before the "
+            "dump",
+            remedy="move that file away, then restore again",
+            path=name,
+        )
     if not stat.S_ISSOCK(status.st_mode):
         raise Incompatible(
             f"{name} was a socket of the process and is another file now",

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import socket
 from typing import Any
+
+import pytest
 
 
 def test_listener_accepts_at_the_same_address_with_its_options(cycle: Any) -> None:
@@ -149,3 +152,152 @@ def test_peer_outside_is_gone_after_the_queued_bytes(cycle: Any) -> None:
             os.close(sent)
     assert heard[:2] == [b"queued", b""]
     assert heard[2] in ("BrokenPipeError", "ConnectionResetError")
+
+
+def test_ipv6_pair_with_one_end_shut_and_its_listener_closed(cycle: Any) -> None:
+    """A half-closed connection is half-closed again, over IPv6 and without its listener."""
+
+    def hold() -> Any:
+        with socket.create_server(("::1", 0), family=socket.AF_INET6) as listener:
+            client = socket.create_connection(listener.getsockname()[:2])
+            server, _ = listener.accept()
+        server.send(b"bye")
+        server.shutdown(socket.SHUT_WR)
+        return client.detach(), server.detach()
+
+    def prove(numbers: Any) -> Any:
+        client, server = (socket.socket(fileno=fd) for fd in numbers)
+        heard = [client.recv(9), client.recv(9)]
+        client.send(b"still")
+        return [*heard, server.recv(9), client.getpeername() == server.getsockname()]
+
+    assert cycle(hold, prove) == [b"bye", b"", b"still", True]
+
+
+def test_a_client_that_waits_to_be_accepted_waits_again(cycle: Any) -> None:
+    """The listener of the process accepts it after the cycle."""
+
+    def hold() -> Any:
+        listener = socket.create_server(("127.0.0.1", 0))
+        client = socket.create_connection(listener.getsockname())
+        return listener.detach(), client.detach()
+
+    def prove(numbers: Any) -> bytes:
+        listener, client = (socket.socket(fileno=fd) for fd in numbers)
+        server, _ = listener.accept()
+        client.send(b"at last")
+        return server.recv(99)
+
+    assert cycle(hold, prove) == b"at last"
+
+
+def test_bytes_sent_to_a_connection_not_yet_accepted_are_a_reason_to_wait(cycle: Any) -> None:
+    """They lie in a queue that no descriptor leads to."""
+    from lzy.checkpoint.errors import Unsupported
+
+    def hold() -> Any:
+        listener = socket.create_server(("127.0.0.1", 0))
+        client = socket.create_connection(listener.getsockname())
+        client.send(b"x")
+        return listener.detach(), client.detach()
+
+    with pytest.raises(Unsupported, match="not accepted"):
+        cycle.describe(hold)
+
+
+def test_a_taken_port_is_busy(cycle: Any) -> None:
+    """The error names the address and says how to find who has it."""
+    from lzy.checkpoint.errors import Busy
+
+    def hold() -> Any:
+        listener = socket.create_server(("127.0.0.1", 0))
+        return listener.fileno(), listener.getsockname(), listener.detach()
+
+    address = cycle.describe(hold)[1]
+    with (
+        socket.create_server(address),
+        pytest.raises(Busy, match=str(address[1])) as caught,
+    ):
+        cycle.restore(lambda: None)
+    assert "ss -" in caught.value.remedy
+    cycle.restore(lambda: None)
+
+
+def test_a_connection_that_was_reset_stays_broken(cycle: Any) -> None:
+    """The error that waited to be read is read after the cycle."""
+
+    def hold() -> int:
+        listener = socket.create_server(("127.0.0.1", 0))
+        client = socket.create_connection(listener.getsockname())
+        server, _ = listener.accept()
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        server.close()
+        return client.detach()
+
+    def prove(number: int) -> Any:
+        client = socket.socket(fileno=number)
+        try:
+            client.recv(1)
+        except ConnectionResetError:
+            return "reset", client.recv(1)
+        return "alive"
+
+    assert cycle(hold, prove) == ("reset", b"")
+
+
+def test_fresh_bound_and_connecting_sockets(cycle: Any) -> None:
+    """A socket not yet used, one with an address only, and one whose connection is on its way."""
+
+    def hold() -> Any:
+        fresh, bound, connecting = (socket.socket() for _ in range(3))
+        fresh.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1234)
+        bound.bind(("127.0.0.1", 0))
+        name = bound.getsockname()
+        full = socket.create_server(("127.0.0.1", 0), backlog=0)
+        connecting.setblocking(False)
+        first = socket.create_connection(full.getsockname())
+        assert connecting.connect_ex(full.getsockname()) == errno.EINPROGRESS
+        first.detach()
+        return fresh.detach(), bound.detach(), connecting.detach(), full.detach(), name
+
+    def prove(state: Any) -> Any:
+        fresh, bound, connecting, full = (socket.socket(fileno=fd) for fd in state[:4])
+        full.settimeout(5)
+        accepted = [full.accept()[1], full.accept()[1]]
+        assert connecting.getsockname() in accepted
+        return (
+            fresh.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT),
+            fresh.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR),
+            bound.getsockname() == state[4],
+            connecting.getpeername() == full.getsockname(),
+        )
+
+    assert cycle(hold, prove) == (1234, 0, True, True)
+
+
+def test_describing_leaves_sockets_as_they_were(cycle: Any) -> None:
+    """Queues, options and blocking are the same after a look; the process goes on."""
+    import signal
+
+    from lzy.checkpoint.resources import describe_descriptors
+
+    def hold() -> Any:
+        listener = socket.create_server(("127.0.0.1", 0))
+        client = socket.create_connection(listener.getsockname())
+        client.setblocking(False)
+        server, _ = listener.accept()
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            while True:
+                client.send(b"x" * 65536)
+        except BlockingIOError:
+            pass
+        return listener.detach(), client.detach(), server.detach()
+
+    cycle.describe(hold, end=False)
+    process = cycle.processes[0]
+    again = describe_descriptors(process.pid, process.pidfd, cycle.objects)
+    assert again == cycle.table
+    os.kill(process.pid, signal.SIGCONT)
+    reuse = [e["options"].get("SO_REUSEADDR") for e in again["descriptions"] if "options" in e]
+    assert reuse.count(1) == 3

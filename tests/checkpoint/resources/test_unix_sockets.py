@@ -98,3 +98,143 @@ def test_end_whose_other_end_is_outside(cycle: Any) -> None:
 
     with ours, theirs:
         assert cycle(hold, prove) == [b"queued", b"", b"broken"]
+
+
+@pytest.mark.parametrize("form", ["path", "relative", "abstract"])
+@pytest.mark.parametrize("listening", [True, False])
+def test_accepted_connection_keeps_its_names(
+    cycle: Any, tmp_path: Path, form: str, listening: bool
+) -> None:
+    """Both ends say the same names; the queue of unread bytes is there; the listener accepts."""
+    names = {
+        "path": str(tmp_path / "server"),
+        "relative": "server",
+        "abstract": b"\0lzy-names-%d" % os.getpid(),
+    }
+    address = names[form]
+
+    def hold() -> Any:
+        os.chdir(tmp_path)
+        listener, client = socket.socket(socket.AF_UNIX), socket.socket(socket.AF_UNIX)
+        listener.bind(address)
+        listener.listen(5)
+        client.bind(str(tmp_path / "client"))
+        client.connect(address)
+        server, _ = listener.accept()
+        client.send(b"to server")
+        server.send(b"to client")
+        numbers = [client.detach(), server.detach(), listener.detach()]
+        if not listening:
+            os.close(numbers.pop())
+        return numbers
+
+    def prove(numbers: list[int]) -> Any:
+        os.chdir(tmp_path)
+        client, server, *listeners = (socket.socket(fileno=fd) for fd in numbers)
+        assert server.recv(99) == b"to server"
+        assert client.recv(99) == b"to client"
+        for listener in listeners:
+            with socket.socket(socket.AF_UNIX) as other:
+                other.connect(address)
+                listener.accept()[0].close()
+        return client.getpeername(), server.getsockname(), server.getpeername()
+
+    assert cycle(hold, prove) == (address, address, str(tmp_path / "client"))
+
+
+def test_a_client_that_waits_to_be_accepted_waits_again(cycle: Any, tmp_path: Path) -> None:
+    """The listener of the process accepts it after the cycle."""
+    path = str(tmp_path / "server")
+
+    def hold() -> Any:
+        listener, client = socket.socket(socket.AF_UNIX), socket.socket(socket.AF_UNIX)
+        listener.bind(path)
+        listener.listen(5)
+        client.connect(path)
+        return listener.detach(), client.detach()
+
+    def prove(numbers: Any) -> bytes:
+        listener, client = (socket.socket(fileno=fd) for fd in numbers)
+        server, _ = listener.accept()
+        client.send(b"at last")
+        return server.recv(99)
+
+    assert cycle(hold, prove) == b"at last"
+
+
+def test_shut_ends_stay_shut(cycle: Any) -> None:
+    """Half a connection that was shut gives end of file after what was queued."""
+
+    def hold() -> Any:
+        one, two = socket.socketpair()
+        one.send(b"last")
+        one.shutdown(socket.SHUT_WR)
+        return one.detach(), two.detach()
+
+    def prove(numbers: Any) -> Any:
+        one, two = (socket.socket(fileno=fd) for fd in numbers)
+        heard = [two.recv(9), two.recv(9)]
+        two.send(b"other way")
+        return [*heard, one.recv(9)]
+
+    assert cycle(hold, prove) == [b"last", b"", b"other way"]
+
+
+def test_datagrams_with_names(cycle: Any, tmp_path: Path) -> None:
+    """Each datagram comes from the name of its sender; destinations stay chosen."""
+
+    def hold() -> list[int]:
+        server, one, two = (socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) for _ in range(3))
+        server.bind(str(tmp_path / "server"))
+        one.bind(str(tmp_path / "one"))
+        one.connect(str(tmp_path / "server"))
+        one.send(b"from one")
+        two.sendto(b"from nobody", str(tmp_path / "server"))
+        return [server.detach(), one.detach(), two.detach()]
+
+    def prove(numbers: list[int]) -> Any:
+        server, one, _ = (socket.socket(fileno=fd) for fd in numbers)
+        server.setblocking(False)
+        heard = [server.recvfrom(99), server.recvfrom(99)]
+        one.send(b"more")
+        return [*heard, server.recvfrom(99)]
+
+    one = str(tmp_path / "one")
+    assert cycle(hold, prove) == [(b"from one", one), (b"from nobody", None), (b"more", one)]
+
+
+def test_a_name_somebody_serves_by_now_is_busy(cycle: Any, tmp_path: Path) -> None:
+    """The restore is refused before anything is made; the server is left alone."""
+    from lzy.checkpoint.errors import Busy
+
+    path = str(tmp_path / "socket")
+
+    def hold() -> int:
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(path)
+        listener.listen()
+        return listener.detach()
+
+    cycle.describe(hold)
+    os.unlink(path)
+    with socket.socket(socket.AF_UNIX) as stranger:
+        stranger.bind(path)
+        stranger.listen()
+        with pytest.raises(Busy, match="socket"):
+            cycle.restore(lambda: None)
+        assert os.path.exists(path)
+
+
+def test_descriptors_on_their_way_are_refused(cycle: Any) -> None:
+    """SCM_RIGHTS in a queue: refused, nothing of it taken, nothing left open here."""
+    from lzy.checkpoint.errors import Unsupported
+
+    def hold() -> Any:
+        one, two = socket.socketpair()
+        socket.send_fds(one, [b"x"], [0])
+        return one.detach(), two.detach()
+
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(Unsupported, match="SCM_RIGHTS"):
+        cycle.describe(hold, end=False)
+    assert len(os.listdir("/proc/self/fd")) == before + 1  # the pidfd of the child

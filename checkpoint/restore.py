@@ -623,10 +623,11 @@ class Restorer:
         reinstate.add_addresses(batch, own, self.inherited[own["exe"], False])
         reinstate.add_process(batch, own)
         reinstate.add_posix_timers(batch, own)
-        for number, command, lock in resources.posix_locks(self.document["descriptors"]):
-            batch.call(process.SYS_FCNTL, number, command, batch.put(lock), what="file lock")
         for descriptor in [*self.inherited.values(), *self.inherited_objects]:
             batch.call(process.SYS_CLOSE, descriptor)
+        # Only now: closing any descriptor of a file gives up the process's locks on it, fcntl(2).
+        for number, command, lock in resources.posix_locks(self.document["descriptors"]):
+            batch.call(process.SYS_FCNTL, number, command, batch.put(lock), what="file lock")
         for text, place in self.document["descriptors"]["descriptors"].items():
             if place["close_on_exec"]:
                 batch.call(process.SYS_FCNTL, int(text), 2, 1, what="close-on-exec")

@@ -131,6 +131,7 @@ class File(Kind):
 
 def _open_again(fd: int, flags: int) -> int:
     """A new description of the file behind `fd`; without O_DIRECT where it cannot have it."""
+    flags &= ~os.O_NOFOLLOW  # the way to it is a link
     try:
         return os.open(f"/proc/self/fd/{fd}", flags)
     except OSError as error:

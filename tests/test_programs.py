@@ -107,7 +107,7 @@ def test_restored_program_proves_its_state(
 def test_checkpointed_program_runs_on_and_its_image_is_whole(
     start: Start, lzy: CommandLine, case: Case
 ) -> None:
-    """With --leave-running the program proves its state, and later what is in the image does too."""
+    """Left running, the program proves its state; so does, later, what is in the image."""
     if case.name in ("sqlite_transaction", "sockets"):
         pytest.skip("what it changes in files and takes in names outlasts it, by its nature")
     program = start(case.name, *case.arguments).await_ready()
@@ -176,7 +176,7 @@ def test_one_image_many_times(start: Start, lzy: CommandLine) -> None:
 
 
 def test_command_on_the_way_arrives_once(start: Start, lzy: CommandLine) -> None:
-    """A line that waits in the FIFO while the program is away is read by it, once, when it is back."""
+    """A line that came while the program was away is read by it, once, when it is back."""
     program = start("interpreter").await_ready()
     lzy.dump(program)
     program.say("ping")

@@ -1,4 +1,4 @@
-"""asyncio: timers, streams over TCP and a unix pair, a queue, an event and a thread, all waiting."""
+"""asyncio: timers, streams over TCP and a unix pair, a queue, an event, a thread; all waiting."""
 
 import asyncio
 import json

@@ -9,6 +9,7 @@ import os
 import resource
 import sys
 import threading
+from collections.abc import Callable
 
 from clib import call
 from dialogue import Proof, converse
@@ -27,6 +28,11 @@ def prctl(option: int, *arguments: int) -> int:
     return call("prctl", option, *padded)
 
 
+def set_name(name: bytes) -> None:
+    room = ctypes.create_string_buffer(name)
+    prctl(PR_SET_NAME, ctypes.addressof(room))
+
+
 def main() -> None:
     folder = os.path.join(os.getcwd(), "work")
     os.mkdir(folder)
@@ -38,7 +44,7 @@ def main() -> None:
     with open("/proc/self/coredump_filter", "w") as file:
         file.write("0x1b")
     call("personality", ctypes.c_ulong(ADDR_NO_RANDOMIZE))
-    prctl(PR_SET_NAME, ctypes.addressof(ctypes.create_string_buffer(b"leader")))
+    set_name(b"leader")
     prctl(PR_SET_TIMERSLACK, 123_456)
     prctl(PR_SET_THP_DISABLE, 1)
     prctl(PR_SET_CHILD_SUBREAPER, 1)
@@ -54,8 +60,8 @@ def main() -> None:
 
     ready, never = threading.Semaphore(0), threading.Event()
 
-    def be_different(name: bytes, change) -> None:  # noqa: ANN001
-        prctl(PR_SET_NAME, ctypes.addressof(ctypes.create_string_buffer(name)))
+    def be_different(name: bytes, change: Callable[[], object]) -> None:
+        set_name(name)
         change()
         ready.release()
         never.wait()
@@ -70,7 +76,7 @@ def main() -> None:
         (b"idle", lambda: os.sched_setscheduler(0, SCHED_IDLE, os.sched_param(0))),
         (b"round robin", lambda: os.sched_setscheduler(0, SCHED_RR, os.sched_param(3))),
         (b"slack", slack_and_idle),
-        (b"a (strange)\nname", lambda: os.sched_setaffinity(0, [0])),
+        (b") R \xff\x80\nstrange", lambda: os.sched_setaffinity(0, [0])),
         (b"plain", lambda: None),
     ]
     os.setpriority(os.PRIO_PROCESS, 0, 4)

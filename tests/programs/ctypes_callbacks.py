@@ -1,8 +1,9 @@
-"""C code in the middle of calling back into Python: qsort waits in a comparison, nftw in a visit."""
+"""C code in the middle of calling back into Python: qsort waits in a comparison."""
 
 import ctypes
 import functools
 import threading
+from typing import Any
 
 from clib import libc
 from dialogue import Proof, converse, ends
@@ -20,7 +21,7 @@ def main() -> None:
     array = (ctypes.c_int * len(NUMBERS))(*NUMBERS)
 
     @Compare
-    def compare(left, right) -> int:  # noqa: ANN001 - ctypes pointers
+    def compare(left: Any, right: Any) -> int:
         nonlocal calls
         calls += 1
         if calls == 3000:

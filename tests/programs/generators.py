@@ -1,4 +1,4 @@
-"""Generators, coroutines, iterators and context managers, each half-way; they go on where they were."""
+"""Generators, coroutines, iterators and context managers, half-way; they go on where they were."""
 
 import contextlib
 import functools

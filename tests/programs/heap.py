@@ -1,4 +1,4 @@
-"""The heap behind brk(2): it goes on growing from where it was, and its old bytes are still there."""
+"""The heap behind brk(2): it goes on growing from where it was, its old bytes still there."""
 
 import ctypes
 import gc

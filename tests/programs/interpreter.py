@@ -1,4 +1,4 @@
-"""An interpreter of any version (3.8 and later): threads, generators, recursion, collections, imports."""
+"""An interpreter of any version from 3.8 on: threads, generators, collections, imports."""
 
 import collections
 import decimal

@@ -1,8 +1,10 @@
-"""Threads that hold and await locks of every kind; after a move each gets its turn, none is lost."""
+"""Threads that hold and await locks of every kind; each gets its turn, none is lost."""
 
 import functools
 import queue
 import threading
+from collections.abc import Callable
+from typing import Any
 
 from dialogue import PATIENCE_S, Proof, converse, ends
 
@@ -22,7 +24,9 @@ def holds_rlock_twice() -> None:
     results.put("held")
 
 
-def awaits(name: str, acquire, release) -> threading.Thread:  # noqa: ANN001 - any lock will do
+def awaits(
+    name: str, acquire: Callable[[], Any], release: Callable[[], Any] | None
+) -> threading.Thread:
     def run() -> None:
         waiting.release()
         acquire()
@@ -103,7 +107,7 @@ def main() -> None:
             condition.notify_all()
         jobs.put(-1)
         proof["took"] = full.get(timeout=PATIENCE_S) == 0
-        proof["all end"] = all([ends(thread) for thread in [holder, *threads]])
+        proof["all end"] = all(list(map(ends, [holder, *threads])))
         seen = [results.get_nowait() for _ in range(results.qsize())]
         proof["each once"] = len(seen) == len(set(seen)) == len(threads) + 1
         proof["consumed"] = "consumed 45" in seen

@@ -1,4 +1,4 @@
-"""Signals: handlers, masks, pending ones with their values, alternate stacks; all kinds of timers."""
+"""Signals: handlers, masks, pending ones with their values, alternate stacks; timers."""
 
 import ctypes
 import faulthandler

@@ -74,7 +74,7 @@ def main() -> None:
 
         always[f"tcp {name} listens"] = accepts
 
-    half_listener, half_client, half_server = tcp_pair(socket.AF_INET, "127.0.0.1")
+    _, half_client, half_server = tcp_pair(socket.AF_INET, "127.0.0.1")
     half_client.sendall(b"last words")
     half_client.shutdown(socket.SHUT_WR)
     once["half closed"] = lambda: (

@@ -51,7 +51,7 @@ def main() -> None:
         proof["main grew"] = grown or before - top_of_main_stack() > 1 << 20
         grown = True
         deeper.set()
-        proof["threads end"] = all([ends(thread) for thread in threads])
+        proof["threads end"] = all(list(map(ends, threads)))
         proof["threads"] = results == [150 + 301] * 2
         fresh = threading.Thread(target=lambda: results.append(descend(50)))
         fresh.start()

@@ -7,6 +7,7 @@ linux/tcp.h, asm-generic/socket.h.
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import socket
 import struct
@@ -133,23 +134,33 @@ BEFORE_BIND = frozenset(
         "IPV6_TRANSPARENT",
     }
 )
-_LEVELS_OF_FAMILY = {
+_LEVELS_OF_FAMILY: dict[int, set[int]] = {
     socket.AF_UNIX: {_BASE},
     socket.AF_INET: {_BASE, _IP, _TCP, _UDP},
     socket.AF_INET6: {_BASE, _IPV6, _TCP, _UDP},
 }
 
 
+@functools.cache
+def _options_known(family: int, kind: int, protocol: int) -> list[tuple[str, int, int]]:
+    levels = _LEVELS_OF_FAMILY[family]
+    return [
+        (name, level, option)
+        for name, (level, option) in OPTIONS.items()
+        if level in levels
+        and (level not in (_TCP, _UDP) or level == protocol)
+        and (kind == socket.SOCK_DGRAM or "MULTICAST" not in name)
+    ]
+
+
 def options_of(sock: socket.socket) -> dict[str, bytes]:
     """The values of all OPTIONS that this socket knows, as the kernel writes them."""
-    levels = _LEVELS_OF_FAMILY[sock.family]
     answer = {}
-    for name, (level, option) in OPTIONS.items():
-        if level in levels and not (level in (_TCP, _UDP) and level != sock.proto):
-            try:
-                answer[name] = sock.getsockopt(level, option, 64)
-            except OSError:
-                continue  # this kernel or this socket does not know the option
+    for name, level, option in _options_known(sock.family, sock.type, sock.proto):
+        try:
+            answer[name] = sock.getsockopt(level, option, 64)
+        except OSError:
+            continue  # this kernel or this socket does not know the option
     return answer
 
 

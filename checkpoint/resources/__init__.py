@@ -17,7 +17,7 @@ from .assembly import (
     make_descriptors,
     place_descriptors,
 )
-from .kind import NoObjects, ObjectSink, ObjectSource, RestoreOptions
+from .kind import NoObjects, ObjectSink, ObjectSource, RestoreOptions, all_kinds
 from .locks import posix_locks
 
 if TYPE_CHECKING:
@@ -34,11 +34,19 @@ __all__ = [
     "finish_descriptors",
     "free_number",
     "hold_connections",
+    "load_kinds",
     "make_descriptors",
     "place_descriptors",
     "posix_locks",
     "release_descriptors",
 ]
+
+
+def load_kinds() -> None:
+    """Load all that `describe_descriptors` needs, so that a frozen process need not wait for it."""
+    from . import release, survey  # noqa: F401
+
+    all_kinds()
 
 
 def __getattr__(name: str) -> Any:

@@ -42,8 +42,13 @@ def describe_socket(opened: Opened, sock: socket.socket) -> Entry:
     # A socket's O_NONBLOCK must not be touched: Python would set it on a socket with a timeout.
     if filters := _filters(sock):
         raise opened.refusal(filters, "let the process remove it (SO_DETACH_FILTER)")
-    with socket.socket(sock.family, sock.type, sock.proto) as fresh:
-        usual = kernel.options_of(fresh)
+    family, kind, protocol = sock.family, sock.type, sock.proto
+
+    def ask_fresh() -> dict[str, bytes]:
+        with socket.socket(family, kind, protocol) as fresh:
+            return kernel.options_of(fresh)
+
+    usual = opened.survey.once(("options", family, kind, protocol), ask_fresh)
     options = {
         name: _to_json(value)
         for name, value in kernel.options_of(sock).items()
@@ -51,9 +56,9 @@ def describe_socket(opened: Opened, sock: socket.socket) -> Entry:
     }
     send, receive = kernel.buffer_bytes(sock)
     return {
-        "family": int(sock.family),
-        "type": int(sock.type),
-        "protocol": sock.proto,
+        "family": int(family),
+        "type": int(kind),
+        "protocol": protocol,
         "options": options,
         "send_buffer_bytes": send,
         "receive_buffer_bytes": receive,
@@ -74,15 +79,13 @@ def make_socket(entry: Entry) -> socket.socket:
 
 
 def settle_options(sock: socket.socket, entry: Entry) -> None:
-    """Give a socket the options it had; those not recorded are what a fresh socket has."""
-    with socket.socket(sock.family, sock.type, sock.proto) as fresh:
-        usual = kernel.options_of(fresh)
-    wanted = usual | {name: _from_json(value) for name, value in entry["options"].items()}
-    now = kernel.options_of(sock)
+    """Give a socket the options it had, those aside that count before there is an address."""
     for name in kernel.OPTIONS:
-        # Those that count before there is an address have been set; the kernel may add to them.
-        if name in wanted and wanted[name] != now.get(name) and name not in kernel.BEFORE_BIND:
-            _set(sock, name, _to_json(wanted[name]))
+        if name in entry["options"] and name not in kernel.BEFORE_BIND:
+            _set(sock, name, entry["options"][name])
+    # It was set to get an address on which connections of old may linger.
+    if "SO_REUSEADDR" not in entry["options"] and entry["family"] != socket.AF_UNIX:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
     kernel.set_buffer_bytes(sock, entry["send_buffer_bytes"], entry["receive_buffer_bytes"])
 
 

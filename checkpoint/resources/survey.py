@@ -34,8 +34,7 @@ class Opened:
         self.proc_path = f"/proc/{survey.pid}/fd/{number}"
         self.link = survey.links[number]
         self.status: os.stat_result = os.stat(self.proc_path)
-        with open(f"/proc/{survey.pid}/fdinfo/{number}", encoding="ascii") as file:
-            self.information = file.read().splitlines()
+        self.information = survey.information[number].splitlines()
         self.fields = {
             name: value.strip()
             for name, separator, value in (line.partition(":") for line in self.information)
@@ -98,8 +97,9 @@ class Survey:
         self.pidfd = pidfd
         self.objects = objects
         self.duplicates: list[int] = []
-        self.close_on_exec: dict[int, bool] = {}
         self.links: dict[int, str] = {}
+        self.information: dict[int, str] = {}
+        """Descriptor number to its fdinfo, proc_pid_fdinfo(5)."""
         self.opened: list[Opened] = []
         self.kinds: list[Kind] = []
         self.index_of: dict[int, int] = {}
@@ -122,12 +122,15 @@ class Survey:
         directory = f"/proc/{self.pid}/fd"
         numbers = sorted(int(name) for name in os.listdir(directory))
         _allow_descriptors(2 * len(numbers) + 64)
-        groups: dict[tuple[str, int, int], list[int]] = {}
-        for number in numbers:
-            self.links[number] = os.readlink(f"{directory}/{number}")
-            status = os.stat(f"{directory}/{number}")
-            key = (self.links[number], status.st_dev, status.st_ino)
-            groups.setdefault(key, []).append(number)
+        groups: dict[str, list[int]] = {}
+        folder = os.open(f"/proc/{self.pid}/fdinfo", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            for number in numbers:
+                self.links[number] = link = os.readlink(f"{directory}/{number}")
+                self.information[number] = _read(folder, str(number))
+                groups.setdefault(link, []).append(number)
+        finally:
+            os.close(folder)
         shared: list[list[int]] = []
         for group in groups.values():
             shared += self._split_by_description(group)
@@ -170,8 +173,7 @@ class Survey:
         """Each number (as text, for JSON) with its description and its own close-on-exec flag."""
         answer = {}
         for number, index in sorted(self.index_of.items()):
-            with open(f"/proc/{self.pid}/fdinfo/{number}", encoding="ascii") as file:
-                flags = next(int(line.split()[1], 8) for line in file if line.startswith("flags:"))
+            flags = int(self.information[number].partition("flags:")[2].split(None, 1)[0], 8)
             answer[str(number)] = {
                 "description": index,
                 "close_on_exec": bool(flags & os.O_CLOEXEC),
@@ -182,6 +184,17 @@ class Survey:
         """Let our duplicates go."""
         while self.duplicates:
             os.close(self.duplicates.pop())
+
+
+def _read(folder: int, name: str) -> str:
+    fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=folder)
+    try:
+        pieces = []
+        while piece := os.read(fd, 1 << 16):
+            pieces.append(piece)
+        return b"".join(pieces).decode("ascii")
+    finally:
+        os.close(fd)
 
 
 _WAYS_OUT = {

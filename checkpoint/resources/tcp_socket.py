@@ -193,21 +193,27 @@ def _find_waiting_room(entry: Entry, opened: Opened, survey: Survey) -> int | No
     ends = _ends(opened)
     if ends is None or entry["state"] != kernel.TCP_ESTABLISHED:
         return None
-    for other in survey.of_kind(KIND.name):
-        with state.borrowed(other.fd) as sock:
-            facts = kernel.tcp_state(sock)
-            if facts.state != kernel.TCP_LISTEN or not facts.waiting:
-                continue
-            host, port = _plain(sock.getsockname())
-            if port != ends[1][1] or host not in (ends[1][0], "0.0.0.0", "::"):
-                continue
+    for listener, (host, port) in survey.once("tcp listeners", lambda: _crowded(survey)):
+        if port != ends[1][1] or host not in (ends[1][0], "0.0.0.0", "::"):
+            continue
         if _received_unaccepted(opened, ends):
             raise opened.refusal(
                 "it has sent bytes to a connection that is not accepted yet",
                 "let the process accept it, then dump again",
             )
-        return other.index
+        return listener
     return None
+
+
+def _crowded(survey: Survey) -> list[tuple[int, tuple[str, int]]]:
+    """Listeners with connections that wait to be accepted, and their addresses."""
+    found = []
+    for other in survey.of_kind(KIND.name):
+        with state.borrowed(other.fd) as sock:
+            facts = kernel.tcp_state(sock)
+            if facts.state == kernel.TCP_LISTEN and facts.waiting:
+                found.append((other.index, _plain(sock.getsockname())))
+    return found
 
 
 def _received_unaccepted(opened: Opened, ends: tuple[tuple[str, int], tuple[str, int]]) -> bool:

@@ -26,7 +26,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from .errors import LzyError
-from .journal import CLOSING, CONTEXT, FINISHED, GONE, MAIN, PIECE, SOURCE, Journal, Record
+from .journal import CLOSING, CONTEXT, GONE, MAIN, PIECE, SOURCE, Journal, Record
 from .linux import PAGE_BYTES
 from .linux import uffd as kernel
 from .linux.uffd import MESSAGE_BYTES, Userfaultfd
@@ -299,7 +299,6 @@ class FaultServer:
                     self._reopen()
                 self._wait(now)
         self._say_how_it_is()
-        self._journal.phase = FINISHED
 
     def _wait(self, now: float) -> None:
         until = self._background_at
@@ -391,7 +390,7 @@ class FaultServer:
         high = base + self._window_bytes
         if high > end:
             high = end
-        wanted = []
+        wanted: list[tuple[int, int, int]] = []
         for offset, stored, length in self._runs_of(mask):
             first = base + offset
             last = first + length
@@ -541,18 +540,29 @@ class FaultServer:
             self._drop(context)
             return
         self._journal.phase = CLOSING
+        if self._process_ended():
+            self._drop(context)
+            return
         if kernel.same_description(self._pid, self._number, self._uffd):
             try:
                 result = self._close_descriptor(self._pid, self._number)
                 if result < 0:
                     raise OSError(-result, os.strerror(-result))
             except Exception as error:  # whatever it is, the process has all its memory
+                if self._process_ended():
+                    self._drop(context)
+                    return
                 self.left_something = True
                 self._log(
                     f"all memory is in, but descriptor {self._number} of process {self._pid}"
                     f" could not be closed and stays (it does no harm): {error}"
                 )
         self._drop(context)
+
+    def _process_ended(self) -> bool:
+        poll = select.poll()
+        poll.register(self._pidfd, select.POLLIN)
+        return bool(poll.poll(0))
 
     def _unregister_all(self, context: Context) -> bool:
         """Unregister every VMA; False when the layout changed meanwhile and it must be redone."""

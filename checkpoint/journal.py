@@ -313,10 +313,20 @@ def read_status(path: Path) -> tuple[dict[str, Any], Status]:
     if len(head) < _AREAS_AT or int.from_bytes(head[:8], "little") != _MAGIC:
         raise Damaged(f"{path} is no journal of a pager", path=str(path))
     words = memoryview(head).cast("Q")
-    numbers = list(words[_STATUS_AT // 8 : _STATUS_AT // 8 + 8])
-    text = head[_TEXT_AT : _TEXT_AT + min(numbers.pop(), _MOST_TEXT_BYTES)]
+    at = _STATUS_AT // 8
+    text = head[_TEXT_AT : _TEXT_AT + min(words[at + _TEXT_BYTES], _MOST_TEXT_BYTES)]
     facts = json.loads(head[_FACTS_AT : _FACTS_AT + words[7]])
-    return facts, Status(*numbers, text.decode("utf-8", "replace"))
+    status = Status(
+        pager_pid=words[at + _PAGER_PID],
+        keeper_pid=words[at + _KEEPER_PID],
+        phase=words[at + _PHASE],
+        faults=words[at + _FAULTS],
+        installed_bytes=words[at + _INSTALLED],
+        stalled_faults=words[at + _STALLED],
+        missing_bytes=words[at + _MISSING],
+        message=text.decode("utf-8", "replace"),
+    )
+    return facts, status
 
 
 def _area_bytes(records: int) -> int:

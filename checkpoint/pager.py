@@ -13,17 +13,19 @@ journal. Exactly one pager serves a process: the journal is locked by whoever ho
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import gc
 import os
 import select
+import signal
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from . import proc
-from .errors import Busy, Damaged, LzyError, NotFound
+from .errors import AccessDenied, Busy, Damaged, LzyError, NotFound
 from .faults import ChunkSource, FaultServer
 from .home import run_directory
 from .journal import (
@@ -47,6 +49,7 @@ from .linux.uffd import is_userfaultfd
 from .missing import MissingPages
 
 _LAST_RESPAWN_S = 5.0
+_CLOSE_DEADLINE_S = 5
 
 
 class Plan(NamedTuple):
@@ -238,9 +241,23 @@ def _open_image(store: str, image: str) -> ChunkSource:
 
 
 def _close_descriptor(pid: int, number: int) -> int:
-    from .inject import close_descriptor
+    """Close it from a process of its own, with a deadline: the pager never waits for a tracee."""
+    child = os.fork()
+    if child == 0:
+        status = errno.EIO
+        try:
+            signal.alarm(_CLOSE_DEADLINE_S)
+            from .inject import close_descriptor
 
-    return close_descriptor(pid, number)
+            status = -close_descriptor(pid, number) & 0xFF
+        except NotFound:
+            status = errno.ESRCH
+        except AccessDenied:
+            status = errno.EPERM
+        finally:
+            os._exit(status)
+    status = os.waitpid(child, 0)[1]
+    return -errno.ETIMEDOUT if os.WIFSIGNALED(status) else -os.WEXITSTATUS(status)
 
 
 class _Seat(NamedTuple):
@@ -437,6 +454,7 @@ def _page(
         journal.delete()
         if not server.left_something:
             log_path(seat.path).unlink(missing_ok=True)
+        journal.phase = FINISHED  # last: a pager killed before it is followed by one that cleans
         os._exit(0)
     except BaseException as error:
         _say_why(seat, "the pager failed", error)

@@ -9,7 +9,9 @@ import os
 import random
 import select
 import signal
+import socket
 import struct
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -19,32 +21,28 @@ import pytest
 from blake3 import blake3
 
 from lzy.checkpoint import proc
-from lzy.checkpoint.errors import Damaged, NotFound, StoreUnavailable
+from lzy.checkpoint.errors import Busy, Damaged, NotFound, StoreUnavailable
 from lzy.checkpoint.home import run_directory
 from lzy.checkpoint.journal import journal_path, read_status
 from lzy.checkpoint.linux import PAGE_BYTES, libc
 from lzy.checkpoint.linux import uffd as kernel
 from lzy.checkpoint.linux.detached import take_descriptor
-from lzy.checkpoint.pager import Plan, list_pagers, log_path, start_pager
+from lzy.checkpoint.pager import Plan, list_pagers, log_path, resume_pager, start_pager
 
 BASE = 0x6000_0000_0000
 UFFD_NUMBER = 1000
-PATIENCE_S = 60.0
+PATIENCE_S = float(os.environ.get("LZY_TEST_PATIENCE_S", "60"))
 SEED = int(os.environ.get("LZY_TEST_SEED", "1"))
 
-libc.mmap.restype = ctypes.c_void_p
-libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t] + [ctypes.c_int] * 3 + [ctypes.c_long]
-libc.mremap.restype = ctypes.c_void_p
-libc.mremap.argtypes = [
-    ctypes.c_void_p,
-    ctypes.c_size_t,
-    ctypes.c_size_t,
-    ctypes.c_int,
-    ctypes.c_void_p,
-]
-libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+_POINTER, _LENGTH, _INT = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+libc.mmap.restype = _POINTER
+libc.mmap.argtypes = [_POINTER, _LENGTH, _INT, _INT, _INT, ctypes.c_long]
+libc.mremap.restype = _POINTER
+libc.mremap.argtypes = [_POINTER, _LENGTH, _LENGTH, _INT, _POINTER]
+libc.munmap.argtypes = [_POINTER, _LENGTH]
+libc.madvise.argtypes = [_POINTER, _LENGTH, _INT]
+libc.mprotect.argtypes = [_POINTER, _LENGTH, _INT]
+libc.memcmp.argtypes = [_POINTER, ctypes.c_char_p, _LENGTH]
 FIXED, MAYMOVE, DONTUNMAP = 2, 1, 4
 ZERO_PAGE = bytes(PAGE_BYTES)
 
@@ -55,7 +53,12 @@ def page_content(address: int) -> bytes:
 
 
 class FileImage:
-    """The image protocol over one file of chunks, authenticated; the file may be spoilt."""
+    """The image protocol over one file of chunks, authenticated; the file may be spoilt.
+
+    A file `away` beside it makes it unavailable; each read takes `pause_s` longer.
+    """
+
+    pause_s = 0.0
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -67,6 +70,7 @@ class FileImage:
         self._masks = self.runs[1::3]
         self._count = count
         self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self._away = path.with_suffix(".away")
 
     @staticmethod
     def write(path: Path, windows: dict[int, int], window_pages: int) -> FileImage:
@@ -95,6 +99,10 @@ class FileImage:
     def read_chunk(self, chunk: int, into: memoryview) -> int:
         length = self._masks[chunk].bit_count() * PAGE_BYTES
         target = into[:length]
+        if self._away.exists():
+            raise StoreUnavailable("the store is away")
+        if self.pause_s:
+            time.sleep(self.pause_s)
         try:
             got = os.preadv(self._fd, (target,), chunk * self.window_pages * PAGE_BYTES)
         except OSError as error:
@@ -146,22 +154,26 @@ class Memory:
 
 
 class Channel:
-    """One end of the talk between test and process: bytes with a deadline."""
+    """One end of the talk between test and process: whole messages, with a deadline."""
 
-    def __init__(self, reading: int, writing: int) -> None:
-        self._reading = reading
-        self._writing = writing
+    def __init__(self, end: socket.socket) -> None:
+        self.end = end
 
     def say(self, word: bytes = b".") -> None:
-        os.write(self._writing, word)
+        self.end.send(word)
 
     def hear(self, timeout_s: float = PATIENCE_S) -> bytes:
-        if not select.select([self._reading], [], [], timeout_s)[0]:
+        if self.silent(timeout_s):
             raise TimeoutError("the other side said nothing")
-        return os.read(self._reading, 65536)
+        return self.end.recv(65536)
+
+    def become_standard(self) -> None:
+        """Make this end standard input and output."""
+        os.dup2(self.end.fileno(), 0)
+        os.dup2(self.end.fileno(), 1)
 
     def silent(self, for_s: float) -> bool:
-        return not select.select([self._reading], [], [], for_s)[0]
+        return not select.select([self.end], [], [], for_s)[0]
 
 
 Script = Callable[[Memory, Channel], None]
@@ -188,18 +200,16 @@ class Paged:
             windows[address] = windows.get(address, 0) | 1 << page % window_pages
         self.image = FileImage.write(folder / "image", windows, window_pages)
         self.pager_pid = 0
-        down, up = os.pipe(), os.pipe()
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.pid = os.fork()
         if self.pid == 0:
             status = 1
             try:
-                status = self._be(script, Channel(down[0], up[1]))
+                status = self._be(script, Channel(theirs))
             finally:
                 os._exit(status)
-        os.close(down[0])
-        os.close(up[1])
-        self.channel = Channel(up[0], down[1])
-        self._ends = (up[0], down[1])
+        theirs.close()
+        self.channel = Channel(ours)
         self.pidfd = os.pidfd_open(self.pid)
         assert self.channel.hear() == b"registered"
         self.uffd = take_descriptor(self.pidfd, UFFD_NUMBER)
@@ -244,6 +254,37 @@ class Paged:
         self.uffd = -1
         self.channel.say()
 
+    def away(self, away: bool) -> None:
+        """Take the store away, or bring it back."""
+        mark = self.store / "image.away"
+        if away:
+            mark.touch()
+        else:
+            mark.unlink()
+
+    def kill(self, who: str) -> None:
+        """kill -9 the `pager`, its `keeper`, or `both`, and wait until they are dead.
+
+        After both, take over.
+        """
+        pager, keeper = self.lzy_pids()
+        # The pager first: a keeper that dies first could be replaced before its pager is killed.
+        victims = {"none": [], "pager": [pager], "keeper": [keeper], "both": [keeper, pager]}[who]
+        ends = []
+        for pid in victims:
+            with contextlib.suppress(ProcessLookupError):
+                ends.append(os.pidfd_open(pid))
+                signal.pidfd_send_signal(ends[-1], signal.SIGSTOP)
+        for end in ends:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(end, signal.SIGKILL)
+        for end in ends:
+            assert select.select([end], [], [], PATIENCE_S)[0]
+            os.close(end)
+        if who == "both":
+            resumed = resume_pager(self.pid, open_image=open_file_image)
+            assert list(resumed) == [self.pid]
+
     def expect_done(self) -> None:
         """The script has ended without an error."""
         heard = self.channel.hear()
@@ -284,7 +325,8 @@ class Paged:
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(pid, signal.SIGKILL)
             time.sleep(0.01)
-        for fd in (*self._ends, self.pidfd, self.uffd):
+        self.channel.end.close()
+        for fd in (self.pidfd, self.uffd):
             if fd >= 0:
                 os.close(fd)
         self.image.close()
@@ -347,5 +389,463 @@ def test_the_pager_leaves_no_trace(paged: MakePaged) -> None:
     assert "um" not in {
         flag for vma in proc.mappings(process.pid) if vma.start >= BASE for flag in vma.flags
     }
+    process.channel.say()
+    process.expect_done()
+
+
+def memory_equals(address: int, content: bytes) -> bool:
+    """Compare without holding the GIL, so that one thread's fault does not stop the others."""
+    return bool(libc.memcmp(address, content, len(content)) == 0)
+
+
+def page_at(page: int) -> int:
+    return BASE + page * PAGE_BYTES
+
+
+ELSEWHERE = BASE + (1 << 40)
+FIRST, LAST = 100, 300  # what the scripts below change; neither is a multiple of a window
+
+
+def remove(memory: Memory) -> Callable[[], None]:
+    """madvise(MADV_DONTNEED): the range reads zeros, all else is as in the image."""
+    assert libc.madvise(page_at(FIRST), (LAST - FIRST) * PAGE_BYTES, mmap.MADV_DONTNEED) == 0
+
+    def check() -> None:
+        for page in memory.shuffled():
+            if FIRST <= page < LAST:
+                assert memory.seen(page) == ZERO_PAGE, page
+            else:
+                memory.check(page)
+
+    return check
+
+
+def unmap(memory: Memory) -> Callable[[], None]:
+    """munmap, and new memory in its place: zeros."""
+    length = (LAST - FIRST) * PAGE_BYTES
+    assert libc.munmap(page_at(FIRST), length) == 0
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x100000
+    assert libc.mmap(page_at(FIRST), length, mmap.PROT_READ, flags, -1, 0) == page_at(FIRST)
+    return lambda: _check_split(memory, lambda page: None)
+
+
+def move(memory: Memory) -> Callable[[], None]:
+    """mremap to elsewhere, with twice the size: content there, zeros in what it grew by."""
+    length = (LAST - FIRST) * PAGE_BYTES
+    flags = FIXED | MAYMOVE
+    assert libc.mremap(page_at(FIRST), length, 2 * length, flags, ELSEWHERE) == ELSEWHERE
+
+    def check() -> None:
+        _check_split(memory, lambda page: ELSEWHERE + (page - FIRST) * PAGE_BYTES)
+        assert memory_equals(ELSEWHERE + length, bytes(length))
+
+    return check
+
+
+def move_over(memory: Memory) -> Callable[[], None]:
+    """mremap onto other paged memory, which is unmapped by that; then part of it on and back."""
+    length = (LAST - FIRST) * PAGE_BYTES
+    target = page_at(1000)
+    flags = FIXED | MAYMOVE
+    assert libc.mremap(page_at(FIRST), length, length, flags, target) == target
+    part = target + 10 * PAGE_BYTES
+    for source, goal in ((part, ELSEWHERE), (ELSEWHERE, part)):
+        assert libc.mremap(source, 50 * PAGE_BYTES, 50 * PAGE_BYTES, flags, goal) == goal
+
+    def check() -> None:
+        for page in memory.shuffled():
+            if FIRST <= page < LAST:
+                memory.check(page, target + (page - FIRST) * PAGE_BYTES)
+            elif not 1000 <= page < 1000 + LAST - FIRST:
+                memory.check(page)
+
+    return check
+
+
+def move_but_keep(memory: Memory) -> Callable[[], None]:
+    """mremap with MREMAP_DONTUNMAP: content elsewhere, zeros where it was."""
+    length = (LAST - FIRST) * PAGE_BYTES
+    flags = FIXED | MAYMOVE | DONTUNMAP
+    assert libc.mremap(page_at(FIRST), length, length, flags, ELSEWHERE) == ELSEWHERE
+
+    def check() -> None:
+        _check_split(memory, lambda page: ELSEWHERE + (page - FIRST) * PAGE_BYTES)
+        assert memory_equals(page_at(FIRST), bytes(length))
+
+    return check
+
+
+def protect(memory: Memory) -> Callable[[], None]:
+    """mprotect splits the mapping in the middle of windows; every byte arrives all the same."""
+    for first in range(FIRST, LAST, 7):
+        assert libc.mprotect(page_at(first), 3 * PAGE_BYTES, mmap.PROT_READ) == 0
+    return lambda: memory.check_all(memory.shuffled())
+
+
+def fork(memory: Memory) -> Callable[[], None]:
+    """fork: the child has all of it too, whatever becomes of the parent's."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            os.close(writing)
+            os.read(reading, 1)
+            memory.check_all(memory.shuffled(SEED + 1))
+            status = 0
+        except AssertionError:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    os.close(reading)
+    assert libc.madvise(page_at(FIRST), (LAST - FIRST) * PAGE_BYTES, mmap.MADV_DONTNEED) == 0
+
+    def check() -> None:
+        os.write(writing, b".")
+        for page in memory.shuffled():
+            if FIRST <= page < LAST:
+                assert memory.seen(page) == ZERO_PAGE
+            else:
+                memory.check(page)
+        assert os.waitpid(child, 0)[1] == 0, "the forked child saw something else"
+
+    return check
+
+
+def write(memory: Memory) -> Callable[[], None]:
+    """What the process writes is never written over, whenever the rest arrives."""
+    for page in range(0, memory.pages, 3):
+        ctypes.memset(page_at(page) + 100, 0xAB, 50)
+
+    def check() -> None:
+        for page in memory.shuffled():
+            expected = bytearray(memory.expected(page))
+            if page % 3 == 0:
+                expected[100:150] = b"\xab" * 50
+            assert memory.seen(page) == expected
+
+    return check
+
+
+def _check_split(memory: Memory, place: Callable[[int], int | None]) -> None:
+    """The changed range lies at `place(page)`, if anywhere; all else where it was."""
+    for page in memory.shuffled():
+        if not FIRST <= page < LAST:
+            memory.check(page)
+        elif (at := place(page)) is not None:
+            memory.check(page, at)
+
+
+CHANGES = [remove, unmap, move, move_over, move_but_keep, protect, fork]
+
+
+@pytest.mark.parametrize("victim", ["none", "pager", "keeper", "both"])
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_a_change_of_layout_outlives_the_pager(
+    paged: MakePaged, change: Callable[[Memory], Callable[[], None]], victim: str
+) -> None:
+    """Nothing is loaded yet, the process changes its layout, lzy is killed: all bytes right."""
+    if change is fork and victim == "both":
+        pytest.skip("a forked child's userfaultfd is held by pager and keeper only (docs/pager.md)")
+
+    def script(memory: Memory, channel: Channel) -> None:
+        check = change(memory)
+        channel.say(b"changed")
+        channel.hear()
+        check()
+
+    process = paged(script)
+    process.away(True)
+    process.page()
+    assert process.channel.hear() == b"changed"
+    process.kill(victim)
+    process.away(False)
+    process.channel.say()
+    process.expect_done()
+
+
+@pytest.mark.parametrize("change", [*CHANGES, write], ids=lambda change: change.__name__)
+def test_a_change_of_layout_in_the_middle_of_loading(
+    paged: MakePaged, change: Callable[[Memory], Callable[[], None]]
+) -> None:
+    """The process changes its layout while pages stream in: all bytes right."""
+
+    def script(memory: Memory, channel: Channel) -> None:
+        memory.check_all(memory.shuffled()[:20])
+        change(memory)()
+
+    process = paged(script)
+    process.page()
+    process.expect_done()
+
+
+@pytest.mark.parametrize("victim", ["pager", "keeper", "both"])
+def test_kill_9_at_random_moments(
+    paged: MakePaged, victim: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pager, keeper or both are killed again and again while the process reads everything."""
+    monkeypatch.setattr(FileImage, "pause_s", 0.001)
+
+    def script(memory: Memory, channel: Channel) -> None:
+        for page in memory.shuffled():
+            memory.check(page)
+            if page % 16 == 0:
+                libc.madvise(page_at(page), PAGE_BYTES, mmap.MADV_DONTNEED)
+                assert memory.seen(page) == ZERO_PAGE
+
+    process = paged(script, pages=4096)
+    process.page()
+    moments = random.Random(SEED)
+    for _ in range(6):
+        time.sleep(moments.random() * 0.04)
+        try:
+            process.kill(victim)
+        except (NotFound, ValueError):
+            break  # it was done before we came
+    process.expect_done()
+    process.expect_pager_gone()
+
+
+def test_many_threads_fault_at_once(paged: MakePaged) -> None:
+    """Eight threads read the same pages in different orders: all right, none left waiting."""
+
+    def script(memory: Memory, channel: Channel) -> None:
+        wrong: list[int] = []
+
+        def read(seed: int) -> None:
+            for page in memory.shuffled(seed):
+                if not memory_equals(page_at(page), memory.expected(page)):
+                    wrong.append(page)
+
+        threads = [threading.Thread(target=read, args=(seed,)) for seed in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not wrong
+
+    process = paged(script)
+    process.page()
+    process.expect_done()
+
+
+def test_faults_inside_system_calls(paged: MakePaged) -> None:
+    """write(2) from memory that is not there yet sends the image's bytes; read(2) into it stays."""
+
+    def script(memory: Memory, channel: Channel) -> None:
+        reading, writing = os.pipe()
+        for page in memory.shuffled()[:200]:
+            view = (ctypes.c_char * PAGE_BYTES).from_address(page_at(page))
+            os.write(writing, view)
+            assert os.read(reading, PAGE_BYTES) == memory.expected(page)
+        other = (ctypes.c_char * 16).from_address(page_at(1) + 8)
+        os.write(writing, b"x" * 16)
+        os.readv(reading, [other])
+        expected = bytearray(memory.expected(1))
+        expected[8:24] = b"x" * 16
+        assert memory.seen(1) == expected
+
+    process = paged(script)
+    process.page()
+    process.expect_done()
+
+
+def test_forked_children_end_as_they_like(paged: MakePaged) -> None:
+    """Children that exit at once, call execve, or fork on; the parent loses nothing."""
+
+    def script(memory: Memory, channel: Channel) -> None:
+        pids = []
+        for number in range(6):
+            pid = os.fork()
+            if pid == 0:
+                try:
+                    if number % 3 == 0:
+                        os._exit(0)
+                    if number % 3 == 1:
+                        os.execv("/bin/true", ["true"])
+                    grandchild = os.fork()
+                    memory.check_all(memory.shuffled(number))
+                    if grandchild:
+                        os._exit(os.waitstatus_to_exitcode(os.waitpid(grandchild, 0)[1]))
+                    os._exit(0)
+                finally:
+                    os._exit(1)
+            pids.append(pid)
+        memory.check_all(memory.shuffled())
+        for pid in pids:
+            assert os.waitpid(pid, 0)[1] == 0
+
+    process = paged(script)
+    process.page()
+    process.expect_done()
+    process.expect_pager_gone()
+
+
+def test_a_forked_child_outlives_the_process(paged: MakePaged) -> None:
+    """The process forks and ends, as daemons do: its child still gets its memory."""
+
+    def script(memory: Memory, channel: Channel) -> None:
+        if os.fork():
+            os._exit(0)
+        channel.hear()
+        memory.check_all(memory.shuffled())
+
+    process = paged(script)
+    process.away(True)
+    process.page()
+    os.waitpid(process.pid, 0)
+    process.away(False)
+    process.channel.say()
+    process.expect_done()
+    process.expect_pager_gone()
+
+
+def test_execve_ends_the_paging(paged: MakePaged) -> None:
+    """After execve there is nothing to page: the pager leaves, the new program is not touched."""
+
+    def script(memory: Memory, channel: Channel) -> None:
+        memory.check_all(memory.shuffled()[:10])
+        channel.become_standard()
+        os.execv("/bin/cat", ["cat"])
+
+    process = paged(script, pages=8192)
+    process.page()
+    process.expect_pager_gone()
+    process.channel.say(b"still there")
+    assert process.channel.hear() == b"still there"
+
+
+def test_the_pager_leaves_when_the_process_is_killed(paged: MakePaged) -> None:
+    """kill -9 of a process that waits for a page: pager and keeper end, files are removed."""
+
+    def script(memory: Memory, channel: Channel) -> None:
+        memory.check_all()
+
+    process = paged(script)
+    process.away(True)
+    process.page()
+    pagers = [os.pidfd_open(pid) for pid in process.lzy_pids()]
+    os.kill(process.pid, signal.SIGKILL)
+    process.expect_pager_gone()
+    for end in pagers:
+        assert select.select([end], [], [], PATIENCE_S)[0]
+        os.close(end)
+
+
+@pytest.mark.parametrize("harm", ["away", "truncated", "damaged"])
+def test_what_cannot_be_read_stalls_and_goes_on_once_it_can(paged: MakePaged, harm: str) -> None:
+    """No zeros and no wrong bytes: the fault waits until the store is whole, others go on."""
+    whole = 64  # the first pages stay readable unless all is away
+
+    def script(memory: Memory, channel: Channel) -> None:
+        def read() -> None:
+            good = memory_equals(page_at(memory.pages - 1), memory.expected(memory.pages - 1))
+            channel.say(b"right" if good else b"wrong")
+
+        reader = threading.Thread(target=read)
+        reader.start()
+        if harm != "away":
+            memory.check_all(list(range(whole)))
+            channel.say(b"others")
+        reader.join()
+        channel.hear()
+        memory.check_all()
+
+    process = paged(script, holes=False)
+    file = process.store / "image"
+    content = file.read_bytes()
+    if harm == "away":
+        process.away(True)
+    elif harm == "truncated":
+        os.truncate(file, whole * PAGE_BYTES)
+    else:
+        with open(file, "r+b") as spoilt:
+            spoilt.seek(len(content) - 5000)
+            spoilt.write(b"!")
+    process.page()
+    if harm != "away":
+        assert process.channel.hear() == b"others"
+    assert process.channel.silent(0.3)
+    reports = list_pagers()
+    assert [(report.pid, report.alive) for report in reports] == [(process.pid, True)]
+    assert reports[0].status.message
+    assert "trying again" in log_path(process.journal).read_text()
+    if harm == "away":
+        process.away(False)
+    else:  # a whole file comes in place of the bad one, as a person would repair it
+        (process.store / "new").write_bytes(content)
+        os.rename(process.store / "new", file)
+    assert process.channel.hear() == b"right"
+    process.channel.say()
+    process.expect_done()
+    process.expect_pager_gone()
+
+
+def test_only_one_pager_serves_a_process(paged: MakePaged) -> None:
+    """A second pager is refused, whoever asks for it."""
+
+    def script(memory: Memory, channel: Channel) -> None:
+        channel.hear()
+
+    process = paged(script)
+    process.away(True)
+    uffd = os.dup(process.uffd)
+    process.page()
+    with pytest.raises(Busy):
+        resume_pager(process.pid, open_image=open_file_image)
+    with pytest.raises(Busy):
+        start_pager(process.plan(), uffd, process.pidfd, process.image)
+    os.close(uffd)
+    assert resume_pager(open_image=open_file_image) == {}
+    process.channel.say()
+    process.expect_done()
+
+
+def test_nothing_to_resume(paged: MakePaged) -> None:
+    """A process without a journal is NotFound; a journal whose process is gone is removed."""
+
+    def script(memory: Memory, channel: Channel) -> None:
+        channel.hear()
+
+    process = paged(script)
+    with pytest.raises(NotFound):
+        resume_pager(process.pid)
+    process.away(True)
+    process.page()
+    os.kill(process.pid, signal.SIGSTOP)
+    journal, log = process.journal.read_bytes(), process.journal.with_suffix(".log")
+    os.kill(process.pid, signal.SIGKILL)
+    os.waitpid(process.pid, 0)
+    process.expect_pager_gone()
+    process.journal.write_bytes(journal)
+    log.touch()
+    assert resume_pager() == {}
+    assert list(run_directory().iterdir()) == []
+
+
+@pytest.mark.parametrize("victim", ["none", "both"])
+def test_the_journal_stays_small(paged: MakePaged, victim: str) -> None:
+    """Far more events than it has room for: it is written anew, and still right afterwards."""
+
+    def script(memory: Memory, channel: Channel) -> None:
+        for turn in range(25):
+            for page in range(turn % 2, memory.pages, 2):
+                if page % 4 != 3:
+                    libc.madvise(page_at(page), PAGE_BYTES, mmap.MADV_DONTNEED)
+        channel.say(b"removed")
+        channel.hear()
+        for page in memory.shuffled():
+            if page % 4 != 3:
+                assert memory.seen(page) == ZERO_PAGE
+            else:
+                memory.check(page)
+
+    process = paged(script)
+    process.away(True)
+    process.page()
+    assert process.channel.hear() == b"removed"
+    assert process.journal.stat().st_size < 4 << 20
+    process.kill(victim)
+    process.away(False)
     process.channel.say()
     process.expect_done()

@@ -12,7 +12,6 @@ import sys
 from typing import Any, NoReturn
 
 from ..checkpoint.errors import KernelError, LzyError
-from .layout import paint, say_json
 
 USAGE_STATUS = 2
 INTERRUPTED_STATUS = 130
@@ -95,6 +94,8 @@ def _fail(
     facts: dict[str, Any] | None = None,
 ) -> int:
     """Say it on stderr, for programs on stdout too; return `status`."""
+    from .layout import paint, say_json
+
     if as_json:
         error = {
             "kind": kind,

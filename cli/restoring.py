@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from .edge import Interrupted
-from .layout import duration, facts, paint, say, say_json
 from .stores import open_store
 
 if TYPE_CHECKING:
-    from ..checkpoint.restore import RestoreReport
+    from ..checkpoint.restore import Progress, RestoreReport
 
 PID_NAMESPACES = ("host", "new", "auto")
 
@@ -26,10 +27,9 @@ def restore_image(
 ) -> None:
     """Restore `image` (None: the latest) and tell how it went; the arguments are the options'."""
     from ..checkpoint import restore as engine
-    from .progress import ProgressLine
 
     try:
-        with ProgressLine() as line:
+        with _progress(eager) as update:
             report = engine.restore(
                 open_store(store).load(image),
                 eager=eager,
@@ -37,14 +37,29 @@ def restore_image(
                 stdin=stdin,
                 stdout=stdout,
                 stderr=stderr,
-                progress=line.update,
+                progress=update,
             )
     except KeyboardInterrupt:
         raise Interrupted("interrupted; no process was left behind") from None
+
+    from .layout import say, say_json  # the process runs; now there is time
+
     if as_json:
         say_json(as_document(report))
     else:
         say(describe(report))
+
+
+@contextmanager
+def _progress(eager: bool) -> Iterator[Progress | None]:
+    """What shows progress, where there will be any: a lazy restore is over before a line is."""
+    if not eager:
+        yield None
+        return
+    from .progress import ProgressLine
+
+    with ProgressLine() as line:
+        yield line.update
 
 
 def as_document(report: RestoreReport) -> dict[str, object]:
@@ -64,6 +79,8 @@ def as_document(report: RestoreReport) -> dict[str, object]:
 
 def describe(report: RestoreReport) -> list[str]:
     """The report for people."""
+    from .layout import duration, facts, paint
+
     pid = paint(str(report.pid), "bold")
     if report.pid_in_namespace != report.pid:
         pid += f", which is {report.pid_in_namespace} in its own pid namespace"

@@ -104,6 +104,5 @@ main()
     assert "lzy.checkpoint.restore" in loaded, answer.stderr
     assert not loaded & HEAVY
     assert {name for name in loaded if name.startswith("lzy.cli.")} == {
-        *(f"lzy.cli.{name}" for name in ("edge", "layout", "progress", "quick", "restoring")),
-        "lzy.cli.stores",
+        *("lzy.cli.edge", "lzy.cli.quick", "lzy.cli.restoring", "lzy.cli.stores"),
     }

@@ -157,10 +157,9 @@ class Image:
         name: str,
         lock: int = -1,
     ) -> None:
-        """`packs`: descriptor of the directory of packs, owned from now on, as is `lock`.
-
-        `lock` is a descriptor that holds a shared flock(2) on the manifest as long as the image is
-        in use. Raises Damaged.
+        """`packs`: descriptor of the directory of packs, `lock`: one that holds a shared flock(2)
+        on the manifest as long as the image is in use. Both belong to the image once it is made;
+        when Damaged is raised they are still the caller's.
         """
         self._folder = packs
         self._lock = lock

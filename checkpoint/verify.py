@@ -57,7 +57,7 @@ def verify_image(image: Image, progress: Progress | None = None, workers: int = 
             if progress is not None:
                 progress("verify", sum(done), total)
     if failures:
-        raise failures[0]
+        raise failures.pop()  # and not kept: frame and error would keep each other alive
     image.document  # noqa: B018 - reading it is the check
     return VerifyReport(
         name=image.name,

@@ -25,6 +25,7 @@ import struct
 import threading
 import time
 from array import array
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -123,6 +124,7 @@ class ImageWriter:
         self._last = (-1, -1)
         self._ordered = True
         self._finished: list[PackWriter] = []
+        self._unsynced: deque[PackWriter] = deque()
         self._temporary: set[str] = set()
         self._failure: BaseException | None = None
         self._closed = False
@@ -211,6 +213,7 @@ class ImageWriter:
         for pack in self._finished:
             pack.close()
         self._finished.clear()
+        self._unsynced.clear()
         for temporary in self._temporary:
             with contextlib.suppress(OSError):
                 os.unlink(temporary, dir_fd=self._store.temporary)
@@ -312,7 +315,7 @@ class ImageWriter:
             if progress is not None and time.monotonic() - told_s >= _PROGRESS_S:
                 progress("sync", done_bytes, total_bytes)
                 told_s = time.monotonic()
-            if pack.descriptor >= 0:
+            if pack in self._unsynced:
                 os.fsync(pack.descriptor)
                 pack.close()
             done_bytes += pack.length_bytes
@@ -398,7 +401,13 @@ class ImageWriter:
             raise Busy(
                 f"there is an image {self.name} already", remedy="choose another --name"
             ) from error
-        os.fsync(self._store.manifests)
+        try:
+            os.fsync(self._store.manifests)
+        except OSError:
+            # Whether it would outlast a power failure is unknown: then it had better not be there.
+            with contextlib.suppress(OSError):
+                os.unlink(temporary, dir_fd=self._store.manifests)
+            raise
 
 
 class _Worker:
@@ -526,15 +535,18 @@ class _Worker:
         writer._pack_bytes[writer._pack_number(pack.pack)] = (pack.length_bytes, len(pack.ids))
         with writer._lock:
             writer._finished.append(pack)
-            still_open = [other for other in writer._finished if other.descriptor >= 0]
+            writer._unsynced.append(pack)
+            crowded = len(writer._unsynced) > _MOST_OPEN_PACKS
+            oldest = writer._unsynced.popleft() if crowded else None  # ours alone from here on
         self._pack = None
-        if len(still_open) > _MOST_OPEN_PACKS:
+        if oldest is not None:
             # Its writeback began long ago, so this waits for little; descriptors stay bounded.
             try:
-                os.fsync(still_open[0].descriptor)
+                os.fsync(oldest.descriptor)
             except OSError as error:
                 raise store_failure("write a pack", error) from error
-            still_open[0].close()
+            finally:
+                oldest.close()
 
     def _check_written(
         self, pack: PackWriter, contents: Sequence[bytes | memoryview], places: Sequence[Stored]

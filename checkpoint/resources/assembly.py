@@ -35,9 +35,7 @@ class Assembly:
         self.floor = free_number(table)
         self.local: dict[int, int] = {}
         """Description index to our descriptor of it; -1-n is the replacement for number n."""
-        self.numbers: dict[int, list[int]] = {}
-        for number, place in table["descriptors"].items():
-            self.numbers.setdefault(place["description"], []).append(int(number))
+        self.numbers = _numbers_of(table)
         self._once: dict[Any, Any] = {}
 
     def once(self, key: Any, make: Callable[[], T]) -> T:
@@ -49,11 +47,15 @@ class Assembly:
 
     def of_kind(self, *names: str) -> list[tuple[int, Entry]]:
         """All entries of the named kinds that are to be made, with their indexes."""
-        return [
-            (index, entry)
-            for index, entry in enumerate(self.entries)
-            if entry["kind"] in names and self.is_needed(index)
-        ]
+
+        def find() -> list[tuple[int, Entry]]:
+            return [
+                (index, entry)
+                for index, entry in enumerate(self.entries)
+                if entry["kind"] in names and self.is_needed(index)
+            ]
+
+        return self.once(("of kind", names), find)
 
     def is_standard(self, index: int) -> bool:
         """Whether the description is standard input, output or error."""
@@ -140,6 +142,14 @@ class Assembly:
         self.local.clear()
 
 
+def _numbers_of(table: dict[str, Any]) -> dict[int, list[int]]:
+    """Description index to the descriptors that share it."""
+    numbers: dict[int, list[int]] = {}
+    for number, place in table["descriptors"].items():
+        numbers.setdefault(place["description"], []).append(int(number))
+    return numbers
+
+
 def free_number(table: dict[str, Any]) -> int:
     """The first number above all that the process uses (at least 3)."""
     return max([2, *map(int, table["descriptors"])]) + 1
@@ -191,6 +201,7 @@ def place_descriptors(table: dict[str, Any], local: dict[int, int], keep: Sequen
             if made is not None:
                 os.dup2(made, local[index], inheritable=False)
                 os.close(made)
+                set_flags(local[index], entry["flags"])
     _place_stale_targets(table, local, set(keep))
     wanted = dict(places)
     for number in (0, 1, 2):
@@ -244,12 +255,14 @@ def finish_descriptors(
     Closes our copies and empties `local`. Raises Busy when another process holds a lock by now.
     """
     finish = Finish(pid=pid, original_pid=table["pid"], tids=tids or {})
+    numbers = _numbers_of(table)
     for index, entry in enumerate(table["descriptions"]):
         if index not in local:
             continue
-        locks.take_locks(entry, local[index])
-        owners.give_owner(entry, local[index], finish)
-        kind_named(entry["kind"]).finish(entry, local[index], finish)
+        with _explained(entry, numbers.get(index, [])):
+            locks.take_locks(entry, local[index])
+            owners.give_owner(entry, local[index], finish)
+            kind_named(entry["kind"]).finish(entry, local[index], finish)
     close_descriptors(local)
 
 

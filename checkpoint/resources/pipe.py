@@ -34,19 +34,14 @@ class Pipe(Kind):
 
     def describe(self, opened: Opened, survey: Survey) -> Entry:
         identity = (opened.status.st_dev, opened.status.st_ino)
-        family = [
-            other
-            for other in survey.of_kind(self.name)
-            if (other.status.st_dev, other.status.st_ino) == identity
-        ]
+        readers = survey.once("pipe readers", lambda: _first_readers(survey))
         entry: Entry = {
             "pipe": f"{identity[0]}:{identity[1]}",
             "capacity_bytes": fcntl.fcntl(opened.fd, fcntl.F_GETPIPE_SZ),
         }
         if opened.link.startswith("/") and not opened.link.endswith(" (deleted)"):
             entry["path"] = opened.link
-        readers = [other for other in family if other.readable]
-        if readers and readers[0] is opened:
+        if readers.get(identity) is opened:
             pieces = _copy(opened, entry["capacity_bytes"])
             entry["content"] = [base64.b64encode(piece).decode() for piece in pieces]
         return entry
@@ -62,6 +57,15 @@ class Pipe(Kind):
     def make(self, index: int, entry: Entry, assembly: Assembly) -> int:
         assembly.once(("pipe", entry["pipe"]), lambda: _make_family(entry, assembly))
         return assembly.local[index]
+
+
+def _first_readers(survey: Survey) -> dict[tuple[int, int], Opened]:
+    """Of each pipe the first description that can be read: the one to carry its bytes."""
+    found: dict[tuple[int, int], Opened] = {}
+    for opened in survey.of_kind(KIND.name):
+        if opened.readable:
+            found.setdefault((opened.status.st_dev, opened.status.st_ino), opened)
+    return found
 
 
 def _copy(opened: Opened, capacity_bytes: int) -> list[bytes]:
@@ -87,13 +91,16 @@ def _copy(opened: Opened, capacity_bytes: int) -> list[bytes]:
     return pieces
 
 
+def _families(assembly: Assembly) -> dict[str, list[tuple[int, Entry]]]:
+    found: dict[str, list[tuple[int, Entry]]] = {}
+    for index, entry in assembly.of_kind(KIND.name):
+        found.setdefault(entry["pipe"], []).append((index, entry))
+    return found
+
+
 def _make_family(entry: Entry, assembly: Assembly) -> None:
     """Make every description of one pipe."""
-    family = [
-        (index, other)
-        for index, other in assembly.of_kind(KIND.name)
-        if other["pipe"] == entry["pipe"]
-    ]
+    family = assembly.once("pipe families", lambda: _families(assembly))[entry["pipe"]]
     if "path" in entry:
         # Open for both: no end waits for the other, and what is written meanwhile stays.
         reader = os.open(entry["path"], os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)

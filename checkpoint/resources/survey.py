@@ -115,7 +115,12 @@ class Survey:
 
     def of_kind(self, *names: str) -> list[Opened]:
         """All descriptions that the named kinds claimed."""
-        return [o for o, kind in zip(self.opened, self.kinds, strict=True) if kind.name in names]
+
+        def find() -> list[Opened]:
+            pairs = zip(self.opened, self.kinds, strict=True)
+            return [opened for opened, kind in pairs if kind.name in names]
+
+        return self.once(("of kind", names), find)
 
     def look(self) -> None:
         """Find descriptors, group them by description, and find who claims each."""

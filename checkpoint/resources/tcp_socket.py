@@ -10,13 +10,13 @@ the loss of the network, over a connection of our own whose other side is closed
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import select
 import socket
 import struct
 from typing import TYPE_CHECKING, Any
 
+from ..errors import Busy, Incompatible
 from ..linux import sockets as kernel
 from . import socket_state as state
 from .kind import Entry, Kind
@@ -87,6 +87,8 @@ class TcpSocket(Kind):
         if _is_stand_in(index, entry, assembly):
             return
         with state.borrowed(assembly.local[index]) as sock:
+            if entry["form"] == "connected" and _is_deaf(entry, assembly):
+                sock.shutdown(socket.SHUT_RD)
             if entry["form"] == "gone" and entry["state"] in (
                 *kernel.TCP_OWN_END_SHUT,
                 kernel.TCP_CLOSE,
@@ -142,10 +144,10 @@ def _find_peer(opened: Opened, survey: Survey) -> Opened | None:
     ends = _ends(opened)
     if ends is None:
         return None
-    for other in survey.of_kind(KIND.name):
-        if other is not opened and _ends(other) == (ends[1], ends[0]):
-            return other
-    return None
+    by_ends = survey.once(
+        "tcp by ends", lambda: {_ends(other): other for other in survey.of_kind(KIND.name)}
+    )
+    return by_ends.get((ends[1], ends[0]))
 
 
 def _aimed_at(opened: Opened) -> list[Any] | None:
@@ -262,17 +264,52 @@ def _make_all_pairs(assembly: Assembly) -> bool:
 
 def _make_pair(caller_index: int, accepted_index: int, assembly: Assembly) -> None:
     caller_entry, accepted_entry = assembly.entries[caller_index], assembly.entries[accepted_index]
-    with state.make_socket(accepted_entry) as gate:
-        _bind(gate, accepted_entry)
-        gate.listen(8)
-        caller = state.make_socket(caller_entry)
-        _bind(caller, caller_entry)
-        caller.connect(tuple(caller_entry["peer_name"]))
-        accepted = _accept_from(gate, caller)
+    try:
+        caller, accepted = _connect(caller_entry, accepted_entry)
+    except (Busy, Incompatible):
+        # Somebody has one of the ports, or this machine other addresses: that the ends are
+        # connected matters more than what they are called.
+        caller, accepted = _connect_anywhere(caller_entry, accepted_entry)
     _fill_and_shut(caller, caller_entry, accepted_entry)
     _fill_and_shut(accepted, accepted_entry, caller_entry)
     assembly.adopt(caller_index, caller.detach())
     assembly.adopt(accepted_index, accepted.detach())
+
+
+def _connect(caller_entry: Entry, accepted_entry: Entry) -> tuple[socket.socket, socket.socket]:
+    """Connect two sockets between the addresses of old, through a listener for the moment."""
+    with contextlib.ExitStack() as undo:
+        gate = undo.enter_context(state.make_socket(accepted_entry))
+        _bind(gate, accepted_entry)
+        gate.listen(_ROOM)
+        caller = undo.enter_context(state.make_socket(caller_entry))
+        _bind(caller, caller_entry)
+        caller.connect(tuple(caller_entry["peer_name"]))
+        accepted = _accept_from(gate, caller)
+        return socket.socket(fileno=caller.detach()), accepted
+
+
+def _connect_anywhere(
+    caller_entry: Entry, accepted_entry: Entry
+) -> tuple[socket.socket, socket.socket]:
+    """Connect two sockets over this machine's own addresses, at any ports."""
+    with contextlib.ExitStack() as undo:
+        gate = undo.enter_context(socket.socket(accepted_entry["family"], accepted_entry["type"]))
+        if accepted_entry["family"] == socket.AF_INET6:
+            gate.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        gate.listen(_ROOM)
+        caller = undo.enter_context(state.make_socket(caller_entry))
+        host = "127.0.0.1" if caller_entry["family"] == socket.AF_INET else "::1"
+        if accepted_entry["family"] == socket.AF_INET and host == "::1":
+            host = "::ffff:127.0.0.1"
+        try:
+            caller.connect((host, gate.getsockname()[1]))
+        except OSError:
+            if host != "::1":
+                raise
+            caller.connect(("::ffff:127.0.0.1", gate.getsockname()[1]))
+        accepted = _accept_from(gate, caller)
+        return socket.socket(fileno=caller.detach()), accepted
 
 
 def _accept_from(gate: socket.socket, caller: socket.socket) -> socket.socket:
@@ -292,25 +329,17 @@ def _fill_and_shut(sock: socket.socket, entry: Entry, other: Entry) -> None:
         sock.shutdown(socket.SHUT_WR)
 
 
+def _is_deaf(entry: Entry, assembly: Assembly) -> bool:
+    """Whether the end refuses to read more (SHUT_RD) although the other end may write."""
+    peer: Entry = assembly.entries[entry["peer"]]
+    return entry["reading_shut"] and peer["state"] not in kernel.TCP_OWN_END_SHUT
+
+
 def _make_gone(index: int, entry: Entry, assembly: Assembly) -> int:
     """An end whose peer is gone: what was queued, then end of file or the old failure."""
     if _is_stand_in(index, entry, assembly):
         return os.open(os.devnull, entry["flags"] & os.O_ACCMODE | os.O_CLOEXEC)
-    host = "127.0.0.1" if entry["family"] == socket.AF_INET else "::1"
-    own = state.make_socket(entry)
-    with socket.socket(entry["family"], entry["type"]) as gate:
-        if entry["family"] == socket.AF_INET6 and "IPV6_V6ONLY" not in entry["options"]:
-            with contextlib.suppress(OSError):
-                gate.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        try:
-            gate.bind((host, 0))
-        except OSError as error:
-            if error.errno != errno.EADDRNOTAVAIL:
-                raise
-            gate.bind(("::ffff:127.0.0.1", 0))
-        gate.listen(8)
-        own.connect(gate.getsockname())
-        gone = _accept_from(gate, own)
+    own, gone = _connect_anywhere(entry, entry)
     data = b"".join(state.decode(message["data"]) for message in entry["messages"])
     state.fill(gone, data, "a TCP connection")
     if entry["failed"]:

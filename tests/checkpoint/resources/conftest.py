@@ -203,6 +203,7 @@ def _result(reader: int) -> Any:
         length = int.from_bytes(file.read(8), "little")
         assert length, "the child ended without an answer"
         good, value = pickle.loads(file.read(length))
+        assert not file.read(), "the child closes its end when it is done"
     if not good:
         raise AssertionError(f"in the child:\n{value}")
     return value

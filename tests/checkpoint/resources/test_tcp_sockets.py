@@ -301,3 +301,40 @@ def test_describing_leaves_sockets_as_they_were(cycle: Any) -> None:
     os.kill(process.pid, signal.SIGCONT)
     reuse = [e["options"].get("SO_REUSEADDR") for e in again["descriptions"] if "options" in e]
     assert reuse.count(1) == 3
+
+
+def test_a_pair_whose_port_is_taken_is_connected_elsewhere(cycle: Any) -> None:
+    """A client's port that another process got meanwhile does not stand in the way."""
+
+    def hold() -> Any:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            client = socket.create_connection(listener.getsockname())
+            server, _ = listener.accept()
+        client.send(b"kept")
+        return client.fileno(), server.detach(), client.getsockname(), client.detach()
+
+    def prove(state: Any) -> bytes:
+        return socket.socket(fileno=state[1]).recv(9)
+
+    state = cycle.describe(hold)
+    with socket.socket() as thief:
+        thief.bind(state[2])
+        assert cycle.restore(lambda: prove(state)) == b"kept"
+
+
+def test_an_end_that_refuses_to_read_refuses_again(cycle: Any) -> None:
+    """shutdown(SHUT_RD) of one end alone."""
+
+    def hold() -> Any:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            client = socket.create_connection(listener.getsockname())
+            server, _ = listener.accept()
+        client.shutdown(socket.SHUT_RD)
+        return client.detach(), server.detach()
+
+    def prove(state: Any) -> Any:
+        client, server = (socket.socket(fileno=fd) for fd in state)
+        client.send(b"one way")
+        return client.recv(1), server.recv(9)
+
+    assert cycle(hold, prove) == (b"", b"one way")

@@ -45,7 +45,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
         monkeypatch.setattr(planes, "_routines", {})
     else:
         assert planes.fast(), "this machine runs x86-64 code but our routines were refused"
-    return request.param
+    return str(request.param)
 
 
 @pytest.mark.parametrize("kind", ["counters", "cents", "categories", "text", "noise"])

@@ -16,6 +16,7 @@ from typing import NamedTuple
 TCP_ESTABLISHED, TCP_SYN_SENT, TCP_SYN_RECV, TCP_FIN_WAIT1, TCP_FIN_WAIT2 = 1, 2, 3, 4, 5
 TCP_TIME_WAIT, TCP_CLOSE, TCP_CLOSE_WAIT, TCP_LAST_ACK, TCP_LISTEN, TCP_CLOSING = 6, 7, 8, 9, 10, 11
 TCP_OWN_END_SHUT = (TCP_FIN_WAIT1, TCP_FIN_WAIT2, TCP_CLOSING, TCP_LAST_ACK, TCP_TIME_WAIT)
+_END_HAS_COME = (TCP_TIME_WAIT, TCP_CLOSE, TCP_CLOSE_WAIT, TCP_LAST_ACK, TCP_CLOSING)
 SHUT_READ_BIT, SHUT_WRITE_BIT = 1, 2
 
 SIOCINQ = 0x541B
@@ -29,9 +30,8 @@ LOCK_SNDBUF, LOCK_RCVBUF = 1, 2
 TCP_ULP = 31
 TCP_REPAIR = 19
 TCP_REPAIR_QUEUE = 20
-TCP_QUEUE_SEQ = 21
 TCP_REPAIR_ON, TCP_REPAIR_OFF_QUIETLY = 1, -1
-TCP_NO_QUEUE, TCP_RECV_QUEUE, TCP_SEND_QUEUE = 0, 1, 2
+TCP_SEND_QUEUE = 2
 _MSG_CMSG_CLOEXEC = 0x40000000
 
 _BASE, _IP, _TCP, _IPV6, _UDP = 1, 0, 6, 41, 17
@@ -267,33 +267,37 @@ def tcp_state(sock: socket.socket) -> TcpState:
 def unsent_tcp_bytes(sender: socket.socket, receiver: socket.socket) -> bytes:
     """Bytes that `sender` has written and that have not reached `receiver`, its other end.
 
-    Both must be of frozen processes. Needs CAP_NET_ADMIN (PermissionError) where the peer has not
-    acknowledged everything. Both sockets are left as they were. Source: tcp_repair in net/ipv4/
-    tcp.c: TCP_QUEUE_SEQ gives the next sequence number of a queue.
+    Both must be of frozen processes; both are left as they were. Needs CAP_NET_ADMIN
+    (PermissionError), but only if there are such bytes. Source: struct tcp_info in linux/tcp.h;
+    TCP_REPAIR_QUEUE in net/ipv4/tcp.c, which lets the send queue be peeked at.
     """
-    import fcntl
-
-    unacknowledged = struct.unpack("=i", fcntl.ioctl(sender, SIOCOUTQ, bytes(4)))[0]
-    if not unacknowledged:
+    missing = _undelivered(sender, receiver)
+    if not missing:
         return b""
-    with _Repair(sender), _Repair(receiver):
-        written = _sequence(sender, TCP_SEND_QUEUE)
-        arrived = _sequence(receiver, TCP_RECV_QUEUE)
-        missing = (written - arrived) & 0xFFFFFFFF
-        if missing > 0x7FFFFFFF:
-            # The end of the stream (FIN) has a sequence number too; it has arrived.
-            missing = 0
-        missing = min(missing, unacknowledged)
-        if not missing:
-            return b""
+    with _Repair(sender):
         sender.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR_QUEUE, TCP_SEND_QUEUE)
-        data = sender.recv(unacknowledged, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-        return data[-missing:] if missing <= len(data) else data
+        # What the receiver has but has not acknowledged yet comes first in this queue.
+        data = sender.recv(queued_to_send(sender.fileno()), socket.MSG_PEEK | socket.MSG_DONTWAIT)
+    if len(data) < missing:
+        raise OSError(errno.EIO, f"{missing} bytes are under way and {len(data)} are queued")
+    return data[-missing:]
 
 
-def _sequence(sock: socket.socket, queue: int) -> int:
-    sock.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR_QUEUE, queue)
-    return sock.getsockopt(socket.IPPROTO_TCP, TCP_QUEUE_SEQ) & 0xFFFFFFFF
+def _undelivered(sender: socket.socket, receiver: socket.socket) -> int:
+    """How many bytes are between two ends: written here and not yet in the queue there."""
+    here = sender.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 216)
+    there = receiver.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 216)
+    if len(here) < 216 or len(there) < 216:
+        raise OSError(errno.ENOSYS, "TCP_INFO tells too little: Linux 4.19 or later is needed")
+    (not_sent,) = struct.unpack_from("=I", here, 144)
+    sent, sent_again = struct.unpack_from("=QQ", here, 200)
+    (received,) = struct.unpack_from("=Q", there, 128)
+    # The end of the stream counts as one byte, except among those sent.
+    if there[0] in _END_HAS_COME:
+        received -= 1
+    elif here[0] in TCP_OWN_END_SHUT and not_sent:
+        not_sent -= 1
+    return int(sent - sent_again + not_sent - received)
 
 
 class _Repair:

@@ -11,6 +11,12 @@ from typing import Any
 import pytest
 
 
+def _pattern(start: int, end: int) -> bytes:
+    """Bytes `start` to `end` of a stream whose every byte tells its place."""
+    period = bytes(range(251))
+    return (period * ((end - start) // 251 + 2))[start % 251 :][: end - start]
+
+
 def test_listener_accepts_at_the_same_address_with_its_options(cycle: Any) -> None:
     """A listener keeps address, backlog and options; strangers can connect again."""
 
@@ -83,7 +89,7 @@ def test_bytes_that_did_not_fit_into_the_receiver_are_not_lost(cycle: Any) -> No
         sent = 0
         try:
             while True:
-                sent += client.send(bytes((sent + i) % 251 for i in range(5000)))
+                sent += client.send(_pattern(sent, sent + 5000))
         except BlockingIOError:
             pass
         client.shutdown(socket.SHUT_WR)
@@ -94,7 +100,7 @@ def test_bytes_that_did_not_fit_into_the_receiver_are_not_lost(cycle: Any) -> No
         data = bytearray()
         while piece := server.recv(1 << 20):
             data += piece
-        expected = bytes(i % 251 for i in range(state[2]))
+        expected = _pattern(0, state[2])
         server.send(b"back")
         return bytes(data) == expected, len(data), socket.socket(fileno=state[0]).recv(9)
 
@@ -338,3 +344,62 @@ def test_an_end_that_refuses_to_read_refuses_again(cycle: Any) -> None:
         return client.recv(1), server.recv(9)
 
     assert cycle(hold, prove) == (b"", b"one way")
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_whatever_is_under_way_arrives_once_and_in_order(cycle: Any, seed: int) -> None:
+    """Random traffic, buffers and ends on many connections: each byte arrives, none twice."""
+    import random
+
+    def hold() -> Any:
+        chance = random.Random(seed)
+        connections = []
+        for _ in range(8):
+            host = chance.choice(["127.0.0.1", "::1"])
+            family = socket.AF_INET6 if ":" in host else socket.AF_INET
+            with socket.create_server((host, 0), family=family) as listener:
+                client = socket.create_connection(listener.getsockname()[:2])
+                server, _ = listener.accept()
+            if chance.random() < 0.3:
+                server.setsockopt(
+                    socket.SOL_SOCKET, socket.SO_RCVBUF, chance.randrange(3000, 60000)
+                )
+            ends = [client, server]
+            written, taken = [0, 0], [0, 0]  # by each end; from each end by the other
+            for end in ends:
+                end.setblocking(False)
+            for _ in range(chance.randrange(30)):
+                way = chance.randrange(2)
+                start = written[way]
+                data = _pattern(start, start + chance.randrange(1, 40000))
+                try:
+                    written[way] += ends[way].send(data)
+                    if chance.random() < 0.4:
+                        taken[way] += len(ends[1 - way].recv(chance.randrange(1, 30000)))
+                except BlockingIOError:
+                    continue
+            shut = [chance.random() < 0.3 for _ in ends]
+            for end, is_shut in zip(ends, shut, strict=True):
+                if is_shut:
+                    end.shutdown(socket.SHUT_WR)
+            connections.append((client.detach(), server.detach(), written, taken, shut))
+        return connections
+
+    def prove(connections: Any) -> list[str]:
+        faults = []
+        for client, server, written, taken, shut in connections:
+            ends = [socket.socket(fileno=client), socket.socket(fileno=server)]
+            for way in (0, 1):
+                if not shut[way]:
+                    ends[way].shutdown(socket.SHUT_WR)
+                reader = ends[1 - way]
+                reader.settimeout(10)
+                data = bytearray()
+                while piece := reader.recv(1 << 20):
+                    data += piece
+                expected = _pattern(taken[way], written[way])
+                if data != expected:
+                    faults.append(f"{len(data)} bytes instead of {len(expected)}")
+        return faults
+
+    assert cycle(hold, prove) == []

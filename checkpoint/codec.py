@@ -45,8 +45,8 @@ Buffer = bytes | bytearray | memoryview
 
 def _compressor(hash_log: int) -> zstandard.ZstdCompressor:
     # Close to level 1. A minimum match of 7 leaves the short, dear matches of small numbers to
-    # the entropy coder: twice as fast on categories, and smaller. The small hash tables stay in
-    # the first-level cache; a plane needs none larger than 4 KiB.
+    # the entropy coder: twice as fast on categories, and smaller. The hash tables (32 and 4 KiB)
+    # stay in the first-level cache; a plane needs no large one.
     parameters = zstandard.ZstdCompressionParameters(
         strategy=zstandard.STRATEGY_FAST,
         window_log=18,
@@ -64,8 +64,9 @@ class Encoder:
     """Chooses an encoding chunk by chunk; one per thread, chunks best in order of address."""
 
     def __init__(self) -> None:
-        self._plain = _compressor(13)
-        self._planes = _compressor(10)
+        self._large = _compressor(13)
+        self._small = _compressor(10)
+        self._plain = self._large
         self._scratch = memoryview(bytearray(MOST_CHUNK_BYTES))
         candidates = (ZSTD, *(width << 8 | ZSTD for width in planes.WIDTHS))
         self._candidates = candidates if planes.fast() else (ZSTD,)
@@ -99,7 +100,7 @@ class Encoder:
         planes.take_apart(content, width, apart)
         # A block per plane: each gets statistics of its own, noise is left raw and constants
         # become a byte. Smaller by a tenth and twice as fast to decode as planes run together.
-        frame = self._planes.compressobj(size=length_bytes)
+        frame = self._small.compressobj(size=length_bytes)
         plane = length_bytes // width
         parts = []
         for start in range(0, length_bytes, plane):
@@ -113,22 +114,27 @@ class Encoder:
         middle = len(content) // 2 & -_GLANCE_BYTES
         glance = content[middle : middle + _GLANCE_BYTES]
         most = _MOST_SHARE * len(glance)
-        if len(self._planes.compress(glance)) < most:
+        if len(self._small.compress(glance)) < most:
             return True
         if len(self._candidates) == 1 or not planes.splittable(len(glance), 8):
             return False
         apart = self._scratch[: len(glance)]
         planes.take_apart(glance, 8, apart)
-        return len(self._planes.compress(apart)) < most
+        return len(self._small.compress(apart)) < most
 
     def _try_all(self, content: bytes | memoryview) -> None:
         middle = max(0, len(content) - _SAMPLE_BYTES) // 2 & -_GLANCE_BYTES
         sample = content[middle : middle + _SAMPLE_BYTES]
+        large, small = (
+            len(table.compress(sample)) / len(sample) for table in (self._large, self._small)
+        )
+        # On categories a large table finds only matches by chance, and takes twice the time.
+        self._plain = self._small if _CLEARLY * small <= large else self._large
+        plain = min(large, small)
         shares = {
             encoding: len(self._compress(encoding, sample)) / len(sample)
-            for encoding in self._candidates
+            for encoding in self._candidates[1:]
         }
-        plain = shares.pop(ZSTD)
         choice, expected = ZSTD, plain
         if shares:
             # On a tie the narrower numbers: fewer blocks.

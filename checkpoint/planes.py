@@ -15,7 +15,7 @@ emits instructions. Elsewhere, or where memory may not become executable, slices
 
 from __future__ import annotations
 
-import platform
+import os
 
 from .linux.code import Routine, buffer_address, make_routine
 
@@ -85,7 +85,7 @@ def _routine(width: int, *, apart: bool) -> bytes:
 
 
 def _make_routines() -> dict[tuple[int, bool], Routine]:
-    if platform.machine() != "x86_64":
+    if os.uname().machine != "x86_64":
         return {}
     try:
         return {

@@ -54,10 +54,12 @@ def verify_image(image: Image, progress: Progress | None = None, workers: int = 
     for thread in threads:
         while thread.is_alive():
             thread.join(0.1)
-            if progress is not None:
+            if progress is not None and thread.is_alive():
                 progress("verify", sum(done), total)
     if failures:
         raise failures.pop()  # and not kept: frame and error would keep each other alive
+    if progress is not None:
+        progress("verify", total, total)
     image.document  # noqa: B018 - reading it is the check
     return VerifyReport(
         name=image.name,

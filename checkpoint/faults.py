@@ -20,115 +20,27 @@ import mmap
 import os
 import select
 import time
-from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable
-from typing import Protocol
 
+from .contexts import Context, LayoutChanged, MemoryGone
 from .errors import LzyError
 from .journal import CLOSING, CONTEXT, GONE, MAIN, PIECE, SOURCE, Journal, Record
 from .linux import PAGE_BYTES
 from .linux import uffd as kernel
-from .linux.uffd import MESSAGE_BYTES, Userfaultfd
+from .linux.uffd import MESSAGE_BYTES
 from .missing import MissingPages
+from .readahead import Readahead
+from .windows import ChunkSource, Windows
 
 _PAGE_MASK = -PAGE_BYTES
 _BATCH_BYTES = 16 * MESSAGE_BYTES
-_ZERO_BYTES = 64 * PAGE_BYTES  # zeros are mapped so far ahead, up to a multiple of it
 _FIRST_RETRY_S = 0.05
 _LAST_RETRY_S = 5.0
 _LOOK_AROUND_S = 0.1  # how often a busy pager looks for the end of process and keeper
-_MANY_MASKS = 1 << 16
-
-
-class ChunkSource(Protocol):
-    """What the pager needs of an image; `lzy.checkpoint.image.Image` is one.
-
-    `runs` are records of three u64, sorted: window address, mask of stored pages, chunk number in
-    the low 32 bits of the third; `space_extent(0)` tells which records are the address space's.
-    """
-
-    @property
-    def window_pages(self) -> int: ...
-    @property
-    def runs(self) -> memoryview: ...
-    def space_extent(self, space: int) -> tuple[int, int]: ...
-    def read_chunk(self, chunk: int, into: memoryview) -> int: ...
-    def close(self) -> None: ...
-
-
-class LayoutChanged(Exception):
-    """The kernel would not install: an event waits to be read."""
-
-
-class MemoryGone(Exception):
-    """The memory we serve is no more: its process ended or called execve."""
-
-
-class Context:
-    """One userfaultfd: the restored process's memory, or that of a child it forked."""
-
-    __slots__ = ("cursor", "missing", "token", "uffd")
-
-    def __init__(self, token: int, fd: int, missing: MissingPages) -> None:
-        self.token = token
-        self.uffd = Userfaultfd(fd)
-        self.missing = missing
-        self.cursor = 0
-
-    def install(self, target: int, source: int, length_bytes: int) -> int:
-        """Copy pages to `target`; pages that are there or have no place any more are passed over.
-
-        Returns the bytes really installed. Raises LayoutChanged, MemoryGone, OSError (ENOMEM…).
-        """
-        installed = 0
-        uffd = self.uffd
-        while length_bytes:
-            try:
-                done = uffd.copy(target, source, length_bytes)
-                installed += done
-            except OSError as error:
-                number = error.errno
-                if number == errno.EEXIST:
-                    done = PAGE_BYTES
-                    uffd.wake(target, done)
-                elif number == errno.ENOENT:
-                    # The range may reach over the end of a VMA: find out page by page, in halves.
-                    if length_bytes > PAGE_BYTES:
-                        done = (length_bytes // PAGE_BYTES + 1) // 2 * PAGE_BYTES
-                        installed += self.install(target, source, done)
-                    else:
-                        done = PAGE_BYTES
-                else:
-                    raise _what_it_means(error) from error
-            target += done
-            source += done
-            length_bytes -= done
-        return installed
-
-    def zero(self, page: int, limit: int) -> None:
-        """Map zeros at `page`, and on to `limit` where that is easily done."""
-        length_bytes = min(limit, (page | (_ZERO_BYTES - 1)) + 1) - page
-        while True:
-            try:
-                self.uffd.zero(page, length_bytes)
-                return
-            except OSError as error:
-                if error.errno == errno.ENOENT and length_bytes > PAGE_BYTES:
-                    length_bytes = PAGE_BYTES
-                    continue
-                if error.errno in (errno.ENOENT, errno.EEXIST):
-                    self.uffd.wake(page, PAGE_BYTES)
-                    return
-                raise _what_it_means(error) from error
-
-
-def _what_it_means(error: OSError) -> Exception:
-    if error.errno == errno.EAGAIN:
-        return LayoutChanged()
-    if error.errno == errno.ESRCH:
-        return MemoryGone()
-    return error
+_LINGER_S = 50e-6  # a fault is often followed by another: so long nothing else is begun
+_AHEAD_BYTES = 2 << 20  # read, authenticated and not yet installed, at most
+_NEAR_WINDOWS = 4  # a fault so little after the last one is part of a walk through memory
 
 
 class FaultServer:
@@ -173,8 +85,9 @@ class FaultServer:
         self._message = ""
         self._faults = 0
         self._installed_bytes = 0
-        self._mask_runs: dict[int, tuple[tuple[int, int, int], ...]] = {}
-        self._image: ChunkSource | None = None
+        self._poll: select.poll | None = None
+        self._windows: Windows | None = None
+        self._readahead: Readahead | None = None
         self._buffer = memoryview(mmap.mmap(-1, 64 * PAGE_BYTES))
         self._buffer_address = kernel.address_of(self._buffer)
         self._replay()
@@ -182,15 +95,17 @@ class FaultServer:
             self._use_image(image)
 
     def _use_image(self, image: ChunkSource) -> None:
-        self._image = image
-        first, last = image.space_extent(0)
-        runs = image.runs
-        self._addresses = runs[3 * first : 3 * last : 3]
-        self._masks = runs[3 * first + 1 : 3 * last : 3]
-        self._chunks = runs[3 * first + 2 : 3 * last : 3]
-        self._count = last - first
-        self._window_bytes = image.window_pages * PAGE_BYTES
-        self._window_mask = -self._window_bytes
+        """Serve from `image` from now on; the one before is closed."""
+        if self._readahead is not None:
+            self._readahead.forget_all()
+        if self._windows is not None:
+            self._windows.image.close()
+        self._windows = Windows(image)
+        if self._readahead is None:
+            length = self._windows.length
+            self._readahead = Readahead(max(4, _AHEAD_BYTES // length), length)
+        for context in self._contexts.values():
+            context.ahead = context.cursor
 
     # -- the journal
 
@@ -214,6 +129,11 @@ class FaultServer:
     def descriptors(self) -> list[int]:
         """The userfaultfds served."""
         return [context.uffd.fd for context in self._contexts.values()]
+
+    def quiesce(self) -> None:
+        """Bring our other thread to rest, as a fork that shares descriptors needs it."""
+        if self._readahead is not None:
+            self._readahead.forget_all()
 
     def drop_children(self) -> int:
         """Forget contexts of forked children, whose descriptors we do not hold; their number."""
@@ -244,6 +164,7 @@ class FaultServer:
             context.cursor = min(context.cursor, b)
         elif kind == kernel.EVENT_FORK:
             fd = a & 0xFFFFFFFF
+            self._poll = None
             self._contexts[fd] = Context(fd, fd, context.missing.copy())
         else:
             self._log(f"the kernel sent an event of unknown kind {kind:#x}")
@@ -274,55 +195,60 @@ class FaultServer:
         """Go on until nothing is left to do."""
         for context in self._contexts.values():
             context.uffd.wake_all()
-        look_at = 0.0
+        look_at = linger_until = 0.0
+        clock = time.monotonic
         while self._contexts:
             heard = False
             for context in list(self._contexts.values()):
                 heard |= self._attend(context)
-            while self._asked:
-                self._answer(*self._asked.popleft())
             if heard:
+                while self._asked:
+                    self._answer(*self._asked.popleft())
+                linger_until = clock() + _LINGER_S
                 continue
-            now = time.monotonic()
+            now = clock()
+            if now < linger_until:
+                continue
             if now >= look_at:
                 look_at = now + _LOOK_AROUND_S
-                self._watched = self._look_around()
-                self._say_how_it_is()
-                if self._some_are_gone():
-                    continue
-            if self._stalled and now >= self._retry_at:
+                self._look()
+            elif self._stalled and now >= self._retry_at:
                 self._try_again(now)
-            elif now >= self._background_at and self._image is not None:
-                self._load_next(now)
+            elif now < self._background_at:
+                if self._readahead is not None:
+                    self._readahead.clear_done()
+                until = min(self._background_at, self._retry_at if self._stalled else 1e18)
+                self._wait(min(until, look_at + 1) - now)
+            elif self._windows is None:
+                self._reopen()
             else:
-                if self._image is None:
-                    self._reopen()
-                self._wait(now)
+                self._load_next(now)
         self._say_how_it_is()
 
-    def _wait(self, now: float) -> None:
-        until = self._background_at
-        if self._stalled:
-            until = min(until, self._retry_at)
-        poll = select.poll()
-        for context in self._contexts.values():
-            poll.register(context.uffd.fd, select.POLLIN)
-        for fd in (self._pidfd if MAIN in self._contexts else -1, self._watched):
-            if fd >= 0:
-                poll.register(fd, select.POLLIN)
-        poll.poll(max(0.0, until - now) * 1000)
-
-    def _some_are_gone(self) -> bool:
-        """Drop contexts whose memory is no more; a userfaultfd does not tell by itself."""
-        gone = []
-        for context in self._contexts.values():
-            try:
-                context.uffd.layout_is_changing()
-            except OSError:
-                gone.append(context)
-        for context in gone:
+    def _look(self) -> None:
+        """See who is gone, and say how it is."""
+        watched = self._look_around()
+        if watched != self._watched:
+            self._watched = watched
+            self._poll = None
+        self._say_how_it_is()
+        for context in [context for context in self._contexts.values() if context.is_gone()]:
             self._drop(context)
-        return bool(gone)
+
+    def _wait(self, timeout_s: float) -> None:
+        """Wait for messages, for a chunk that was read ahead, for the end of process or keeper."""
+        poll = self._poll
+        if poll is None:
+            poll = self._poll = select.poll()
+            for context in self._contexts.values():
+                poll.register(context.uffd.fd, select.POLLIN)
+            if MAIN in self._contexts:
+                poll.register(self._pidfd, select.POLLIN)
+            if self._watched >= 0:
+                poll.register(self._watched, select.POLLIN)
+            if self._readahead is not None:
+                poll.register(self._readahead.done_fd, select.POLLIN)
+        poll.poll(timeout_s * 1000)
 
     def _answer(self, context: Context, page: int) -> None:
         if context.token not in self._contexts:
@@ -332,96 +258,74 @@ class FaultServer:
             if piece is None:
                 context.zero(page, context.missing.next_start(page))
                 return
-            if self._image is None:
+            windows = self._windows
+            if windows is None:
                 raise LzyError("the image is not open")
-            start, end, shift = piece
-            at = page + shift
-            window = at & self._window_mask
-            addresses = self._addresses
-            index = bisect_left(addresses, window)
-            if index < self._count and addresses[index] == window:
-                mask = self._masks[index] >> ((at - window) // PAGE_BYTES)
-                if mask & 1:
-                    self._load(context, index, start, end, shift, page)
-                    return
-                absent = (mask & -mask).bit_length() - 1 if mask else 64
-                following = min(at + absent * PAGE_BYTES, window + self._window_bytes)
-            else:
-                following = addresses[index] if index < self._count else end + shift
-            context.zero(page, min(end, following - shift))
+            _, end, shift = piece
+            number = windows.find_from(page + shift)
+            absent_until = windows.absent_until(page + shift, number)
+            if absent_until:
+                context.zero(page, min(end, absent_until - shift))
+                return
+            high = self._load(context, windows, number, piece, page)
+            if context.run_end <= page < context.run_end + _NEAR_WINDOWS * windows.length:
+                context.cursor = high  # a walk through memory: go ahead of it
+            context.run_end = high
         except LayoutChanged:
             self._asked.append((context, page))
-            if not self._attend(context):
-                os.sched_yield()
+            self._attend_now(context)
         except MemoryGone:
             self._drop(context)
         except (LzyError, OSError) as error:
             self._stall(context, page, error)
 
-    def _runs_of(self, mask: int) -> tuple[tuple[int, int, int], ...]:
-        """(byte offset in the window, byte offset in the chunk, length) of each run in a mask."""
-        found = self._mask_runs.get(mask)
-        if found is None:
-            runs = []
-            rest, bit, stored = mask, 0, 0
-            while rest:
-                skip = (rest & -rest).bit_length() - 1
-                rest >>= skip
-                bit += skip
-                length = (~rest & (rest + 1)).bit_length() - 1
-                runs.append((bit * PAGE_BYTES, stored * PAGE_BYTES, length * PAGE_BYTES))
-                rest >>= length
-                bit += length
-                stored += length
-            if len(self._mask_runs) >= _MANY_MASKS:
-                self._mask_runs.clear()
-            found = self._mask_runs[mask] = tuple(runs)
-        return found
-
     def _load(
-        self, context: Context, index: int, start: int, end: int, shift: int, page: int = -1
-    ) -> None:
-        """Install what window `index` has for the piece `[start, end)`, the run of `page` first."""
-        image = self._image
-        assert image is not None
-        mask = self._masks[index]
-        base = self._addresses[index] - shift
+        self,
+        context: Context,
+        windows: Windows,
+        number: int,
+        piece: tuple[int, int, int],
+        page: int = -1,
+    ) -> int:
+        """Install what window `number` has for a piece, beginning at `page`; where that ends."""
+        start, end, shift = piece
+        base = windows.address(number) - shift
         low = base if base > start else start
-        high = base + self._window_bytes
+        high = base + windows.length
         if high > end:
             high = end
-        wanted: list[tuple[int, int, int]] = []
-        for offset, stored, length in self._runs_of(mask):
-            first = base + offset
-            last = first + length
-            if first < low:
-                stored += low - first
-                first = low
-            if last > high:
-                last = high
-            if first < last:
-                if first <= page < last:
-                    wanted.insert(0, (first, stored, last - first))
+        parts = windows.parts(number, low, high, shift, page)
+        if parts:
+            readahead = self._readahead
+            assert readahead is not None
+            slot = readahead.take(number)
+            try:
+                if slot is None:
+                    source = self._buffer_address
+                    windows.read(number, self._buffer)
                 else:
-                    wanted.append((first, stored, last - first))
-        if wanted:
-            got = image.read_chunk(self._chunks[index] & 0xFFFFFFFF, self._buffer)
-            if got != mask.bit_count() * PAGE_BYTES:
-                raise LzyError(f"a chunk of {got} bytes does not fit the window at {base:#x}")
-            buffer = self._buffer_address
-            for first, stored, length in wanted:
-                self._installed_bytes += context.install(first, buffer + stored, length)
+                    source = slot.address
+                    if slot.error is not None:
+                        raise slot.error
+                    windows.check(number, slot.length_bytes)
+                for address, offset, length in parts:
+                    self._installed_bytes += context.install(address, source + offset, length)
+            finally:
+                if slot is not None:
+                    readahead.give_back(slot)
         context.missing.forget(low, high)
-        if page >= 0:
-            context.cursor = high
+        return high
 
     # -- behind the faults
 
     def _load_next(self, now: float) -> None:
-        """Load one more window, in order of address from where the process was last."""
+        """Load one more window, in order of address or ahead of a walk through memory."""
         if self._background_failed:
             self._background_failed = False
             self._reopen()
+        windows, readahead = self._windows, self._readahead
+        assert windows is not None
+        assert readahead is not None
         for context in self._contexts.values():
             if context.missing:
                 break
@@ -432,27 +336,31 @@ class FaultServer:
         missing = context.missing
         piece = missing.find_from(context.cursor)
         if piece is None:
-            context.cursor = 0
+            context.cursor = context.ahead = 0
             return
         start, end, shift = piece
         position = max(start, context.cursor)
-        window = (position + shift) & self._window_mask
-        index = bisect_left(self._addresses, window)
-        next_stored = self._addresses[index] - shift if index < self._count else end
+        number = windows.find_from(position + shift)
+        stored_at = windows.address(number) - shift if number < windows.count else end
+        if stored_at >= end:
+            missing.forget(position, end)
+            context.cursor = end
+            return
+        self._read_ahead(context, windows, readahead, number)
+        if number in readahead and not readahead.is_ready(number):
+            readahead.clear_done()
+            if not readahead.is_ready(number):
+                self._wait(_LOOK_AROUND_S)
+            return
+        high = min(end, stored_at + windows.length)
+        context.cursor = high
         try:
-            if next_stored >= end:
-                missing.forget(position, end)
-                context.cursor = end
-                return
-            high = min(end, next_stored + self._window_bytes)
-            context.cursor = high
-            self._load(context, index, start, end, shift)
+            self._load(context, windows, number, piece)
             missing.forget(position, high)
             self._background_s = _FIRST_RETRY_S
         except LayoutChanged:
             context.cursor = position
-            if not self._attend(context):
-                os.sched_yield()
+            self._attend_now(context)
         except MemoryGone:
             self._drop(context)
         except (LzyError, OSError) as error:
@@ -460,6 +368,33 @@ class FaultServer:
             self._background_failed = True
             self._background_at = now + self._background_s
             self._background_s = min(self._background_s * 2, _LAST_RETRY_S)
+
+    def _read_ahead(
+        self, context: Context, windows: Windows, readahead: Readahead, number: int
+    ) -> None:
+        """Have window `number` and those after it read, as far as there is room."""
+        if number not in readahead:
+            # The cursor went elsewhere: what was read for the old place makes room.
+            readahead.drop_ready()
+            context.ahead = context.cursor
+        for _ in range(readahead.room):
+            piece = context.missing.find_from(context.ahead)
+            if piece is None:
+                return
+            start, end, shift = piece
+            number = windows.find_from(max(start, context.ahead) + shift)
+            stored_at = windows.address(number) - shift if number < windows.count else end
+            if stored_at >= end:
+                context.ahead = end
+                continue
+            if number not in readahead:
+                readahead.ask(number, windows.image, windows.chunk(number))
+            context.ahead = min(end, stored_at + windows.length)
+
+    def _attend_now(self, context: Context) -> None:
+        """The kernel says that an event waits, or that one is about to."""
+        if not self._attend(context):
+            os.sched_yield()
 
     # -- what cannot be read now
 
@@ -506,14 +441,11 @@ class FaultServer:
             image = self._open_image()
         except (LzyError, OSError) as error:
             self._complain(error)
-            if self._image is None:
+            if self._windows is None:
                 self._background_at = time.monotonic() + self._background_s
                 self._background_s = min(self._background_s * 2, _LAST_RETRY_S)
             return
-        old = self._image
         self._use_image(image)
-        if old is not None:
-            old.close()
 
     # -- the end
 
@@ -521,6 +453,7 @@ class FaultServer:
         """Forget a context and close our descriptor of it."""
         if self._contexts.pop(context.token, None) is None:
             return
+        self._poll = None
         self._journal.append(GONE, context.token)
         for key in [key for key in self._stalled if key[0] == context.token]:
             del self._stalled[key]

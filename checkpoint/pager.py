@@ -26,7 +26,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from . import proc
 from .errors import AccessDenied, Busy, Damaged, LzyError, NotFound
-from .faults import ChunkSource, FaultServer
+from .faults import FaultServer
 from .home import run_directory
 from .journal import (
     FINISHED,
@@ -47,6 +47,7 @@ from .linux.detached import (
 )
 from .linux.uffd import is_userfaultfd
 from .missing import MissingPages
+from .windows import ChunkSource
 
 _LAST_RESPAWN_S = 5.0
 _CLOSE_DEADLINE_S = 5
@@ -249,6 +250,8 @@ def _close_descriptor(pid: int, number: int) -> int:
             signal.alarm(_CLOSE_DEADLINE_S)
             from .inject import close_descriptor
 
+            if proc.stat(pid)[2] in "ZX":
+                raise NotFound(f"process {pid} ended", pid=pid)
             status = -close_descriptor(pid, number) & 0xFF
         except NotFound:
             status = errno.ESRCH
@@ -420,6 +423,7 @@ def _page(
             if select.select([keeper], [], [], 0)[0]:
                 seat.write_log("the keeper is gone; starting another")
                 os.close(keeper)
+                server.quiesce()
                 pid = fork_sharing_descriptors()
                 if pid == 0:
                     _keep(seat, None, pager=own)

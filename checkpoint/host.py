@@ -63,7 +63,7 @@ def check_host(host: dict[str, Any], name: str) -> None:
             remedy=f"restore it on a machine like {host['node']}",
             missing=missing,
         )
-    own = proc.mappings(os.getpid(), with_flags=False)
+    own = proc.kernel_mappings(os.getpid())
     if host["vdso"] != vdso_digest(os.getpid(), own):
         raise Incompatible(
             f"image {name} was taken under kernel {host['kernel']}, whose vDSO differs from that "

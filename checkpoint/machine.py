@@ -103,15 +103,21 @@ class Call:
     tolerate: bool = False
     what: str = ""
 
-    def pack(self) -> bytes:
-        filled = (*self.arguments, 0, 0, 0, 0, 0, 0)[:6]
-        number = self.number | TOLERATE if self.tolerate else self.number
-        return struct.pack("<8Q", number, *[a & _U64 for a in filled], 0)
+
+_RECORD = struct.Struct("<8Q")
 
 
-def pack_table(calls: list[Call]) -> bytes:
-    """Records in order, ended by a negative number."""
-    return b"".join([call.pack() for call in calls]) + END_OF_TABLE
+def pack_call(number: int, arguments: tuple[int, ...], tolerate: bool) -> bytes:
+    """One record of a table; at most six arguments."""
+    try:
+        return _RECORD.pack(
+            number | TOLERATE if tolerate else number, *arguments, *_NOTHING[len(arguments) :], 0
+        )
+    except struct.error:  # negative arguments, two's complement
+        return pack_call(number, tuple(a & _U64 for a in arguments), tolerate)
+
+
+_NOTHING = (0, 0, 0, 0, 0, 0)
 
 
 def unpack_registers(content: bytes) -> dict[str, int]:

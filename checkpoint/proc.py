@@ -121,6 +121,12 @@ def read_bytes(pid: int, name: str) -> bytes:
         ) from error
 
 
+def kernel_mappings(pid: int) -> list[Vma]:
+    """Only the mappings the kernel itself makes: vDSO, its data pages, vsyscall."""
+    lines = read_bytes(pid, "maps").splitlines()
+    return parse_mappings(b"\n".join(line for line in lines if b" [v" in line))
+
+
 def mappings(pid: int, *, with_flags: bool = True) -> list[Vma]:
     """The process's VMAs in address order; without flags it is much faster."""
     return parse_mappings(read_bytes(pid, "smaps" if with_flags else "maps"))
@@ -128,7 +134,9 @@ def mappings(pid: int, *, with_flags: bool = True) -> list[Vma]:
 
 def status(pid: int, tid: int | None = None) -> dict[str, str]:
     """/proc/PID/status (or of one thread) as names and values."""
-    text = read_bytes(pid, f"task/{tid}/status" if tid else "status").decode()
+    text = read_bytes(pid, f"task/{tid}/status" if tid else "status").decode(
+        "utf-8", "surrogateescape"
+    )
     return dict(line.split(":\t", 1) for line in text.splitlines() if ":\t" in line)
 
 

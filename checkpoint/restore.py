@@ -16,6 +16,7 @@ import os
 import signal
 import struct
 import time
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -103,10 +104,17 @@ class Restorer:
         self.own: dict[str, Any] = self.document["process"]
         self.threads: list[dict[str, Any]] = self.document["threads"]
         self.vmas: list[dict[str, Any]] = self.document["vmas"]
+        first, last = image.space_extent(0)
+        if first:
+            raise Damaged(f"image {image.name} has pages before those of its address space")
+        # A list is searched ten times faster than the table itself.
+        self.windows: list[int] = image.runs[0 : last * 3 : 3].tolist()
+        self.window_bytes = image.window_pages * PAGE_BYTES
         self.notes: list[str] = []
         self.objects: list[int] = []
         self.files: dict[tuple[str, bool], int] = {}
         self.local: dict[int, int] = {}
+        self.unlike: set[int] = set()  # starts of mappings whose protection is not the last yet
 
     # -- the way ---------------------------------------------------------------------------------
 
@@ -450,10 +458,12 @@ class Restorer:
             if batch.full:
                 tracee.run(leader, batch)
                 batch = tracee.batch()
-            self._map_one(batch, vma)
+            if self._map_one(batch, vma) != _protection(vma):
+                self.unlike.add(vma["start"])
         tracee.run(leader, batch)
 
-    def _map_one(self, batch: Batch, vma: dict[str, Any]) -> None:
+    def _map_one(self, batch: Batch, vma: dict[str, Any]) -> int:
+        """Add the call that maps one VMA; the protection it gets for now."""
         flags = set(vma["flags"])
         shared = vma["permissions"][3] == "s"
         how = memory.MAP_FIXED_NOREPLACE | (memory.MAP_SHARED if shared else memory.MAP_PRIVATE)
@@ -483,13 +493,12 @@ class Restorer:
             process.SYS_MMAP, vma["start"], vma["end"] - vma["start"], protection, how,
             descriptor, offset, what=f"map {vma.get('path', 'anonymous memory')}",
         )  # fmt: skip
+        return protection
 
     def _has_pages(self, vma: dict[str, Any]) -> bool:
         """Whether the image holds pages of this mapping."""
-        if vma["permissions"][3] == "s":
-            return False
         first, last = self._runs_of(vma)
-        return first < last
+        return first < last and vma["permissions"][3] != "s"
 
     def _has_changes(self, vma: dict[str, Any]) -> bool:
         """Whether pages over the file's are to be written, be they only zeros."""
@@ -497,13 +506,8 @@ class Restorer:
 
     def _runs_of(self, vma: dict[str, Any]) -> tuple[int, int]:
         """The range of run records whose windows touch the VMA (those at its ends may not)."""
-        from bisect import bisect_left
-
-        size = self.image.window_pages * PAGE_BYTES
-        first, last = self.image.space_extent(0)
-        addresses = self.image.runs[0::3]
-        low = bisect_left(addresses, vma["start"] & -size, first, last)
-        return low, bisect_left(addresses, vma["end"], low, last)
+        low = bisect_left(self.windows, vma["start"] & -self.window_bytes)
+        return low, bisect_left(self.windows, vma["end"], low)
 
     def _lazy_vmas(self) -> list[dict[str, Any]]:
         """Mappings worth leaving to the pager: private anonymous memory of some size.
@@ -522,34 +526,41 @@ class Restorer:
         ]
 
     def _fill(self, tracee: Tracee, lazy: list[dict[str, Any]]) -> int:
-        """Write in what must be there from the start; the number of windows left to the pager."""
-        first, last = self.image.space_extent(0)
-        indexes: list[int] | range = range(first, last)
-        left = 0
-        if lazy:
-            later: set[int] = set()
-            for vma in lazy:
-                low, high = self._runs_of(vma)
-                size = self.image.window_pages * PAGE_BYTES
-                # windows at the ends may hold pages of neighbours too
-                while low < high and self.image.run(low)[0] < vma["start"]:
-                    low += 1
-                while low < high and self.image.run(high - 1)[0] + size > vma["end"]:
-                    high -= 1
-                later.update(range(low, high))
-            for address in self._needed_at_once():
-                later.discard(self.image.find_run(0, address))
-            left = len(later)
-            indexes = [index for index in range(first, last) if index not in later]
+        """Write in what must be there from the start; the number of windows left to the pager.
+
+        A window is left when all of it lies in one lazy mapping: those at the ends of a mapping
+        may hold pages of its neighbours too.
+        """
+        later: list[range] = []
+        for vma in lazy:
+            low = bisect_left(self.windows, vma["start"])
+            high = bisect_left(self.windows, vma["end"] - self.window_bytes + 1, low)
+            later.append(range(low, high))
+        at_once = {self._window_of(address) for address in self._needed_at_once()}
+        indexes = sorted(i for part in later for i in at_once if i in part)
+        left = sum(map(len, later)) - len(indexes)
+        position = 0
+        for part in later:
+            indexes += range(position, part.start)
+            position = part.stop
+        indexes += range(position, len(self.windows))
         Filler(self.image, tracee.pid, self.progress if self.eager else None).fill(indexes)
         self._fill_zeros(tracee.pid)
         return left
 
+    def _window_of(self, address: int) -> int:
+        """The index of the run record whose window holds `address`, or -1."""
+        index = bisect_left(self.windows, address & -self.window_bytes)
+        found = index < len(self.windows) and address - self.windows[index] in range(
+            self.window_bytes
+        )
+        return index if found else -1
+
     def _fill_zeros(self, pid: int) -> None:
-        """Zero the pages that the process had made zero over a file's bytes; no chunk holds them."""
+        """Zero the pages that the process zeroed over a file's bytes; no chunk holds them."""
         zeros = memoryview(bytearray(self.image.window_pages * PAGE_BYTES))
         for address, wanted in windows_of(self.document["changed"], self.image.window_pages):
-            index = self.image.find_run(0, address)
+            index = self._window_of(address)
             missing = wanted & ~(self.image.run(index)[1] if index >= 0 else 0)
             for run in page_runs([(address, missing)]):
                 memory.write_process(pid, [run], zeros[: run[1]])
@@ -794,7 +805,7 @@ class Filler:
 
     def fill(self, indexes: list[int] | range) -> None:
         """Write the windows of these run records; raises Damaged or StoreUnavailable."""
-        if len(indexes) < 256:
+        if len(indexes) < 24:
             self._fill_part(indexes)
         else:
             import threading

@@ -13,7 +13,6 @@ from __future__ import annotations
 import errno
 import os
 import signal
-import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -37,7 +36,8 @@ class Batch:
         self.base = base
         self._capacity_bytes = capacity_bytes
         self._data = bytearray()
-        self.calls: list[Call] = []
+        self._table = bytearray()
+        self._calls: list[tuple[int, tuple[int, ...], bool, str]] = []
         self.results: list[int] = []
 
     def put(self, content: bytes) -> int:
@@ -53,34 +53,28 @@ class Batch:
 
     def call(self, number: int, *arguments: int, tolerate: bool = False, what: str = "") -> int:
         """Add a call; the index of its result. `what` names it in errors."""
-        self.calls.append(Call(number, arguments, tolerate, what))
-        return len(self.calls) - 1
-
-    @property
-    def size_bytes(self) -> int:
-        return len(self._data) + len(self.calls) * machine.RECORD_BYTES + 64
+        self._table += machine.pack_call(number, arguments, tolerate)
+        self._calls.append((number, arguments, tolerate, what))
+        return len(self._calls) - 1
 
     @property
     def full(self) -> bool:
         """Whether little room is left, so that it had better be run now."""
-        return self.size_bytes > self._capacity_bytes - 8192
+        return len(self._data) + len(self._table) > self._capacity_bytes - 8192
 
     def pack(self) -> tuple[bytes, int]:
         """The bytes for `base` and the address of the table in them."""
         data = self._data + b"\0" * (-len(self._data) % 16)
-        content = bytes(data) + machine.pack_table(self.calls)
+        content = bytes(data + self._table) + machine.END_OF_TABLE
         if len(content) > self._capacity_bytes:
-            raise ValueError(f"{len(self.calls)} calls do not fit {self._capacity_bytes} bytes")
+            raise ValueError(f"{len(self._calls)} calls do not fit {self._capacity_bytes} bytes")
         return content, self.base + len(data)
 
     def take(self, content: bytes) -> None:
         """Read results and data back from the tracee's bytes."""
-        offset = len(content) - len(self.calls) * machine.RECORD_BYTES - 8
+        offset = len(content) - len(self._table) - 8
         self._data = bytearray(content[:offset])
-        self.results = [
-            struct.unpack_from("<q", content, offset + i * machine.RECORD_BYTES + 56)[0]
-            for i in range(len(self.calls))
-        ]
+        self.results = memoryview(content)[offset:-8].cast("q")[7::8].tolist()
 
     def read(self, address: int, length_bytes: int) -> bytes:
         """Bytes of the data after the run."""
@@ -89,12 +83,13 @@ class Batch:
 
     def check(self, pid: int) -> None:
         """Raise KernelError for the first call that failed and was not tolerated."""
-        for call, result in zip(self.calls, self.results, strict=True):
-            if -4095 <= result < 0 and not call.tolerate:
-                arguments = ", ".join(f"{a:#x}" for a in call.arguments)
+        for (number, arguments, tolerate, what), result in zip(
+            self._calls, self.results, strict=True
+        ):
+            if -4095 <= result < 0 and not tolerate:
                 raise KernelError(
-                    f"system call {call.number}({arguments}) inside pid {pid}"
-                    + (f" ({call.what})" if call.what else ""),
+                    f"system call {number}({', '.join(map(hex, arguments))}) inside pid {pid}"
+                    + (f" ({what})" if what else ""),
                     -result,
                     pid=pid,
                 )

@@ -157,7 +157,8 @@ def scan_pages(
             number = ctypes.get_errno()
             raise OSError(number, f"PAGEMAP_SCAN of {start:#x}-{end:#x}: {os.strerror(number)}")
         found += [(a, b) for a, b, _ in struct.iter_unpack("<QQQ", vector.raw[: 24 * count])]
-        start = struct.unpack_from("<Q", argument, 32)[0]
+        # When the vector is full, walk_end may lie before the last range it holds (seen on 6.18).
+        start = found[-1][1] if count == capacity else end
     return _join(found)
 
 

@@ -14,8 +14,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 from . import machine, proc
 from .errors import Busy, LzyError, NotFound
@@ -27,16 +26,14 @@ _TRACE_OPTIONS = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class Birth:
+class Birth(NamedTuple):
     """A new process, stopped at the first instruction of the stub, seized by us."""
 
     pid: int
     init: int  # pid of the new namespace's init as we see it, 0 in the present namespace
 
 
-@dataclass(frozen=True, slots=True)
-class Wanted:
+class Wanted(NamedTuple):
     """The numbers a process had: its pid, its parent's, its group's and its session's."""
 
     pid: int

@@ -16,8 +16,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import interrogate, machine, proc, resources
 from .content import (
@@ -51,8 +50,7 @@ DOCUMENT_FORMAT = 1
 SNAPSHOT_OBJECT_LIMIT_BYTES = 32 << 20  # shared memory up to here is copied while frozen
 
 
-@dataclass
-class DumpReport:
+class DumpReport(NamedTuple):
     """What a dump did: sizes in bytes, times in seconds."""
 
     image: str
@@ -64,7 +62,7 @@ class DumpReport:
     threads: int
     left_running: bool
     snapshot: bool
-    notes: list[str] = field(default_factory=list)
+    notes: list[str]
 
 
 def dump(

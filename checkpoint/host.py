@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import platform
 import struct
 import time
 from typing import Any
+
+from blake3 import blake3
 
 from . import machine, proc
 from .errors import Incompatible
@@ -45,7 +46,7 @@ def vdso_digest(pid: int, vmas: list[proc.Vma]) -> str:
             )  # fmt: skip
             end = min(sections + size * count, vma.length)
             layout = [(v.start - vma.start, v.length) for v in vmas if v.kind == "vvar"]
-            return hashlib.sha256(bytes(content[:end]) + repr(layout).encode()).hexdigest()
+            return blake3(bytes(content[:end]) + repr(layout).encode()).hexdigest()
     return ""
 
 

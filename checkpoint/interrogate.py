@@ -109,6 +109,7 @@ def _describe_thread(tracee: Tracee, thread: Thread, inside: dict[str, Any]) -> 
         "robust_list": [head, head_length],
         "rseq": list(rseq) if rseq else None,
         "scheduling": encode(process.scheduling(tid)),
+        "nice": os.getpriority(os.PRIO_PROCESS, tid),
         "affinity": sorted(os.sched_getaffinity(tid)),
         "io_priority": process.io_priority(tid),
         "rights": {key: status[key].strip() for key in _STATUS_KEYS},

@@ -35,8 +35,7 @@ Sources: System V ABI AMD64 (red zone), Intel SDM vol. 2, syscall(2), signal(7).
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from .linux.process import SYS_RESTART_SYSCALL
 
@@ -94,8 +93,7 @@ INTERRUPTED_BY_STOPS: Final = frozenset(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
+class Call(NamedTuple):
     """One system call for a table; `tolerate` lets the table go on when it fails."""
 
     number: int

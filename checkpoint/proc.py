@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
-from pathlib import Path
+from typing import NamedTuple
 
 from .errors import AccessDenied, NotFound
 
@@ -24,8 +23,7 @@ _SPECIAL = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Vma:
+class Vma(NamedTuple):
     """One mapped range: addresses, permissions, what is behind it, and the kernel's VmFlags.
 
     `kind` is anonymous, file (behind a path), memory (shared anonymous or deleted or memfd:
@@ -107,10 +105,16 @@ def _vma(match: re.Match[bytes], flags: frozenset[str]) -> Vma:
     )
 
 
+def read_file(path: str) -> bytes:
+    """The whole content of a file of /proc or /sys."""
+    with open(path, "rb", buffering=0) as file:
+        return file.read()
+
+
 def read_bytes(pid: int, name: str) -> bytes:
     """/proc/PID/name; NotFound or AccessDenied."""
     try:
-        return Path(f"/proc/{pid}/{name}").read_bytes()
+        return read_file(f"/proc/{pid}/{name}")
     except (FileNotFoundError, ProcessLookupError) as error:
         raise NotFound(f"no process has pid {pid}", pid=pid) from error
     except PermissionError as error:
@@ -167,7 +171,7 @@ def children(pid: int) -> list[int]:
     found: list[int] = []
     for tid in threads(pid):
         try:
-            found += map(int, Path(f"/proc/{pid}/task/{tid}/children").read_text().split())
+            found += map(int, read_file(f"/proc/{pid}/task/{tid}/children").split())
         except FileNotFoundError:
             continue
     return found
@@ -178,8 +182,7 @@ def innermost(value: str) -> int:
     return int(value.split()[-1])
 
 
-@dataclass(frozen=True, slots=True)
-class PosixTimer:
+class PosixTimer(NamedTuple):
     """One line group of /proc/PID/timers; `value` is what the signal carries (sigev_value)."""
 
     number: int
@@ -248,12 +251,12 @@ def limits(pid: int) -> dict[int, tuple[int, int]]:
 
 def boot_id() -> str:
     """A name for this boot of the kernel."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return read_file("/proc/sys/kernel/random/boot_id").decode().strip()
 
 
 def cpu_features() -> list[str]:
     """The CPU's features by the kernel's names."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
+    for line in read_file("/proc/cpuinfo").decode().splitlines():
         if line.startswith("flags"):
             return line.partition(":")[2].split()
     return []

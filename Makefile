@@ -10,7 +10,7 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin
-PIP := $(RUN)/python -m pip install --quiet --disable-pip-version-check
+PIP := $(RUN)/python -m pip install --quiet --quiet --disable-pip-version-check
 SOAK_ROUNDS ?= 50
 # `make test PYTEST="-k dump -x"` hands options to pytest.
 PYTEST ?=

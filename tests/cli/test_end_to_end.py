@@ -222,3 +222,22 @@ def test_image_names_complete(lzy: Run, program: Program) -> None:
     assert complete("lzy restore calm-") == ["calm-two", "calm-one"]
     assert complete("lzy rm calm-one calm-") == ["calm-two"]
     assert complete("lzy show --store nowhere calm-") == []
+
+
+def test_a_damaged_image_is_told_and_refused(lzy: Run, program: Program, tmp_path: Path) -> None:
+    """A changed byte: the list says so, restoring and verifying are refused with status 6."""
+    for name in ("sound", "spoilt"):
+        assert lzy("dump", str(program.pid), "--leave-running", "--name", name).returncode == 0
+    (manifest,) = (tmp_path / "home" / "store").rglob("spoilt*")
+    content = bytearray(manifest.read_bytes())
+    content[40] ^= 1
+    manifest.write_bytes(content)
+    listed = lzy("images")
+    assert listed.returncode == 0, listed.stderr
+    rows = [line.split() for line in listed.stdout.splitlines()]
+    assert [row[0] for row in rows if row[1] == "damaged"] == ["spoilt"]
+    for command in ("verify", "restore", "show"):
+        answer = lzy(command, "spoilt")
+        assert answer.returncode == 6, answer.stderr
+        assert "spoilt" in answer.stderr
+    assert lzy("verify", "sound").returncode == 0

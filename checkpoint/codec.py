@@ -73,6 +73,7 @@ class Encoder:
         self._choice = RAW
         self._expected = 1.0
         self._until_trial_bytes = 0
+        self._glance_apart = False
 
     def encode(self, content: bytes | memoryview) -> tuple[int, bytes | memoryview]:
         """Answer (encoding, stored bytes) of one chunk; raw content is answered as it is."""
@@ -110,17 +111,18 @@ class Encoder:
         return b"".join(parts)
 
     def _shrinks(self, content: bytes | memoryview) -> bool:
-        """A glance at a chunk after one that did not compress: would this one?"""
+        """A glance at a chunk after one that did not compress: would this one?
+
+        As it lies and in planes by turns: what is missed now is seen at the next chunk.
+        """
         middle = len(content) // 2 & -_GLANCE_BYTES
         glance = content[middle : middle + _GLANCE_BYTES]
-        most = _MOST_SHARE * len(glance)
-        if len(self._small.compress(glance)) < most:
-            return True
-        if len(self._candidates) == 1 or not planes.splittable(len(glance), 8):
-            return False
-        apart = self._scratch[: len(glance)]
-        planes.take_apart(glance, 8, apart)
-        return len(self._small.compress(apart)) < most
+        self._glance_apart = not self._glance_apart and len(self._candidates) > 1
+        if self._glance_apart:
+            apart = self._scratch[: len(glance)]
+            planes.take_apart(glance, 8, apart)
+            glance = apart
+        return len(self._small.compress(glance)) < _MOST_SHARE * len(glance)
 
     def _try_all(self, content: bytes | memoryview) -> None:
         middle = max(0, len(content) - _SAMPLE_BYTES) // 2 & -_GLANCE_BYTES
@@ -182,7 +184,7 @@ class Decoder:
         try:
             declared = zstandard.get_frame_parameters(frame).content_size
             if declared != length_bytes:
-                raise Damaged(f"a chunk declares {declared} bytes instead of {length_bytes}")
+                raise Damaged(f"a frame declares {declared} bytes instead of {length_bytes}")
             return self._decompressor.decompress(frame, allow_extra_data=False)
         except zstandard.ZstdError as error:
-            raise Damaged(f"a chunk cannot be decompressed: {error}") from error
+            raise Damaged(f"a frame cannot be decompressed: {error}") from error

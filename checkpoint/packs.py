@@ -8,9 +8,10 @@ disk; so whatever lies in `packs/` was finished. The layout is told byte by byte
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from .codec import SUITE_NONE
@@ -124,6 +125,8 @@ class PackWriter:
         written = os.pwritev(self.descriptor, blobs, self.length_bytes)
         self.length_bytes += written
         while written != left:  # a disk that fills up, or a signal: go on where it stopped
+            if not written:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             rest = memoryview(b"".join(blobs))[written:]
             blobs, left = [rest], len(rest)
             written = os.pwritev(self.descriptor, blobs, self.length_bytes)
@@ -212,8 +215,8 @@ class _OpenPack:
     def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor
 
-    def __del__(self) -> None:
-        os.close(self.descriptor)
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
+        close(self.descriptor)  # bound early: at the interpreter's end `os` may be gone
 
 
 class PackFiles:

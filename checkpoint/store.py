@@ -12,6 +12,7 @@ No global lock stops a reader, and a writer that dies leaves garbage, never dama
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -428,7 +429,8 @@ def _place(path: Path, content: bytes) -> bytes:
     temporary = path.parent / "tmp" / f"{path.name}.{os.urandom(8).hex()}"
     descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
-        os.write(descriptor, content)
+        if os.write(descriptor, content) != len(content):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         os.fsync(descriptor)
         try:
             os.link(temporary, path)

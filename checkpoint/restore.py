@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 from . import birth, machine, proc, reinstate, resources
 from .content import windows_of
 from .elf import build_id
-from .errors import Busy, Damaged, Incompatible, KernelError, LzyError
+from .errors import Busy, Damaged, Incompatible, KernelError, LzyError, NotFound
 from .host import check_host
 from .image import Image
 from .interrogate import decode
@@ -146,6 +146,8 @@ class Restorer:
             # 5. The descriptor by which missing pages will be heard of: a table of descriptors that
             #    threads share takes the kernel a grace period (10 ms) to enlarge.
             faults, number = self._make_faults(tracee) if left else (-1, -1)
+            if left and faults < 0:
+                left = self._fill(tracee, [])
             # 6. What the process as a whole has; its threads, and what each of them has.
             self._reinstate_process(tracee)
             new_threads = self._make_threads(tracee, wanted.pid)
@@ -716,12 +718,21 @@ class Restorer:
     # -- 6. lazily -------------------------------------------------------------------------------
 
     def _make_faults(self, tracee: Tracee) -> tuple[int, int]:
-        """Have the process make a userfaultfd; our duplicate of it, and its number there."""
+        """Have the process make a userfaultfd; our duplicate of it, and its number there.
+
+        (-1, -1) where the kernel does not let it: memory is then loaded at once.
+        """
         leader = tracee.threads[tracee.pid]
         batch = tracee.batch()
-        made = batch.call(process.SYS_USERFAULTFD, os.O_CLOEXEC | os.O_NONBLOCK, what="userfaultfd")
+        made = batch.call(process.SYS_USERFAULTFD, os.O_CLOEXEC | os.O_NONBLOCK, tolerate=True)
         tracee.run(leader, batch)
         first = batch.results[made]
+        if first < 0:
+            self.notes.append(
+                f"memory was loaded at once, not as it is touched: {os.strerror(-first)} from "
+                "userfaultfd (see lzy doctor)"
+            )
+            return -1, -1
         used = set(map(int, self.document["descriptors"]["descriptors"]))
         soft = min(self.own["limits"]["7"][0], 1 << 20)
         number = next((n for n in range(min(soft, 1024) - 1, 2, -1) if n not in used), first)
@@ -870,12 +881,12 @@ def _check(result: int) -> None:
 
 def _undo(born: birth.Birth) -> None:
     """End an unfinished process, and its namespace."""
-    for pid in (born.pid, born.init):
-        if pid:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-            with contextlib.suppress(ChildProcessError):
-                while not os.WIFEXITED(status := os.waitpid(pid, ptrace.WALL)[1]) and (
-                    not os.WIFSIGNALED(status)
-                ):
-                    pass
+    for pid in filter(None, born):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+        # A traced leader's end is reported only after that of its traced threads, ptrace(2).
+        with contextlib.suppress(NotFound):
+            for tid in sorted(proc.threads(pid), key=pid.__eq__):
+                with contextlib.suppress(ChildProcessError):
+                    while os.WIFSTOPPED(os.waitpid(tid, ptrace.WALL)[1]):
+                        pass

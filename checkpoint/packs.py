@@ -21,7 +21,8 @@ from .linux.writeback import start_writeback
 
 PACK_VERSION = 1
 PACK_BYTES = 16 << 20
-"""A pack is finished once it holds this much."""
+"""A pack is finished once it holds this much, or that many chunks."""
+_PACK_CHUNKS = 1 << 16
 
 MOST_PACK_BYTES = 1 << 30
 _MOST_PACK_CHUNKS = 1 << 20
@@ -74,7 +75,7 @@ class PackWriter:
     @property
     def full(self) -> bool:
         """Whether it is time for another pack."""
-        return self.length_bytes >= PACK_BYTES or len(self.ids) >= _MOST_PACK_CHUNKS // 2
+        return self.length_bytes >= PACK_BYTES or len(self.ids) >= _PACK_CHUNKS
 
     def append(self, chunks: Sequence[tuple[bytes, int, int, bytes | memoryview]]) -> list[Stored]:
         """Append (id, encoding, raw length, stored bytes) chunks in one go; say where they lie."""
@@ -106,6 +107,10 @@ class PackWriter:
         mac = keyed_digest(self._keys.pack, self._header, ids, records, trailer)
         self._write([ids, records, trailer, mac])
         start_writeback(self.descriptor, self._started, self.length_bytes - self._started)
+
+    def forget(self) -> None:
+        """Let go of the index of a finished pack: it was the largest thing that a dump kept."""
+        self.ids, self.stored = [], []
 
     def close(self) -> None:
         """Close the file; what was written stays where it is."""

@@ -208,14 +208,14 @@ class Store:
                 raise NotFound(f"image {name} was just removed from {self.path}", image=name)
             if status.st_size > MOST_MANIFEST_BYTES:
                 raise Damaged(f"the manifest of image {name} has {status.st_size} bytes")
-            manifest = bytearray(status.st_size)
-            view = memoryview(manifest)
-            got = 0
-            while got < len(view) and (more := os.preadv(descriptor, (view[got:],), got)):
-                got += more
+            manifest = os.pread(descriptor, status.st_size, 0)
+            while 0 < len(manifest) < status.st_size and (
+                more := os.pread(descriptor, status.st_size, len(manifest))
+            ):  # one read(2) moves 2 GiB at most
+                manifest += more
             packs = os.dup(self.packs)
             try:
-                return Image(view[:got].toreadonly(), self.keys, packs, name=name, lock=descriptor)
+                return Image(manifest, self.keys, packs, name=name, lock=descriptor)
             except BaseException:
                 os.close(packs)
                 raise

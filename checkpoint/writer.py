@@ -530,9 +530,10 @@ class _Worker:
             index = read_index(pack.descriptor, pack.pack, writer._keys)
             if index.ids != b"".join(pack.ids):
                 raise Damaged(f"the index of pack {pack.name} reads back differently")
+            pack.forget()
         except OSError as error:
             raise store_failure("write and read back a pack", error) from error
-        writer._pack_bytes[writer._pack_number(pack.pack)] = (pack.length_bytes, len(pack.ids))
+        writer._pack_bytes[writer._pack_number(pack.pack)] = (pack.length_bytes, len(index))
         with writer._lock:
             writer._finished.append(pack)
             writer._unsynced.append(pack)

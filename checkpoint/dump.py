@@ -30,7 +30,7 @@ from .content import (
     own_page_ranges,
     windows_of,
 )
-from .errors import Busy, KernelError, LzyError, NotFound, Unsupported
+from .errors import Busy, KernelError, LzyError, NotFound, StoreUnavailable, Unsupported
 from .host import describe_host
 from .linux import process, ptrace
 from .machine import Call
@@ -192,8 +192,12 @@ def dump(
     except ProcessLookupError as error:
         raise NotFound(f"process {pid} ended while it was dumped", pid=pid) from error
     except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise StoreUnavailable(
+                f"no room left for the image of pid {pid}",
+                remedy="free some space or name another folder with --store",
+                pid=pid,
+            ) from error
         raise KernelError(f"cannot dump pid {pid}: {error}", error.errno or 0, pid=pid) from error
     finally:
         objects.close()

@@ -87,7 +87,7 @@ def start(tmp_path: Path, nothing_left_behind: None) -> Iterator[Callable[..., P
     try:
         yield start_program
     finally:
-        for program in started:
+        for program in reversed(started):  # A tracer before what it traces.
             program.close()
 
 

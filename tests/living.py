@@ -138,7 +138,6 @@ class Program:
         """From now on the process `pid` answers; the one before must have ended."""
         assert not self.is_alive
         self.child.wait(PATIENCE_S)  # A zombie would keep the pid.
-        reap(self.pid)
         pidfd = os.pidfd_open(pid)
         os.close(self.pidfd)
         self.pid, self.pidfd = pid, pidfd

@@ -30,6 +30,7 @@ EXPECTED = {
     r"(task/\d+/)?status/PPid": "the parent is whoever restored it, or init",
     r"(task/\d+/)?status/Vm(Peak|HWM|RSS|PTE|Swap)": "history and residence, not state",
     r"(task/\d+/)?status/Rss(Anon|File|Shmem)": "which pages are resident is the kernel's business",
+    r"(task/\d+/)?status/SigQ": "signals queued to all processes of the user together",
     r"(task/\d+/)?status/FDSize": "how much room the kernel has set aside for descriptors",
     r"(task/\d+/)?status/(non)?voluntary_ctxt_switches": "counts since the (new) process began",
     r"(task/\d+/)?stat/(ppid|minflt|majflt|utime|stime|starttime|rss|processor)": "likewise",
@@ -54,6 +55,10 @@ FLAGS_IGNORED = {"sd", "um", "uw", "ui", "ac"}
 LINKS = ("exe", "cwd", "root", "ns/mnt", "ns/net", "ns/uts", "ns/ipc", "ns/user", "ns/cgroup",
          "ns/pid_for_children")  # fmt: skip
 
+#: Of no meaning to 64-bit programs; openat(2) sets it, some other ways to a descriptor do not.
+O_LARGEFILE = 0o100000
+RESTART_SYSCALL = "219"
+
 libc = ctypes.CDLL(None, use_errno=True)
 IOPRIO_GET = 252
 
@@ -66,6 +71,11 @@ def read(path: str) -> str:
 def forget_numbers(text: str) -> str:
     """Inode numbers of things without a name (pipe:[123]) are the kernel's, given anew."""
     return re.sub(r":\[\d+\]", ":[*]", text)
+
+
+def last_name(path: str) -> str:
+    """`gone (deleted)` for whatever is made again in memory: `/tmp/gone…` as `/memfd:gone…`."""
+    return re.split("[/:]", path)[-1]
 
 
 def read_stat(path: str) -> Facts:
@@ -108,7 +118,7 @@ def read_mappings(pid: int) -> Facts:
         path = name[0].strip() if name else ""
         if path.endswith("(deleted)") or path.startswith(("/memfd:", "/dev/zero", "/SYSV")):
             device, inode = "*", "*"  # Made again: another inode, whatever it is called.
-            path = re.sub(r"^/memfd:lzy.*|^/dev/zero \(deleted\)", "anonymous shared", path)
+            path = last_name(path)
         what = (permissions, device, inode, path, " ".join(sorted(flags)))
         at = int(offset, 16)
         before = mappings[-1] if mappings else None
@@ -130,7 +140,7 @@ def read_descriptors(pid: int) -> Facts:
         link = forget_numbers(os.readlink(f"/proc/{pid}/fd/{number}"))
         is_deleted = link.endswith(" (deleted)")
         if is_deleted:  # What has no name is made again in memory, under its last name.
-            link = re.split("[/:]", link)[-1]
+            link = last_name(link)
         facts[f"fd/{number}"] = link
         lines = []
         for line in read(f"/proc/{pid}/fdinfo/{number}").splitlines():
@@ -139,6 +149,8 @@ def read_descriptors(pid: int) -> Facts:
             if is_deleted and line.startswith("mnt_id:"):
                 continue
             line = re.sub(r"\b(ino|sdev):[0-9a-f]+", r"\1:*", line)  # likewise, of what is watched
+            if line.startswith("flags:"):
+                line = f"flags:\t{int(line.split()[1], 8) & ~O_LARGEFILE:o}"
             line = re.sub(r"^it_value: .*", "it_value: *", line)  # time passes
             lines.append(re.sub(r"^ticks: .*", "ticks: *", line))
         facts[f"fdinfo/{number}"] = "\n".join(lines)
@@ -174,11 +186,16 @@ def read_everything(pid: int) -> Facts:
 
 
 def find_differences(before: Facts, after: Facts) -> list[str]:
+    def is_same(name: str) -> bool:
+        old, new = before.get(name), after.get(name)
+        if name.endswith("/system call") and old and new and new.startswith(RESTART_SYSCALL + " "):
+            return old.split()[1:] == new.split()[1:]  # The same call, begun again by the kernel.
+        return old == new
+
     return [
         f"{name}: {before.get(name)!r} -> {after.get(name)!r}"
         for name in sorted({*before, *after})
-        if before.get(name) != after.get(name)
-        and not any(re.fullmatch(pattern, name) for pattern in EXPECTED)
+        if not is_same(name) and not any(re.fullmatch(pattern, name) for pattern in EXPECTED)
     ]
 
 

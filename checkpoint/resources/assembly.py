@@ -160,7 +160,14 @@ def set_flags(fd: int, flags: int) -> None:
     now = fcntl.fcntl(fd, fcntl.F_GETFL)
     if now & kernel.O_PATH or not (now ^ flags) & kernel.SETTABLE_FLAGS:
         return
-    fcntl.fcntl(fd, fcntl.F_SETFL, now & ~kernel.SETTABLE_FLAGS | flags & kernel.SETTABLE_FLAGS)
+    wanted = now & ~kernel.SETTABLE_FLAGS | flags & kernel.SETTABLE_FLAGS
+    try:
+        fcntl.fcntl(fd, fcntl.F_SETFL, wanted)
+    except OSError:
+        # What stands in for something else (/dev/null for a pipe) may not know O_DIRECT.
+        if not wanted & os.O_DIRECT:
+            raise
+        fcntl.fcntl(fd, fcntl.F_SETFL, wanted & ~os.O_DIRECT)
 
 
 def make_descriptors(

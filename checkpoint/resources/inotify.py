@@ -92,16 +92,21 @@ def _paths_by_handle(facts: dict[str, str], device: int) -> Iterator[str]:
         if found != device:
             continue
         with contextlib.suppress(OSError):
-            mount = os.open(folder, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-            try:
-                kind = int(facts["fhandle-type"], 16)
-                fd = kernel.open_by_handle(mount, kind, handle, os.O_PATH | os.O_CLOEXEC)
-                try:
-                    yield os.readlink(f"/proc/self/fd/{fd}")
-                finally:
-                    os.close(fd)
-            finally:
-                os.close(mount)
+            yield _path_of(folder, int(facts["fhandle-type"], 16), handle)
+            return
+
+
+def _path_of(folder: str, kind: int, handle: bytes) -> str:
+    # O_PATH would not do (EBADF), and a file system's root is seldom watched for being opened.
+    mount = os.open(folder, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        fd = kernel.open_by_handle(mount, kind, handle, os.O_PATH | os.O_CLOEXEC)
+    finally:
+        os.close(mount)
+    try:
+        return os.readlink(f"/proc/self/fd/{fd}")
+    finally:
+        os.close(fd)
 
 
 def _likely_paths(survey: Survey) -> Iterator[str]:

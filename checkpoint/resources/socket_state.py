@@ -39,6 +39,11 @@ def is_socket_of(opened: Opened, families: tuple[int, ...], protocols: tuple[int
 
 def describe_socket(opened: Opened, sock: socket.socket) -> Entry:
     """Family, type, protocol, and the options that are not what a fresh socket has."""
+    if not opened.survey.once("same network", lambda: _same_network(opened.survey.pid)):
+        raise opened.refusal(
+            "it belongs to another network namespace than lzy's",
+            "run lzy in the network of the process (in its container, or with `nsenter -n`)",
+        )
     # A socket's O_NONBLOCK must not be touched: Python would set it on a socket with a timeout.
     if filters := _filters(sock):
         raise opened.refusal(filters, "let the process remove it (SO_DETACH_FILTER)")
@@ -181,6 +186,11 @@ def bind_again(sock: socket.socket, address: Any) -> None:
 def reach(assembly: Assembly, index: int) -> socket.socket:
     """A socket object of our own for description `index`, made when it was not yet."""
     return socket.socket(fileno=os.dup(assembly.make(index)))
+
+
+def _same_network(pid: int) -> bool:
+    theirs, ours = os.stat(f"/proc/{pid}/ns/net"), os.stat("/proc/self/ns/net")
+    return (theirs.st_dev, theirs.st_ino) == (ours.st_dev, ours.st_ino)
 
 
 def _filters(sock: socket.socket) -> str:

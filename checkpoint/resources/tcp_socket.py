@@ -293,12 +293,13 @@ def _connect_anywhere(
     caller_entry: Entry, accepted_entry: Entry
 ) -> tuple[socket.socket, socket.socket]:
     """Connect two sockets over this machine's own addresses, at any ports."""
+    # Plain sockets: a device or an address of elsewhere (SO_BINDTODEVICE…) would not lead here.
     with contextlib.ExitStack() as undo:
         gate = undo.enter_context(socket.socket(accepted_entry["family"], accepted_entry["type"]))
         if accepted_entry["family"] == socket.AF_INET6:
             gate.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         gate.listen(_ROOM)
-        caller = undo.enter_context(state.make_socket(caller_entry))
+        caller = undo.enter_context(socket.socket(caller_entry["family"], caller_entry["type"]))
         host = "127.0.0.1" if caller_entry["family"] == socket.AF_INET else "::1"
         if accepted_entry["family"] == socket.AF_INET and host == "::1":
             host = "::ffff:127.0.0.1"

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 from typing import Any
+
+import pytest
+
+from lzy.checkpoint.errors import Unsupported
 
 
 def test_eventfd_keeps_its_count_and_its_semaphore_flag(cycle: Any) -> None:
@@ -142,3 +147,28 @@ def test_epoll_within_epoll_and_edge_triggered(cycle: Any) -> None:
         return [before, len(outer.poll(0)), len(inner.poll(0)), len(inner.poll(0))]
 
     assert cycle(hold, prove) == [0, 1, 1, 0]
+
+
+def test_epoll_watching_what_only_somebody_else_has_is_refused(cycle: Any) -> None:
+    """The process closed it, another process keeps it open: it can never be made again."""
+
+    def hold() -> int:
+        counter = os.eventfd(0)
+        epoll = select.epoll()
+        epoll.register(counter, select.EPOLLIN)
+        alive, ours = os.pipe()
+        ready, tell = os.pipe()
+        if os.fork() == 0:
+            for number in map(int, os.listdir("/proc/self/fd")):
+                if number not in (counter, alive, tell):
+                    with contextlib.suppress(OSError):
+                        os.close(number)
+            os.write(tell, b"x")
+            os.read(alive, 1)  # until the process is gone
+            os._exit(0)
+        os.read(ready, 1)
+        os.close(counter)
+        return os.dup(epoll.fileno())
+
+    with pytest.raises(Unsupported, match="somebody else keeps it open"):
+        cycle.describe(hold)

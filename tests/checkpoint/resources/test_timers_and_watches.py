@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from lzy.checkpoint.errors import Unsupported
+from lzy.checkpoint.errors import Incompatible, Unsupported
 from lzy.checkpoint.linux import descriptors as kernel
 
 SECOND_NS = 1_000_000_000
@@ -199,3 +199,42 @@ def test_process_descriptors(cycle: Any) -> None:
         return own == os.getpid(), dead, other == os.getppid()
 
     assert cycle(hold, prove) == (True, 0, True)
+
+
+def test_paths_of_watches_are_found_without_handles(
+    cycle: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who may not open by handle still finds what lies around the process's own folder."""
+
+    def refuse(*_: object) -> int:
+        raise PermissionError
+
+    monkeypatch.setattr(kernel, "open_by_handle", refuse)
+    (tmp_path / "file").touch()
+
+    def hold() -> int:
+        os.chdir(tmp_path)
+        fd = kernel.make_inotify()
+        kernel.watch_inotify(fd, str(tmp_path / "file"), 0x2)
+        kernel.watch_inotify(fd, "/", 0x100)
+        return fd
+
+    cycle.describe(hold)
+    watches = next(e["watches"] for e in cycle.table["descriptions"] if "watches" in e)
+    assert [watch["path"] for watch in watches] == [str(tmp_path / "file"), "/"]
+
+
+def test_a_watched_file_that_is_gone_is_refused_first(cycle: Any, tmp_path: Path) -> None:
+    """Before anything is made, by path."""
+    path = tmp_path / "watched"
+    path.touch()
+
+    def hold() -> int:
+        fd = kernel.make_inotify()
+        kernel.watch_inotify(fd, str(path), 0x2)
+        return fd
+
+    cycle.describe(hold)
+    path.unlink()
+    with pytest.raises(Incompatible, match="watched"):
+        cycle.restore(lambda: None)

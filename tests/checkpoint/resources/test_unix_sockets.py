@@ -238,3 +238,18 @@ def test_descriptors_on_their_way_are_refused(cycle: Any) -> None:
     with pytest.raises(Unsupported, match="SCM_RIGHTS"):
         cycle.describe(hold, end=False)
     assert len(os.listdir("/proc/self/fd")) == before + 1  # the pidfd of the child
+
+
+def test_a_socket_of_another_network_is_refused(cycle: Any) -> None:
+    """It would be made again where nobody could reach it."""
+    import ctypes
+
+    from lzy.checkpoint.errors import Unsupported
+
+    def hold() -> int:
+        clone_newnet = 0x40000000
+        assert ctypes.CDLL(None).unshare(clone_newnet) == 0
+        return socket.create_server(("127.0.0.1", 0)).detach()
+
+    with pytest.raises(Unsupported, match="network namespace"):
+        cycle.describe(hold)

@@ -32,6 +32,7 @@ from .content import (
 )
 from .errors import Busy, KernelError, LzyError, NotFound, StoreUnavailable, Unsupported
 from .host import describe_host
+from .interrupts import Deferred
 from .linux import process, ptrace
 from .machine import Call
 from .mapped import Mappings, refuse_mappings
@@ -84,9 +85,7 @@ def dump(
 
     # 1. What can be refused without touching the process is refused now.
     refuse_unfit(pid)
-    wait_for_pager(pid, progress)
-    places = proc.read_bytes(pid, "maps")
-    vmas = proc.mappings(pid)
+    places, vmas = wait_for_pager(pid, progress)
     refuse_mappings(pid, vmas)
     all_kinds()  # their modules are loaded: what can be done before the process is stopped, is
     obstacle = _why_no_snapshot(vmas) if leave_running else "the process ends"
@@ -103,49 +102,53 @@ def dump(
         with store.writer(name, window_pages=window_pages) as writer:
             # 2. Stop all its threads.
             frozen_at = time.monotonic()
-            tracee.seize()
-            reach("dump.seized")
-            interrogate.refuse_foreign_registers(tracee)
-            refuse_children(pid)
+            with Deferred():
+                tracee.seize()
+                reach("dump.seized")
+                interrogate.refuse_foreign_registers(tracee)
+                refuse_children(pid)
 
-            # 3. Ask what only the process itself can tell, by system calls made inside it.
-            tracee.prepare(vmas=vmas)
-            reach("dump.prepared")
-            timers = proc.posix_timers(pid)
-            threads = interrogate.describe_threads(tracee)
-            own = interrogate.describe_process(tracee, timers)
-            tracee.unmap_arena()
-            reach("dump.asked")
+                # 3. Ask what only the process itself can tell, by system calls made inside it.
+                tracee.prepare(vmas=vmas)
+                reach("dump.prepared")
+                timers = proc.posix_timers(pid)
+                threads = interrogate.describe_threads(tracee)
+                own = interrogate.describe_process(tracee, timers)
+                tracee.unmap_arena()
+                reach("dump.asked")
 
-            # 4. Its descriptors, with what is in flight in them.
-            descriptors = resources.describe_descriptors(pid, pidfd, objects)
-            reach("dump.described")
+                # 4. Its descriptors, with what is in flight in them.
+                descriptors = resources.describe_descriptors(pid, pidfd, objects)
+                reach("dump.described")
 
-            # 5. Its mappings; and the snapshot, if the process goes on.
-            if proc.read_bytes(pid, "maps") != places:
-                vmas = proc.mappings(pid)
-                refuse_mappings(pid, vmas)
-                obstacle = obstacle or _why_no_snapshot(vmas)
-            mappings = Mappings(pid, vmas)
-            mappings.take_objects(objects)
-            if not obstacle and objects.total_bytes > SNAPSHOT_OBJECT_LIMIT_BYTES:
-                obstacle = f"it shares {objects.total_bytes >> 20} MiB of memory"
-            if not obstacle:
-                snapshot, obstacle = _split(tracee)
-            if leave_running and obstacle:
-                notes.append(f"stopped until written, no snapshot: {obstacle}")
-            if snapshot:
-                reach("dump.split")
-                _write_objects(writer, objects, window_pages)
-                tracee.let_go()
-                freeze_s = time.monotonic() - frozen_at
-                reach("dump.resumed")
-            else:
-                freeze_s = 0.0
-            source_pid = snapshot or pid
+                # 5. Its mappings; and the snapshot, if the process goes on.
+                if proc.read_bytes(pid, "maps") != places:
+                    vmas = proc.mappings(pid)
+                    refuse_mappings(pid, vmas)
+                    obstacle = obstacle or _why_no_snapshot(vmas)
+                mappings = Mappings(pid, vmas)
+                mappings.take_objects(objects)
+                own["exe_object"] = _take_deleted_executable(pid, objects)
+                if not obstacle and objects.total_bytes > SNAPSHOT_OBJECT_LIMIT_BYTES:
+                    obstacle = f"it shares {objects.total_bytes >> 20} MiB of memory"
+                if not obstacle:
+                    snapshot, obstacle = _split(tracee)
+                if leave_running and obstacle:
+                    notes.append(f"stopped until written, no snapshot: {obstacle}")
+                if snapshot:
+                    reach("dump.split")
+                    _write_objects(writer, objects, window_pages)
+                    tracee.let_go()
+                    freeze_s = time.monotonic() - frozen_at
+                    reach("dump.resumed")
+                else:
+                    freeze_s = 0.0
+                source_pid = snapshot or pid
 
             # 6. Its memory, and what the snapshot knows as well as the process did.
             own |= interrogate.describe_inherited(source_pid)
+            mappings.renew_flags(proc.mappings(source_pid))
+            vmas = mappings.vmas
             ranges = own_page_ranges(source_pid, vmas)
             guards = guard_ranges(source_pid, vmas)
             host = describe_host(source_pid, vmas, interrogate.decode(threads[0]["xstate"]))
@@ -187,7 +190,8 @@ def dump(
                 freeze_s = time.monotonic() - frozen_at
         else:
             freeze_s = time.monotonic() - frozen_at
-            _end(tracee, pidfd, descriptors)
+            with Deferred():
+                _end(tracee, pidfd, descriptors)
         reach("dump.ended")
     except ProcessLookupError as error:
         raise NotFound(f"process {pid} ended while it was dumped", pid=pid) from error
@@ -200,12 +204,13 @@ def dump(
             ) from error
         raise KernelError(f"cannot dump pid {pid}: {error}", error.errno or 0, pid=pid) from error
     finally:
-        objects.close()
-        if tracee.threads:
-            tracee.let_go()
-        if snapshot:
-            _end_snapshot(pid, own_start, snapshot)
-        os.close(pidfd)
+        with Deferred():
+            objects.close()
+            if tracee.threads:
+                tracee.let_go()
+            if snapshot:
+                _end_snapshot(pid, own_start, snapshot)
+            os.close(pidfd)
     return DumpReport(
         image=summary.name,
         pid=pid,
@@ -291,16 +296,19 @@ def refuse_children(pid: int) -> None:
         )
 
 
-def wait_for_pager(pid: int, progress: Progress | None) -> None:
-    """Wait until memory that a lazy restore still brings in is all there.
+def wait_for_pager(pid: int, progress: Progress | None) -> tuple[bytes, list[Vma]]:
+    """Wait until memory that a lazy restore still brings in is all there; the mappings then.
 
-    Raises Busy if nothing arrives: its pager has died.
+    Both /proc/PID/maps as it is and the mappings with their flags, the first read first: should it
+    read the same later, the second still hold. Raises Busy if nothing arrives: the pager died.
     """
     last, moved_at = -1, time.monotonic()
     while True:
-        missing = sum(v.length for v in proc.mappings(pid) if "um" in v.flags)
+        places = proc.read_bytes(pid, "maps")
+        vmas = proc.mappings(pid)
+        missing = sum(vma.length for vma in vmas if "um" in vma.flags)
         if not missing:
-            return
+            return places, vmas
         present = int(proc.status(pid).get("RssAnon", "0").split()[0])
         now = time.monotonic()
         if present != last:
@@ -375,6 +383,18 @@ def _end_snapshot(pid: int, start_time: int, snapshot: int) -> None:
             tracee.let_go()
     except (LzyError, OSError):
         return  # the process has ended meanwhile, and the zombie with it
+
+
+def _take_deleted_executable(pid: int, objects: Objects) -> int:
+    """The object number of an executable that has no path any more (upgraded meanwhile), or 0."""
+    if not os.readlink(f"/proc/{pid}/exe").endswith(" (deleted)"):
+        return 0
+    executable = os.open(f"/proc/{pid}/exe", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        status = os.fstat(executable)
+        return objects.add_file(executable, key=(status.st_dev, status.st_ino))
+    finally:
+        os.close(executable)
 
 
 def _write_objects(writer: ImageWriter, objects: Objects, window_pages: int) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from .content import Objects
 from .elf import build_id
-from .errors import Unsupported
+from .errors import Busy, Unsupported
 from .proc import Vma
 
 
@@ -56,6 +56,28 @@ class Mappings:
         self.vmas = vmas
         self._objects: dict[Vma, int] = {}
         self._files: dict[tuple[int, str], dict[str, Any]] = {}
+
+    def renew_flags(self, seen: list[Vma]) -> None:
+        """Take the flags of `seen`, the mappings of the stopped process or of its snapshot.
+
+        Those known until now may have been read before the stop; but a fork unlocks memory.
+        Raises Busy if a mapping is missing: it was made uninheritable in between.
+        """
+        flags = {vma.start: vma.flags for vma in seen}
+        renewed = []
+        for vma in self.vmas:
+            if vma.start not in flags and vma.kind != "vsyscall":
+                raise Busy(
+                    f"pid {self.pid} changed its mapping at {vma.start:#x} while it was stopped",
+                    remedy="try again",
+                    pid=self.pid,
+                )
+            kept = vma.flags & {"lo", "lf"}
+            new = vma._replace(flags=flags.get(vma.start, vma.flags) | kept)
+            if vma in self._objects:
+                self._objects[new] = self._objects.pop(vma)
+            renewed.append(new)
+        self.vmas = renewed
 
     def take_objects(self, objects: Objects) -> None:
         """Add what lies behind mappings whose file has no path: it lives in these mappings only.

@@ -27,6 +27,7 @@ from .errors import Busy, Damaged, Incompatible, KernelError, LzyError, NotFound
 from .host import check_host
 from .image import Image
 from .interrogate import decode
+from .interrupts import Deferred
 from .linux import PAGE_BYTES, memory, process, ptrace, uffd
 from .linux.detached import take_descriptor
 from .linux.process import SYS_PRCTL
@@ -273,7 +274,7 @@ class Restorer:
             if expected := vma.get("file"):
                 self._compare_file(path, descriptor, expected)
         path = self.own["exe"]
-        if (path, False) not in self.files:
+        if not self.own["exe_object"] and (path, False) not in self.files:
             try:
                 self.files[path, False] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             except OSError as error:
@@ -642,7 +643,12 @@ class Restorer:
         leader = tracee.threads[pid]
         own = self.own
         batch = tracee.batch()
-        reinstate.add_addresses(batch, own, self.inherited[own["exe"], False])
+        executable = (
+            self.inherited_objects[own["exe_object"] - 1]
+            if own["exe_object"]
+            else self.inherited[own["exe"], False]
+        )
+        reinstate.add_addresses(batch, own, executable)
         reinstate.add_process(batch, own)
         reinstate.add_posix_timers(batch, own)
         for descriptor in [*self.inherited.values(), *self.inherited_objects]:
@@ -811,13 +817,14 @@ class Restorer:
         """
         if self.own["stopped"]:
             os.kill(tracee.pid, signal.SIGSTOP)
-        for thread in threads:
-            ptrace.set_options(thread.tid, 0)
-        reach("restore.committing")
-        for thread in threads:
-            ptrace.detach(thread.tid)
-        tracee.threads.clear()
-        tracee.close()
+        with Deferred():
+            for thread in threads:
+                ptrace.set_options(thread.tid, 0)
+            reach("restore.committing")
+            for thread in threads:
+                ptrace.detach(thread.tid)
+            tracee.threads.clear()
+            tracee.close()
 
 
 class Filler:

@@ -13,17 +13,19 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from . import machine, proc
-from .errors import AccessDenied, KernelError, LzyError, NotFound, Unsupported
+from .errors import AccessDenied, Busy, KernelError, LzyError, NotFound, Unsupported
 from .linux import PAGE_BYTES, memory, process, ptrace
 from .machine import Call
 
 ALL_SIGNALS = 0xFFFFFFFFFFFFFFFF
 _CANDIDATES = (signal.SIGURG, signal.SIGWINCH, signal.SIGCHLD)  # ignored by default, signal(7)
 ARENA_BYTES = 1 << 20
+_STOP_WITHIN_S = 10.0
 
 
 class Batch:
@@ -176,7 +178,7 @@ class Tracee:
         """Wait for the stop we asked for; signals that come in between are given back."""
         while True:
             try:
-                _, status = os.waitpid(tid, ptrace.WALL)
+                status = self._wait_within(tid, _STOP_WITHIN_S)
             except ChildProcessError:
                 return
             if not os.WIFSTOPPED(status):
@@ -188,6 +190,24 @@ class Tracee:
                 return
             # a signal was about to be delivered: deliver it; the stop we asked for follows
             ptrace.resume(tid, os.WSTOPSIG(status))
+
+    def _wait_within(self, tid: int, timeout_s: float) -> int:
+        """waitpid with an end: a thread in an uninterruptible wait stops only when that is over."""
+        deadline = time.monotonic() + timeout_s
+        pause_s = 0.0
+        while True:
+            waited, status = os.waitpid(tid, ptrace.WALL | os.WNOHANG)
+            if waited:
+                return status
+            if time.monotonic() > deadline:
+                raise Busy(
+                    f"thread {tid} of pid {self.pid} does not stop: it waits inside the kernel "
+                    f"({proc.read_file(f'/proc/{tid}/wchan').decode() or 'uninterruptible'})",
+                    remedy="try again when its disk, network file system or child has answered",
+                    pid=self.pid,
+                )
+            time.sleep(pause_s)
+            pause_s = min(pause_s + 0.00005, 0.005)
 
     def let_go(self) -> None:
         """Put everything back and detach from every thread; the process runs on."""

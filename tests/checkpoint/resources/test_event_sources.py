@@ -156,7 +156,7 @@ def test_epoll_watching_what_only_somebody_else_has_is_refused(cycle: Any) -> No
         counter = os.eventfd(0)
         epoll = select.epoll()
         epoll.register(counter, select.EPOLLIN)
-        alive, ours = os.pipe()
+        alive, _ours = os.pipe()
         ready, tell = os.pipe()
         if os.fork() == 0:
             for number in map(int, os.listdir("/proc/self/fd")):
@@ -170,5 +170,5 @@ def test_epoll_watching_what_only_somebody_else_has_is_refused(cycle: Any) -> No
         os.close(counter)
         return os.dup(epoll.fileno())
 
-    with pytest.raises(Unsupported, match="somebody else keeps it open"):
+    with pytest.raises(Unsupported, match="somebody else keeps open"):
         cycle.describe(hold)

@@ -650,7 +650,6 @@ class Restorer:
         )
         reinstate.add_addresses(batch, own, executable)
         reinstate.add_process(batch, own)
-        reinstate.add_posix_timers(batch, own)
         for descriptor in [*self.inherited.values(), *self.inherited_objects]:
             batch.call(process.SYS_CLOSE, descriptor)
         # Only now: closing any descriptor of a file gives up the process's locks on it, fcntl(2).
@@ -687,6 +686,7 @@ class Restorer:
                 tracee.finish(thread, batch)
 
         batch = tracee.batch()
+        reinstate.add_posix_timers(batch, own)  # some are for a thread
         reinstate.add_shared_pending(batch, own_pid, own)
         if own["dumpable"] in (0, 1):
             batch.call(SYS_PRCTL, process.PR_SET_DUMPABLE, own["dumpable"])

@@ -180,7 +180,9 @@ def describe_process(tracee: Tracee, timers: list[proc.PosixTimer]) -> dict[str,
                 "signal": t.signal,
                 "value": t.value,
                 "notify": t.notify,
-                "target": t.target,
+                "target": tracee.own_numbers(tracee.threads[t.target])[1]
+                if t.target in tracee.threads
+                else 0,
                 "clock": t.clock,
                 "setting": encode(batch.read(a, 32)),
             }

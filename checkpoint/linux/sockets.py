@@ -11,7 +11,6 @@ import functools
 import os
 import socket
 import struct
-from typing import NamedTuple
 
 TCP_ESTABLISHED, TCP_SYN_SENT, TCP_SYN_RECV, TCP_FIN_WAIT1, TCP_FIN_WAIT2 = 1, 2, 3, 4, 5
 TCP_TIME_WAIT, TCP_CLOSE, TCP_CLOSE_WAIT, TCP_LAST_ACK, TCP_LISTEN, TCP_CLOSING = 6, 7, 8, 9, 10, 11
@@ -195,13 +194,17 @@ def set_buffer_bytes(sock: socket.socket, send: int | None, receive: int | None)
     sock.setsockopt(socket.SOL_SOCKET, SO_BUF_LOCK, chosen)
 
 
-class Message(NamedTuple):
+# Plain classes: a NamedTuple takes a millisecond to make, and every restore would pay for it.
+
+
+class Message:
     """One message (or, of a stream, some bytes) in a receive queue."""
 
-    data: bytes
-    sender: object
-    """The sender's address as Python's socket module writes it; None or empty if it has none."""
-    has_descriptors: bool
+    def __init__(self, data: bytes, sender: object, has_descriptors: bool) -> None:
+        self.data = data
+        self.sender = sender
+        """The address as Python's socket module writes it; None or empty if there is none."""
+        self.has_descriptors = has_descriptors
 
 
 def peek_messages(sock: socket.socket, largest_bytes: int, *, ended: bool) -> list[Message]:
@@ -248,12 +251,13 @@ def _take_descriptors(ancillary: list[tuple[int, int, bytes]]) -> bool:
     return found
 
 
-class TcpState(NamedTuple):
+class TcpState:
     """What TCP_INFO says: state, and for a listener its queue of unaccepted connections."""
 
-    state: int
-    waiting: int
-    backlog: int
+    def __init__(self, state: int, waiting: int, backlog: int) -> None:
+        self.state = state
+        self.waiting = waiting
+        self.backlog = backlog
 
 
 def tcp_state(sock: socket.socket) -> TcpState:
@@ -325,22 +329,26 @@ _SHOW = 0x01 | 0x02 | 0x04 | 0x08 | 0x10  # name, vfs, peer, pending connections
 _DIAG_VFS, _DIAG_PEER, _DIAG_ICONS, _DIAG_RQLEN, _DIAG_SHUTDOWN = 1, 2, 3, 4, 6
 
 
-class UnixState(NamedTuple):
+class UnixState:
     """What unix_diag says of one socket."""
 
-    state: int
-    """TCP_ESTABLISHED (connected), TCP_LISTEN or TCP_CLOSE."""
-    peer_inode: int | None
-    """None without a peer; 0 for one that no process has (dead, or not accepted yet)."""
-    waiting: list[int]
-    """Inodes of the clients that wait to be accepted."""
-    receive_queue: int
-    send_queue: int
-    """Of a listener: its backlog."""
-    shutdown: int
-    """SHUT_READ_BIT | SHUT_WRITE_BIT."""
-    file: tuple[int, int] | None
-    """(inode, device as new_encode_dev) of the socket's file."""
+    def __init__(self, state: int, attributes: dict[int, bytes]) -> None:
+        waiting = attributes.get(_DIAG_ICONS, b"")
+        lengths = attributes.get(_DIAG_RQLEN, bytes(8))
+        peer = attributes.get(_DIAG_PEER)
+        file = attributes.get(_DIAG_VFS)
+        self.state = state
+        """TCP_ESTABLISHED (connected), TCP_LISTEN or TCP_CLOSE."""
+        self.peer_inode: int | None = struct.unpack("=I", peer)[0] if peer else None
+        """None without a peer; 0 for one that no process has (dead, or not accepted yet)."""
+        self.waiting: list[int] = list(struct.unpack(f"={len(waiting) // 4}I", waiting))
+        """Inodes of the clients that wait to be accepted."""
+        self.send_queue: int = struct.unpack_from("=I", lengths, 4)[0]
+        """Of a listener: its backlog."""
+        self.shutdown = attributes.get(_DIAG_SHUTDOWN, b"\0")[0]
+        """SHUT_READ_BIT | SHUT_WRITE_BIT."""
+        self.file_inode: int | None = struct.unpack_from("=I", file)[0] if file else None
+        """Inode of the socket's file (its low 32 bits)."""
 
 
 def unix_state(inode: int) -> UnixState:
@@ -367,19 +375,7 @@ def unix_state(inode: int) -> UnixState:
         size, name = struct.unpack_from("=HH", reply, position)
         attributes[name] = reply[position + 4 : position + size]
         position += size + 3 & ~3
-    waiting = attributes.get(_DIAG_ICONS, b"")
-    lengths = attributes.get(_DIAG_RQLEN, bytes(8))
-    peer = attributes.get(_DIAG_PEER)
-    file = attributes.get(_DIAG_VFS)
-    return UnixState(
-        state=state,
-        peer_inode=struct.unpack("=I", peer)[0] if peer else None,
-        waiting=list(struct.unpack(f"={len(waiting) // 4}I", waiting)),
-        receive_queue=struct.unpack_from("=I", lengths)[0],
-        send_queue=struct.unpack_from("=I", lengths, 4)[0],
-        shutdown=attributes.get(_DIAG_SHUTDOWN, b"\0")[0],
-        file=struct.unpack("=II", file) if file else None,
-    )
+    return UnixState(state, attributes)
 
 
 def queued_to_send(fd: int) -> int:

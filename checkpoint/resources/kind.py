@@ -66,14 +66,15 @@ class RestoreOptions(NamedTuple):
     """Open files again even if their size or time of change is not what it was."""
 
 
-class Finish(NamedTuple):
+class Finish:
     """What a kind may need once the process exists and before it runs."""
 
-    pid: int
-    """The process, as the restorer sees it."""
-    original_pid: int
-    tids: dict[int, int]
-    """Thread ids of the image to thread ids as the restorer sees them."""
+    def __init__(self, pid: int, original_pid: int, tids: dict[int, int]) -> None:
+        self.pid = pid
+        """The process, as the restorer sees it."""
+        self.original_pid = original_pid
+        self.tids = tids
+        """Thread ids of the image to thread ids as the restorer sees them."""
 
 
 class Kind:

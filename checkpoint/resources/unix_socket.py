@@ -326,7 +326,7 @@ def _describe_file(name: str, facts: kernel.UnixState, pid: int) -> dict[str, An
         return None
     if not stat.S_ISSOCK(status.st_mode):
         return None
-    if facts.file is not None and facts.file[0] != status.st_ino & 0xFFFFFFFF:
+    if facts.file_inode is not None and facts.file_inode != status.st_ino & 0xFFFFFFFF:
         return None
     return {"mode": stat.S_IMODE(status.st_mode), "user": status.st_uid, "group": status.st_gid}
 

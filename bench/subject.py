@@ -7,9 +7,10 @@ two readings are more than a millisecond apart it was not running in between, an
 to LOG: `gap LAST NOW` (nanoseconds). So what is measured is what the program itself saw, and the
 reading that ends a gap is the very next thing that it does after a freeze or a restore.
 
-On SIGUSR1 it reads all of its memory and appends `read NOW CHECKSUM`; on SIGUSR2 it touches pages
-it does not have yet, in random order, and appends `faults` and the nanoseconds that each took.
-With KIND `empty` it has no memory to speak of, imports nothing, and waits instead of spinning.
+On SIGUSR1 it reads all of its memory and appends `read NOW TOOK CHECKSUM`; on SIGUSR2 it touches
+pages it does not have yet, in random order, and appends `faults` and the nanoseconds that each
+took; on SIGHUP it forks five times and appends `forks` and what each call took.
+With KIND `empty` it has no memory to speak of.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import signal
 import sys
 import time
 from array import array
+from collections.abc import Iterator
 from typing import Any
 
 _PAGE_BYTES = 4096
@@ -76,19 +78,28 @@ def make_frame(size_bytes: int) -> Any:
     )
 
 
-def read_all(memory: Any) -> int:
-    """A checksum that takes every byte of the memory, strings by their length."""
+def blocks(memory: Any) -> Iterator[Any]:
+    """The memory as arrays of bytes: of a column of objects, the pointers to them."""
     import numpy as np
 
     if isinstance(memory, np.ndarray):
-        return int(memory.sum(dtype=np.uint64))
-    total = 0
+        yield memory.view(np.uint8)
+        return
     for _, column in memory.items():
         values = column.cat.codes.to_numpy() if hasattr(column, "cat") else column.to_numpy()
         if values.dtype == object:
-            values = np.fromiter(map(len, values), dtype=np.int64, count=len(values))
-        total += int(np.ascontiguousarray(values).view(np.uint8).sum(dtype=np.uint64))
-    return total
+            values = np.fromiter(map(id, values), dtype=np.int64, count=len(values))
+        yield np.ascontiguousarray(values).view(np.uint8)
+
+
+def read_all(memory: Any) -> int:
+    """A checksum that takes every byte of the memory, a word at a time."""
+    import numpy as np
+
+    total = 0
+    for block in blocks(memory):
+        total += int(block[: len(block) & -8].view(np.uint64).sum(dtype=np.uint64))
+    return total & 0xFFFFFFFFFFFFFFFF
 
 
 def time_faults(memory: Any) -> list[int]:
@@ -123,20 +134,31 @@ def main() -> None:
         os.write(log, f"{line}\n".encode())
 
     def on_read(*_: object) -> None:
-        checksum = read_all(memory)
-        say(f"read {clock()} {checksum}")
+        began = clock()
+        checksum = read_all(memory) if kind != "empty" else 0
+        now = clock()
+        say(f"read {now} {now - began} {checksum}")
 
     def on_faults(*_: object) -> None:
         say("faults " + " ".join(map(str, time_faults(memory))))
 
+    def on_forks(*_: object) -> None:
+        taken = []
+        while len(taken) < 5:
+            before = clock()
+            child = os.fork()
+            if child == 0:
+                os._exit(0)
+            taken.append(clock() - before)
+            os.waitpid(child, 0)
+        say("forks " + " ".join(map(str, taken)))
+
     signal.signal(signal.SIGUSR1, on_read)
     signal.signal(signal.SIGUSR2, on_faults)
+    signal.signal(signal.SIGHUP, on_forks)
     if kind != "empty":
         read_all(memory)  # imports and pages of the checksum's own code are there from now on
     say(f"ready {os.getpid()}")
-    if kind == "empty":
-        while True:
-            signal.pause()
     readings = array("q", [0, 0])
     last = clock()
     while True:
@@ -148,4 +170,5 @@ def main() -> None:
         last = now
 
 
-main()
+if __name__ == "__main__":
+    main()

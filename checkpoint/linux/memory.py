@@ -138,28 +138,32 @@ def scan_pages(
     """Ranges of pages in [start, end) with all flags of `every`, none of `none`, one of `some`.
 
     `pagemap` is an open /proc/PID/pagemap; flags are PAGE_IS_…. Raises OSError(ENOTTY) on a
-    kernel before 6.7.
+    kernel before 6.7. Not to be called by two threads at once.
     """
-    libc_ioctl = libc.ioctl
-    capacity = 4096
-    vector = ctypes.create_string_buffer(24 * capacity)
     found: list[tuple[int, int]] = []
+    wanted = every | none | some or PAGE_IS_PRESENT
     while start < end:
         argument = ctypes.create_string_buffer(
             struct.pack(
-                "<12Q", 96, 0, start, end, 0, ctypes.addressof(vector), capacity, 0,
-                none, every | none, some, every | none | some or PAGE_IS_PRESENT,
+                "<12Q", 96, 0, start, end, 0, _REGIONS_ADDRESS, _REGIONS, 0,
+                none, every | none, some, wanted,
             ),
             96,
         )  # fmt: skip
-        count = libc_ioctl(pagemap, ctypes.c_ulong(_PAGEMAP_SCAN), ctypes.byref(argument))
+        count = libc.ioctl(pagemap, ctypes.c_ulong(_PAGEMAP_SCAN), ctypes.byref(argument))
         if count < 0:
             number = ctypes.get_errno()
             raise OSError(number, f"PAGEMAP_SCAN of {start:#x}-{end:#x}: {os.strerror(number)}")
-        found += [(a, b) for a, b, _ in struct.iter_unpack("<QQQ", vector.raw[: 24 * count])]
+        view = memoryview(_regions)[: 24 * count]
+        found += [(a, b) for a, b, _ in struct.iter_unpack("<QQQ", view)]
         # When the vector is full, walk_end may lie before the last range it holds (seen on 6.18).
-        start = found[-1][1] if count == capacity else end
+        start = found[-1][1] if count == _REGIONS else end
     return _join(found)
+
+
+_REGIONS: Final = 4096
+_regions = ctypes.create_string_buffer(24 * _REGIONS)  # struct page_region {start, end, categories}
+_REGIONS_ADDRESS: Final = ctypes.addressof(_regions)
 
 
 def read_pagemap(pagemap: int, start: int, end: int) -> list[tuple[int, int]]:

@@ -123,24 +123,42 @@ def add_shared_pending(batch: Batch, tgid: int, own: dict[str, Any]) -> None:
         batch.call(process.SYS_RT_SIGQUEUEINFO, tgid, number, batch.put(info))
 
 
-def add_posix_timers(batch: Batch, own: dict[str, Any]) -> None:
-    """Create the POSIX timers under their old numbers (PR_TIMER_CREATE_RESTORE_IDS, Linux 6.16)."""
-    timers = own["posix_timers"]
-    if not timers:
-        return
-    batch.call(SYS_PRCTL, process.PR_TIMER_CREATE_RESTORE_IDS, 1, what="keep timer numbers")
+def add_posix_timers(batch: Batch, own: dict[str, Any], *, numbered: bool) -> list[tuple[int, int]]:
+    """Create the POSIX timers under their old numbers; (number, address of the one given) of each.
+
+    `numbered`: the kernel takes numbers from us (PR_TIMER_CREATE_RESTORE_IDS, Linux 6.16). Before,
+    it counts up from 0 in a new process, so that timers nobody wants fill the gaps for a moment.
+    """
+    timers = sorted(own["posix_timers"], key=lambda timer: int(timer["number"]))
+    given: list[tuple[int, int]] = []
+    fillers: list[int] = []
+    if timers and numbered:
+        batch.call(SYS_PRCTL, process.PR_TIMER_CREATE_RESTORE_IDS, 1)
     for timer in timers:
+        while not numbered and len(given) + len(fillers) < timer["number"]:
+            fillers.append(len(given) + len(fillers))
+            event = batch.put(struct.pack("<QiiI", 0, 0, SIGEV_NOTIFY["none"], 0).ljust(64, b"\0"))
+            batch.call(process.SYS_TIMER_CREATE, 1, event, batch.room(4))
         kind, _, how = timer["notify"].partition("/")
         notify = SIGEV_NOTIFY.get(kind, 0)
         if how.startswith("tid"):
             notify = SIGEV_THREAD_ID
-        event = struct.pack("<QiiI", timer["value"], timer["signal"], notify, timer["target"])
+        event = batch.put(
+            struct.pack("<QiiI", timer["value"], timer["signal"], notify, timer["target"]).ljust(
+                64, b"\0"
+            )
+        )
         number = batch.put(struct.pack("<i", timer["number"]))
         batch.call(
-            process.SYS_TIMER_CREATE, timer["clock"], batch.put(event.ljust(64, b"\0")), number,
+            process.SYS_TIMER_CREATE, timer["clock"], event, number,
             what=f"POSIX timer {timer['number']}",
         )  # fmt: skip
-    batch.call(SYS_PRCTL, process.PR_TIMER_CREATE_RESTORE_IDS, 0)
+        given.append((timer["number"], number))
+    for number in fillers:
+        batch.call(process.SYS_TIMER_DELETE, number)
+    if timers and numbered:
+        batch.call(SYS_PRCTL, process.PR_TIMER_CREATE_RESTORE_IDS, 0)
+    return given
 
 
 def add_timer_settings(batch: Batch, own: dict[str, Any]) -> None:

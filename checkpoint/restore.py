@@ -685,8 +685,9 @@ class Restorer:
             for thread, batch in started:
                 tracee.finish(thread, batch)
 
+        if own["posix_timers"]:
+            self._make_posix_timers(tracee)  # only now: some are for a thread
         batch = tracee.batch()
-        reinstate.add_posix_timers(batch, own)  # some are for a thread
         reinstate.add_shared_pending(batch, own_pid, own)
         if own["dumpable"] in (0, 1):
             batch.call(SYS_PRCTL, process.PR_SET_DUMPABLE, own["dumpable"])
@@ -696,6 +697,22 @@ class Restorer:
             if "sl" in vma["flags"] and vma["kind"] not in ("vdso", "vvar"):
                 batch.call(SYS_MSEAL, vma["start"], vma["end"] - vma["start"], 0, what="seal")
         tracee.run(leader, batch)
+
+    def _make_posix_timers(self, tracee: Tracee) -> None:
+        """Create the POSIX timers; raises Incompatible if the kernel numbers them otherwise."""
+        leader = tracee.threads[tracee.pid]
+        probe = tracee.batch()
+        probe.call(SYS_PRCTL, process.PR_TIMER_CREATE_RESTORE_IDS, 0, tolerate=True)
+        numbered = tracee.run(leader, probe).results[0] == 0
+        batch = tracee.batch()
+        given = reinstate.add_posix_timers(batch, self.own, numbered=numbered)
+        tracee.run(leader, batch)
+        for wanted, place in given:
+            if struct.unpack("<i", batch.read(place, 4))[0] != wanted:
+                raise Incompatible(
+                    f"this kernel does not give a POSIX timer the number {wanted} it had",
+                    remedy="restore under Linux 6.16 or later",
+                )
 
     def _schedule(self, tid: int, described: dict[str, Any]) -> None:
         with contextlib.suppress(OSError):  # sched_setattr sets nice for some policies only

@@ -6,9 +6,12 @@ linux/tcp.h, asm-generic/socket.h.
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import fcntl
 import functools
 import os
+import select
 import socket
 import struct
 
@@ -173,7 +176,10 @@ def buffer_bytes(sock: socket.socket) -> tuple[int | None, int | None]:
 
     In bytes as given to setsockopt: the kernel doubles them. Source: socket(7); SO_BUF_LOCK, 5.14.
     """
-    locked = sock.getsockopt(socket.SOL_SOCKET, SO_BUF_LOCK)
+    try:
+        locked = sock.getsockopt(socket.SOL_SOCKET, SO_BUF_LOCK)
+    except OSError:
+        return None, None  # an older kernel does not tell who chose: let it go on tuning
     send = sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) // 2
     receive = sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) // 2
     return (send if locked & LOCK_SNDBUF else None, receive if locked & LOCK_RCVBUF else None)
@@ -191,7 +197,8 @@ def set_buffer_bytes(sock: socket.socket, send: int | None, receive: int | None)
             except PermissionError:
                 sock.setsockopt(socket.SOL_SOCKET, usual, size)
     chosen = (LOCK_SNDBUF if send is not None else 0) | (LOCK_RCVBUF if receive is not None else 0)
-    sock.setsockopt(socket.SOL_SOCKET, SO_BUF_LOCK, chosen)
+    with contextlib.suppress(OSError):
+        sock.setsockopt(socket.SOL_SOCKET, SO_BUF_LOCK, chosen)
 
 
 # Plain classes: a NamedTuple takes a millisecond to make, and every restore would pay for it.
@@ -213,30 +220,71 @@ def peek_messages(sock: socket.socket, largest_bytes: int, *, ended: bool) -> li
     `largest_bytes` bounds one message; `ended` says that nothing more can come, so that an empty
     message of a SOCK_SEQPACKET socket means the end. SO_PEEK_OFF is used and put back (socket(7)).
     """
+    if sock.proto == socket.IPPROTO_TCP:
+        return _peek_tcp(sock)
+    if not may_be_read(sock):
+        return []
+    # A stream is read no further than its queue: beyond, a waiting error would be taken away.
+    is_stream = sock.type == socket.SOCK_STREAM
+    unread = _queue_bytes(sock.fileno(), SIOCINQ) if is_stream else 1
     offset = sock.getsockopt(socket.SOL_SOCKET, SO_PEEK_OFF)
     messages: list[Message] = []
     sock.setsockopt(socket.SOL_SOCKET, SO_PEEK_OFF, 0)
     flags = socket.MSG_PEEK | socket.MSG_DONTWAIT | _MSG_CMSG_CLOEXEC
     try:
-        while True:
+        while unread > 0:
             try:
                 data, ancillary, answer, sender = sock.recvmsg(largest_bytes, 4096, flags)
             except BlockingIOError:
                 return messages
             except OSError as error:
-                if error.errno in (errno.ENOTCONN, errno.ECONNRESET, errno.EINVAL):
+                if error.errno in (errno.ENOTCONN, errno.EINVAL):
                     return messages
                 raise
             rights = _take_descriptors(ancillary)
-            if sock.type == socket.SOCK_STREAM and not data:
-                return messages  # end of file
+            if is_stream:
+                unread -= len(data) or unread
             if sock.type == socket.SOCK_SEQPACKET and not data and ended:
                 return messages
             if answer & socket.MSG_TRUNC:
                 raise OSError(errno.EMSGSIZE, "a message is larger than the queue")
             messages.append(Message(data, sender, rights))
+        return messages
     finally:
         sock.setsockopt(socket.SOL_SOCKET, SO_PEEK_OFF, offset)
+
+
+def readiness(sock: socket.socket) -> int:
+    """What poll(2) says of a socket now, as POLLIN, POLLRDHUP, POLLERR…; nothing is taken."""
+    poll = select.poll()
+    poll.register(sock, select.POLLIN | select.POLLOUT | select.POLLRDHUP)
+    return dict(poll.poll(0)).get(sock.fileno(), 0)
+
+
+def may_be_read(sock: socket.socket) -> bool:
+    """Whether a read would give something other than a waiting error (which it would take)."""
+    ready = readiness(sock)
+    return bool(ready & select.POLLIN) or not ready & select.POLLERR
+
+
+def _peek_tcp(sock: socket.socket) -> list[Message]:
+    """The receive queue of a TCP socket at once: SO_PEEK_OFF is too new there (Linux 6.9)."""
+    try:
+        offset = sock.getsockopt(socket.SOL_SOCKET, SO_PEEK_OFF)
+    except OSError:
+        offset = -1
+    if offset >= 0:
+        sock.setsockopt(socket.SOL_SOCKET, SO_PEEK_OFF, 0)
+    try:
+        unread = _queue_bytes(sock.fileno(), SIOCINQ)
+        # One byte may be urgent and left out; nothing else is.
+        data = sock.recv(unread, socket.MSG_PEEK | socket.MSG_DONTWAIT) if unread else b""
+    except BlockingIOError:
+        data = b""
+    finally:
+        if offset >= 0:
+            sock.setsockopt(socket.SOL_SOCKET, SO_PEEK_OFF, offset)
+    return [Message(data, None, False)] if data else []
 
 
 def _take_descriptors(ancillary: list[tuple[int, int, bytes]]) -> bool:
@@ -380,9 +428,11 @@ def unix_state(inode: int) -> UnixState:
 
 def queued_to_send(fd: int) -> int:
     """Bytes that a socket has sent and the other end has not taken. Source: SIOCOUTQ, unix(7)."""
-    import fcntl
+    return _queue_bytes(fd, SIOCOUTQ)
 
-    return int(struct.unpack("=i", fcntl.ioctl(fd, SIOCOUTQ, bytes(4)))[0])
+
+def _queue_bytes(fd: int, request: int) -> int:
+    return int(struct.unpack("=i", fcntl.ioctl(fd, request, bytes(4)))[0])
 
 
 # --- datagrams -----------------------------------------------------------------------------------

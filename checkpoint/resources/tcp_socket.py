@@ -48,7 +48,7 @@ class TcpSocket(Kind):
             entry["name"] = list(name) if name[1] else None
             if facts.state == kernel.TCP_LISTEN:
                 return entry | {"form": "listening", "backlog": facts.backlog}
-            ready = _readiness(sock)
+            ready = kernel.readiness(sock)
             if facts.state == kernel.TCP_CLOSE and not ready & select.POLLRDHUP:
                 return entry | {"form": "unconnected"}
             with contextlib.suppress(OSError):
@@ -106,13 +106,6 @@ class TcpSocket(Kind):
 
 
 # --- describing ------------------------------------------------------------------------------
-
-
-def _readiness(sock: socket.socket) -> int:
-    poll = select.poll()
-    poll.register(sock, select.POLLIN | select.POLLOUT | select.POLLRDHUP)
-    ready = dict(poll.poll(0))
-    return ready.get(sock.fileno(), 0)
 
 
 def _upper_protocol(sock: socket.socket) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import select
 import socket
 import stat
 import struct
@@ -45,6 +46,7 @@ class UnixSocket(Kind):
                 entry["folder"] = os.readlink(f"/proc/{survey.pid}/cwd")
             if facts.state == kernel.TCP_LISTEN:
                 return entry | {"form": "listening", "backlog": facts.send_queue}
+            entry["failed"] = bool(kernel.readiness(sock) & select.POLLERR)
             ended = bool(facts.shutdown & kernel.SHUT_READ_BIT)
             entry["messages"] = state.peek(opened, sock, ended=ended)
             return entry | self._describe_peer(opened, sock, facts, survey)
@@ -211,6 +213,8 @@ def _make_gone(index: int, entry: Entry, assembly: Assembly) -> None:
         return
     own, gone = socket.socketpair(entry["family"], entry["type"], entry["protocol"])
     _queue(gone, entry["messages"], "a unix socket")
+    if entry["failed"]:
+        own.send(b"x")  # to be closed with something unread is what resets the other end
     gone.close()
     assembly.adopt(index, own.detach())
 

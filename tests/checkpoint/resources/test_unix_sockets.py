@@ -253,3 +253,30 @@ def test_a_socket_of_another_network_is_refused(cycle: Any) -> None:
 
     with pytest.raises(Unsupported, match="network namespace"):
         cycle.describe(hold)
+
+
+def test_an_error_that_waits_is_not_taken_and_waits_again(cycle: Any) -> None:
+    """A peer that closed with bytes unread: ECONNRESET once, then end of file."""
+    from lzy.checkpoint.resources import describe_descriptors
+
+    def hold() -> int:
+        one, two = socket.socketpair()
+        two.send(b"data")
+        one.send(b"never read")
+        two.close()
+        return one.detach()
+
+    def prove(number: int) -> Any:
+        sock = socket.socket(fileno=number)
+        heard: list[Any] = [sock.recv(9)]
+        try:
+            heard.append(sock.recv(9))
+        except ConnectionResetError:
+            heard.append("reset")
+        return [*heard, sock.recv(9)]
+
+    number = cycle.describe(hold, end=False)
+    process = cycle.processes[0]
+    again = describe_descriptors(process.pid, process.pidfd, cycle.objects)
+    assert again == cycle.table
+    assert cycle.restore(lambda: prove(number)) == [b"data", "reset", b""]

@@ -215,43 +215,61 @@ class Message:
 
 
 def peek_messages(sock: socket.socket, largest_bytes: int, *, ended: bool) -> list[Message]:
-    """Everything in the receive queue, in order, consuming nothing.
+    """Everything in the receive queue, in order, consuming nothing, not even a waiting error.
 
     `largest_bytes` bounds one message; `ended` says that nothing more can come, so that an empty
-    message of a SOCK_SEQPACKET socket means the end. SO_PEEK_OFF is used and put back (socket(7)).
+    message of a SOCK_SEQPACKET socket means the end. One look is enough for a stream and for an
+    empty queue; only for further messages SO_PEEK_OFF is used, and put back (socket(7)).
     """
-    if sock.proto == socket.IPPROTO_TCP:
-        return _peek_tcp(sock)
-    if not may_be_read(sock):
+    ready = readiness(sock)
+    if ready & select.POLLERR and not ready & select.POLLIN:
         return []
-    # A stream is read no further than its queue: beyond, a waiting error would be taken away.
     is_stream = sock.type == socket.SOCK_STREAM
+    # A stream is read no further than its queue: beyond, an error or end of file waits.
     unread = _queue_bytes(sock.fileno(), SIOCINQ) if is_stream else 1
-    offset = sock.getsockopt(socket.SOL_SOCKET, SO_PEEK_OFF)
-    messages: list[Message] = []
-    sock.setsockopt(socket.SOL_SOCKET, SO_PEEK_OFF, 0)
-    flags = socket.MSG_PEEK | socket.MSG_DONTWAIT | _MSG_CMSG_CLOEXEC
+    if not unread:
+        return []
     try:
-        while unread > 0:
-            try:
-                data, ancillary, answer, sender = sock.recvmsg(largest_bytes, 4096, flags)
-            except BlockingIOError:
-                return messages
-            except OSError as error:
-                if error.errno in (errno.ENOTCONN, errno.EINVAL):
-                    return messages
-                raise
-            rights = _take_descriptors(ancillary)
+        offset = sock.getsockopt(socket.SOL_SOCKET, SO_PEEK_OFF)
+    except OSError:
+        offset = -1  # TCP knows it since Linux 6.9 only
+    first = None
+    if offset < 0:
+        first = _peek(sock, max(unread, largest_bytes))
+        if first is None or (sock.type == socket.SOCK_SEQPACKET and not first.data and ended):
+            return []
+        # One byte of a TCP stream may be urgent and is left out.
+        if is_stream and (len(first.data) >= unread or sock.proto == _TCP):
+            return [first]
+    # An empty message that was peeked at is passed over from now on (__skb_try_recv_from_queue).
+    messages = [first] if offset < 0 and first and not first.data else []
+    sock.setsockopt(socket.SOL_SOCKET, SO_PEEK_OFF, 0)
+    try:
+        while unread > 0 and (message := _peek(sock, largest_bytes)) is not None:
+            if sock.type == socket.SOCK_SEQPACKET and not message.data and ended:
+                break
             if is_stream:
-                unread -= len(data) or unread
-            if sock.type == socket.SOCK_SEQPACKET and not data and ended:
-                return messages
-            if answer & socket.MSG_TRUNC:
-                raise OSError(errno.EMSGSIZE, "a message is larger than the queue")
-            messages.append(Message(data, sender, rights))
-        return messages
+                unread -= len(message.data) or unread
+            messages.append(message)
     finally:
         sock.setsockopt(socket.SOL_SOCKET, SO_PEEK_OFF, offset)
+    return messages
+
+
+def _peek(sock: socket.socket, largest_bytes: int) -> Message | None:
+    """One message at the offset to peek at, or None."""
+    flags = socket.MSG_PEEK | socket.MSG_DONTWAIT | _MSG_CMSG_CLOEXEC
+    try:
+        data, ancillary, answer, sender = sock.recvmsg(largest_bytes, 4096, flags)
+    except BlockingIOError:
+        return None
+    except OSError as error:
+        if error.errno in (errno.ENOTCONN, errno.EINVAL):
+            return None
+        raise
+    if answer & socket.MSG_TRUNC:
+        raise OSError(errno.EMSGSIZE, "a message is larger than the queue")
+    return Message(data, sender, _take_descriptors(ancillary))
 
 
 def readiness(sock: socket.socket) -> int:
@@ -259,32 +277,6 @@ def readiness(sock: socket.socket) -> int:
     poll = select.poll()
     poll.register(sock, select.POLLIN | select.POLLOUT | select.POLLRDHUP)
     return dict(poll.poll(0)).get(sock.fileno(), 0)
-
-
-def may_be_read(sock: socket.socket) -> bool:
-    """Whether a read would give something other than a waiting error (which it would take)."""
-    ready = readiness(sock)
-    return bool(ready & select.POLLIN) or not ready & select.POLLERR
-
-
-def _peek_tcp(sock: socket.socket) -> list[Message]:
-    """The receive queue of a TCP socket at once: SO_PEEK_OFF is too new there (Linux 6.9)."""
-    try:
-        offset = sock.getsockopt(socket.SOL_SOCKET, SO_PEEK_OFF)
-    except OSError:
-        offset = -1
-    if offset >= 0:
-        sock.setsockopt(socket.SOL_SOCKET, SO_PEEK_OFF, 0)
-    try:
-        unread = _queue_bytes(sock.fileno(), SIOCINQ)
-        # One byte may be urgent and left out; nothing else is.
-        data = sock.recv(unread, socket.MSG_PEEK | socket.MSG_DONTWAIT) if unread else b""
-    except BlockingIOError:
-        data = b""
-    finally:
-        if offset >= 0:
-            sock.setsockopt(socket.SOL_SOCKET, SO_PEEK_OFF, offset)
-    return [Message(data, None, False)] if data else []
 
 
 def _take_descriptors(ancillary: list[tuple[int, int, bytes]]) -> bool:

@@ -34,7 +34,8 @@ MOST_CHUNK_BYTES = 64 * 4096
 _MOST_SHARE = 0.875
 _SAMPLE_BYTES = 32768
 _GLANCE_BYTES = 4096
-_BYTES_PER_TRIAL = 4 << 20
+_BYTES_PER_TRIAL = 8 << 20
+_BYTES_PER_GLANCE = 256 << 10
 _NEWS = 0.08
 _WORTH_THE_TIME = 0.25
 _CLEARLY = 0.97
@@ -73,6 +74,7 @@ class Encoder:
         self._choice = RAW
         self._expected = 1.0
         self._until_trial_bytes = 0
+        self._until_glance_bytes = 0
         self._glance_apart = False
 
     def encode(self, content: bytes | memoryview) -> tuple[int, bytes | memoryview]:
@@ -113,8 +115,13 @@ class Encoder:
     def _shrinks(self, content: bytes | memoryview) -> bool:
         """A glance at a chunk after one that did not compress: would this one?
 
-        As it lies and in planes by turns: what is missed now is seen at the next chunk.
+        As it lies and in planes by turns, and of small chunks not at each: what is missed now is
+        seen a little later.
         """
+        self._until_glance_bytes -= len(content)
+        if self._until_glance_bytes > 0:
+            return False
+        self._until_glance_bytes = _BYTES_PER_GLANCE
         middle = len(content) // 2 & -_GLANCE_BYTES
         glance = content[middle : middle + _GLANCE_BYTES]
         self._glance_apart = not self._glance_apart and len(self._candidates) > 1

@@ -29,7 +29,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from .codec import RAW, Decoder, Encoder
+from .codec import RAW, ZSTD, Decoder, Encoder
 from .errors import Busy, Damaged, LzyError, StoreUnavailable
 from .image import (
     CHUNK_RECORD,
@@ -566,6 +566,8 @@ class _Worker:
             blob = self._readback[at : at + place.stored_bytes]
             if place.encoding == RAW:
                 same = self._readback_bytes.startswith(content, at)
+            elif place.encoding == ZSTD:  # compared where it is, without another copy
+                same = self._decoder.decompress(blob, place.raw_bytes).startswith(content)
             else:
                 self._decoder.decode(place.encoding, blob, self._content[: place.raw_bytes])
                 same = self._content_bytes.startswith(content)

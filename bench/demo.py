@@ -29,7 +29,7 @@ from jupyter_client.manager import KernelManager
 
 from lzy.cli.layout import count, duration, facts, paint, size
 
-ROWS_OF_HALF_A_GIGABYTE = 6_000_000
+ROWS_OF_HALF_A_GIGABYTE = 4_400_000
 CELL_TIMEOUT_S = 300
 COMMAND_TIMEOUT_S = 300
 

@@ -143,7 +143,7 @@ def main() -> None:
         say("faults " + " ".join(map(str, time_faults(memory))))
 
     def on_forks(*_: object) -> None:
-        taken = []
+        taken: list[int] = []
         while len(taken) < 5:
             before = clock()
             child = os.fork()

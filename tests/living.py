@@ -38,6 +38,18 @@ def reap(pid: int) -> None:
         os.waitpid(pid, os.WNOHANG)
 
 
+def reap_orphans() -> None:
+    """Take in zombies that came to us when their parent ended, as init does for others.
+
+    While one of them is there the number of its group and session is not free.
+    """
+    for child in list_children(os.getpid(), descend=False):
+        with contextlib.suppress(OSError):
+            stat = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()
+            if stat[0] == "Z" and int(stat[3]) not in (os.getsid(0), child):
+                reap(child)
+
+
 def end_process(pid: int, pidfd: int) -> None:
     """Kill the process and wait until it has gone, our child or not."""
     with contextlib.suppress(ProcessLookupError):
@@ -144,7 +156,10 @@ class Program:
 
     def await_end(self, timeout_s: float = PATIENCE_S) -> None:
         assert wait_readable([self.pidfd], timeout_s), f"process {self.pid} does not end"
-        reap(self.pid) if self.pid != self.child.pid else self.child.poll()
+        if self.pid == self.child.pid:
+            self.child.poll()
+        reap(self.pid)
+        reap_orphans()
 
     def end(self) -> None:
         """End whichever process answers now; it may have gone already."""
@@ -247,13 +262,13 @@ class CommandLine:
         return report
 
 
-def list_children(pid: int) -> list[int]:
+def list_children(pid: int, *, descend: bool = True) -> list[int]:
     """Children of all threads of the process, and their children in turn."""
     found: list[int] = []
     for task in Path(f"/proc/{pid}/task").glob("*"):
         with contextlib.suppress(OSError):
             for child in map(int, (task / "children").read_text().split()):
-                found += [child, *list_children(child)]
+                found += [child, *(list_children(child) if descend else [])]
     return found
 
 

@@ -82,9 +82,10 @@ def main() -> None:
     put("write only", allocate())
     call("mprotect", ctypes.c_void_p(placed["write only"]), ctypes.c_size_t(LENGTH), WRITE)
     bound = put("bound to a node", allocate())
-    with contextlib.suppress(OSError):  # Kernels without NUMA: mbind(address, length, BIND, node 0)
-        call("syscall", SYS_MBIND, ctypes.c_void_p(bound), ctypes.c_size_t(LENGTH), 2,
-             ctypes.byref(ctypes.c_ulong(1)), ctypes.c_ulong(64), 0, restype=ctypes.c_long)  # fmt: skip
+    node = ctypes.byref(ctypes.c_ulong(1))
+    with contextlib.suppress(OSError):  # Kernels without NUMA. mbind(2): MPOL_BIND to node 0
+        call("syscall", SYS_MBIND, ctypes.c_void_p(bound), ctypes.c_size_t(LENGTH), 2, node,
+             ctypes.c_ulong(64), 0, restype=ctypes.c_long)  # fmt: skip
     policy = memory_policy(bound)
     put("sealed", allocate())
     sealed = can_seal(placed["sealed"])

@@ -1,4 +1,4 @@
-"""64 MiB in a known pattern, with holes, zeros and fences: every byte of it is compared.
+"""64 MiB (or as many as the argument says) in a known pattern, every byte of which is compared.
 
 Beside it a thread writes pairs of pages without end; each pair is equal but in the instant between
 its two writes. The proof also forks, moves, drops and unmaps parts of the memory, as programs do.
@@ -9,13 +9,14 @@ import mmap
 import os
 import random
 import struct
+import sys
 import threading
 
 from clib import call
 from dialogue import Proof, converse
 
 PAGE = mmap.PAGESIZE
-PAGES = 64 * 2**20 // PAGE
+PAGES = int(sys.argv[1] if sys.argv[1:] else 64) * 2**20 // PAGE
 ODD = 0x9E3779B97F4A7C15
 MADV_DONTNEED, MREMAP_MAYMOVE = 4, 1
 READ_WRITE, PRIVATE_ANONYMOUS = 3, 0x22
@@ -98,15 +99,16 @@ def main() -> None:
 
     def survives_changes() -> bool:
         """Fork, move, shrink, drop and unmap pieces of the big memory; then put them back."""
-        middle = big + 4096 * PAGE
+        at = PAGES // 4
+        middle = big + at * PAGE
         child = os.fork()
         if child == 0:
-            os._exit(wrong_pages(middle, range(4096, 4096 + 2048)) != 0)
+            os._exit(wrong_pages(middle, range(at, at + 2048)) != 0)
         moved = call(
             "mremap", ctypes.c_void_p(middle), ctypes.c_size_t(512 * PAGE),
             ctypes.c_size_t(1024 * PAGE), MREMAP_MAYMOVE, restype=ctypes.c_void_p,
         )  # fmt: skip
-        good = wrong_pages(moved, range(4096, 4096 + 512)) == 0
+        good = wrong_pages(moved, range(at, at + 512)) == 0
         good &= ctypes.string_at(moved + 512 * PAGE, 512 * PAGE) == bytes(512 * PAGE)
         fixed = call(  # The hole in the middle of the big memory is mapped anew: zeros.
             "mmap", ctypes.c_void_p(middle), ctypes.c_size_t(512 * PAGE), READ_WRITE,
@@ -117,7 +119,7 @@ def main() -> None:
         call("madvise", ctypes.c_void_p(dropped), ctypes.c_size_t(100 * PAGE), MADV_DONTNEED)
         good &= ctypes.string_at(dropped, 100 * PAGE) == bytes(100 * PAGE)
         ctypes.memmove(middle, moved, 512 * PAGE)
-        for index in range(4696, 4796):
+        for index in range(at + 600, at + 700):
             ctypes.memmove(big + index * PAGE, page_content(index), PAGE)
         call("munmap", ctypes.c_void_p(moved), ctypes.c_size_t(1024 * PAGE))
         return good and os.waitpid(child, 0)[1] == 0
@@ -139,7 +141,7 @@ def main() -> None:
         return proof
 
     def spoil() -> None:
-        ctypes.memset(big + 12_345 * PAGE + 77, 0xA5, 1)
+        ctypes.memset(big + (PAGES - 7) * PAGE + 77, 0xA5, 1)
 
     converse(prove, spoil)
 

@@ -30,6 +30,7 @@ F_OFD_SETLK = 37
 OWNER_TID, OWNER_PID, OWNER_PGRP = 0, 1, 2
 
 # --- file systems (linux/magic.h) whose files have no content of their own to compare
+MESSAGE_QUEUES = 0x19800202  # mq_overview(7)
 PSEUDO_FILE_SYSTEMS = {
     0x9FA0: "proc",
     0x62656572: "sysfs",
@@ -42,7 +43,7 @@ PSEUDO_FILE_SYSTEMS = {
     0xCAFE4A11: "bpf",
 }
 
-_KCMP = {"x86_64": 312, "aarch64": 272}
+_KCMP = 312 if os.uname().machine == "x86_64" else 272  # the generic table's
 _PIDFD_GETFD = 438
 _CLOSE_RANGE = 436
 _KCMP_FILE = 0
@@ -122,7 +123,7 @@ def compare_descriptions(pid: int, one: int, other: int) -> int:
 
     Source: kcmp(2), KCMP_FILE.
     """
-    answer = syscall(_KCMP[os.uname().machine], pid, pid, _KCMP_FILE, one, other)
+    answer = syscall(_KCMP, pid, pid, _KCMP_FILE, one, other)
     return {0: 0, 1: -1, 2: 1}.get(answer, 1)
 
 
@@ -136,7 +137,7 @@ def watches_description(pid: int, number: int, epoll: int, target: int, occurren
     buffer = ctypes.create_string_buffer(slot, len(slot))
     try:
         answer = syscall(
-            _KCMP[os.uname().machine],
+            _KCMP,
             pid,
             pid,
             _KCMP_EPOLL_TFD,

@@ -58,6 +58,15 @@ OPTIONS: dict[str, tuple[int, int]] = {
     "SO_RXQ_OVFL": (_BASE, 40),
     "SO_PEEK_OFF": (_BASE, SO_PEEK_OFF),
     "SO_SELECT_ERR_QUEUE": (_BASE, 45),
+    "SO_NOFCS": (_BASE, 43),
+    "SO_TIMESTAMPING": (_BASE, 37),
+    "SO_TXTIME": (_BASE, 61),
+    "SO_PREFER_BUSY_POLL": (_BASE, 69),
+    "SO_BUSY_POLL_BUDGET": (_BASE, 70),
+    "SO_TXREHASH": (_BASE, 74),
+    "SO_RCVMARK": (_BASE, 75),
+    "SO_RCVPRIORITY": (_BASE, 82),
+    "SO_PASSRIGHTS": (_BASE, 83),
     "SO_BUSY_POLL": (_BASE, 46),
     "SO_MAX_PACING_RATE": (_BASE, 47),
     "SO_ZEROCOPY": (_BASE, 60),
@@ -76,6 +85,11 @@ OPTIONS: dict[str, tuple[int, int]] = {
     "IP_RECVTTL": (_IP, 12),
     "IP_RECVTOS": (_IP, 13),
     "IP_RECVORIGDSTADDR": (_IP, 20),
+    "IP_RETOPTS": (_IP, 7),
+    "IP_PASSSEC": (_IP, 18),
+    "IP_CHECKSUM": (_IP, 23),
+    "IP_RECVFRAGSIZE": (_IP, 25),
+    "IP_RECVERR_RFC4884": (_IP, 26),
     "IP_MINTTL": (_IP, 21),
     "IP_MULTICAST_TTL": (_IP, 33),
     "IP_MULTICAST_LOOP": (_IP, 34),
@@ -98,6 +112,18 @@ OPTIONS: dict[str, tuple[int, int]] = {
     "IPV6_RECVTCLASS": (_IPV6, 66),
     "IPV6_TCLASS": (_IPV6, 67),
     "IPV6_UNICAST_IF": (_IPV6, 76),
+    "IPV6_RECVERR_RFC4884": (_IPV6, 31),
+    "IPV6_FLOWINFO_SEND": (_IPV6, 33),
+    "IPV6_RECVHOPOPTS": (_IPV6, 53),
+    "IPV6_RECVRTHDR": (_IPV6, 56),
+    "IPV6_RECVDSTOPTS": (_IPV6, 58),
+    "IPV6_RECVPATHMTU": (_IPV6, 60),
+    "IPV6_DONTFRAG": (_IPV6, 62),
+    "IPV6_AUTOFLOWLABEL": (_IPV6, 70),
+    "IPV6_ADDR_PREFERENCES": (_IPV6, 72),
+    "IPV6_MINHOPCOUNT": (_IPV6, 73),
+    "IPV6_RECVORIGDSTADDR": (_IPV6, 74),
+    "IPV6_RECVFRAGSIZE": (_IPV6, 77),
     # tcp(7). What the kernel tunes by itself (segment size, window clamp) is left to it.
     "TCP_NODELAY": (_TCP, 1),
     "TCP_CORK": (_TCP, 3),
@@ -114,6 +140,13 @@ OPTIONS: dict[str, tuple[int, int]] = {
     "TCP_NOTSENT_LOWAT": (_TCP, 25),
     "TCP_SAVE_SYN": (_TCP, 27),
     "TCP_INQ": (_TCP, 36),
+    "TCP_THIN_DUPACK": (_TCP, 17),
+    "TCP_FASTOPEN_CONNECT": (_TCP, 30),
+    "TCP_FASTOPEN_NO_COOKIE": (_TCP, 34),
+    "TCP_TX_DELAY": (_TCP, 37),
+    "TCP_RTO_MAX_MS": (_TCP, 44),
+    "TCP_RTO_MIN_US": (_TCP, 45),
+    "TCP_DELACK_MAX_US": (_TCP, 46),
     # udp(7)
     "UDP_NO_CHECK6_TX": (_UDP, 101),
     "UDP_NO_CHECK6_RX": (_UDP, 102),
@@ -136,10 +169,23 @@ BEFORE_BIND = frozenset(
         "IPV6_TRANSPARENT",
     }
 )
+FOR_SPEED_ONLY = frozenset(
+    {
+        "SO_BUSY_POLL",
+        "SO_BUSY_POLL_BUDGET",
+        "SO_PREFER_BUSY_POLL",
+        "SO_MAX_PACING_RATE",
+        "SO_PRIORITY",
+        "SO_TXREHASH",
+        "TCP_CONGESTION",
+        "TCP_FASTOPEN",
+    }
+)
+"""Options without which a socket behaves the same, so that a kernel may lack them."""
 _LEVELS_OF_FAMILY: dict[int, set[int]] = {
     socket.AF_UNIX: {_BASE},
     socket.AF_INET: {_BASE, _IP, _TCP, _UDP},
-    socket.AF_INET6: {_BASE, _IPV6, _TCP, _UDP},
+    socket.AF_INET6: {_BASE, _IP, _IPV6, _TCP, _UDP},
 }
 
 

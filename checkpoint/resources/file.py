@@ -47,6 +47,11 @@ class File(Kind):
                 return entry | {"form": "pseudo"}
             facts = {"length_bytes": status.st_size, "modified_ns": status.st_mtime_ns}
             return entry | {"form": "regular"} | facts
+        if kernel.file_system_type(opened.fd) == kernel.MESSAGE_QUEUES:
+            raise opened.refusal(
+                "POSIX message queues cannot be made again",
+                "let the process close it (mq_close), then dump again",
+            )
         gone = opened.link.endswith(_DELETED) or "/.nfs" in opened.link
         if not gone:
             raise opened.refusal(

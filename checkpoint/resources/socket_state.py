@@ -7,7 +7,7 @@ import os
 import socket
 import struct
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from ..errors import Incompatible
@@ -84,9 +84,15 @@ def make_socket(entry: Entry) -> socket.socket:
 
 
 def settle_options(sock: socket.socket, entry: Entry) -> None:
-    """Give a socket the options it had, those aside that count before there is an address."""
+    """Give a socket the options it had."""
     for name in kernel.OPTIONS:
-        if name in entry["options"] and name not in kernel.BEFORE_BIND:
+        if name not in entry["options"]:
+            continue
+        if name in kernel.BEFORE_BIND:
+            # Set by make_socket where that was possible; some cannot be set any more.
+            with suppress(Incompatible):
+                _set(sock, name, entry["options"][name])
+        else:
             _set(sock, name, entry["options"][name])
     # It was set to get an address on which connections of old may linger.
     if "SO_REUSEADDR" not in entry["options"] and entry["family"] != socket.AF_UNIX:
@@ -205,6 +211,8 @@ def _set(sock: socket.socket, name: str, value: Any) -> None:
     try:
         kernel.set_option(sock, name, _from_json(value))
     except OSError as error:
+        if name in kernel.FOR_SPEED_ONLY:
+            return
         raise Incompatible(
             f"cannot set the socket option {name} to {value}: {error.strerror}",
             remedy="restore as root, or on a machine that has what the option names",

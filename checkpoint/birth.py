@@ -123,7 +123,7 @@ def _clone(pid: int, flags: int = 0) -> int:
     except OSError as error:
         if error.errno == errno.EEXIST:
             raise Busy(
-                f"pid {pid} is taken{_by_whom(pid)}",
+                f"pid {pid} is taken{by_whom(pid)}",
                 remedy="wait until it ends, or restore with --pid-namespace new",
                 pid=pid,
             ) from error
@@ -134,7 +134,8 @@ def _clone(pid: int, flags: int = 0) -> int:
         ) from error
 
 
-def _by_whom(pid: int) -> str:
+def by_whom(pid: int) -> str:
+    """Who has the pid, in words that continue a sentence."""
     try:
         stat = proc.stat(pid)
     except NotFound:

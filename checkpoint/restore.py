@@ -211,7 +211,7 @@ class Restorer:
             if taken:
                 raise Busy(
                     f"pid {taken[0]} of image {self.image.name} is taken"
-                    + birth._by_whom(taken[0]),
+                    + birth.by_whom(taken[0]),
                     remedy="wait until it ends, or restore with --pid-namespace new",
                     pid=taken[0],
                 )
@@ -396,12 +396,8 @@ class Restorer:
 
     def _enter(self, pid: int) -> Tracee:
         """Take hold of the stopped stub: our code on an anonymous page, an arena for batches."""
-        tracee = Tracee(pid)
-        tracee.memory = memory.open_memory(pid)
-        leader = tracee.threads[pid] = Thread(pid)
-        leader.registers["rsp"] = 0
-        tracee._signal = signal.SIGURG
-        tracee.code = self.hole
+        tracee = Tracee.newborn(pid, self.hole)
+        leader = tracee.threads[pid]
         place = self.hole + _CODE_OFFSET
         wanted = memory.PROT_READ | memory.PROT_EXEC
         kind = memory.MAP_PRIVATE | memory.MAP_ANONYMOUS | memory.MAP_FIXED_NOREPLACE
@@ -630,8 +626,7 @@ class Restorer:
                 if status >> 16 == ptrace.PTRACE_EVENT_STOP:
                     break
                 ptrace.resume(tid)
-            new = tracee.threads[tid] = Thread(tid)
-            new.registers["rsp"] = 0
+            tracee.adopt(tid)
         return [leader, *[tracee.threads[tid] for tid in born]]
 
     def _reinstate_process(self, tracee: Tracee) -> None:

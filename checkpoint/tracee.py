@@ -120,7 +120,24 @@ class Tracee:
         self.arena = 0
         self.arena_bytes = 0
         self._signal = 0
+        self._dead: set[int] = set()
         self._restore_text: tuple[int, bytes] | None = None
+
+    @classmethod
+    def newborn(cls, pid: int, code: int) -> Tracee:
+        """A process of our own making, stopped at `code`, our code; it has no stack yet."""
+        tracee = cls(pid)
+        tracee.memory = memory.open_memory(pid)
+        tracee.adopt(pid)
+        tracee._signal = signal.SIGURG
+        tracee.code = code
+        return tracee
+
+    def adopt(self, tid: int) -> Thread:
+        """Count a stopped thread of our own making among the process's threads."""
+        thread = self.threads[tid] = Thread(tid)
+        thread.registers["rsp"] = 0
+        return thread
 
     # -- stopping and letting go -------------------------------------------------------------
 
@@ -132,7 +149,8 @@ class Tracee:
         """
         try:
             while True:
-                new = [tid for tid in proc.threads(self.pid) if tid not in self.threads]
+                known = self.threads.keys() | self._dead
+                new = [tid for tid in proc.threads(self.pid) if tid not in known]
                 if not new:
                     break
                 seized = [tid for tid in new if self._seize_thread(tid)]
@@ -162,7 +180,8 @@ class Tracee:
             if tid != self.pid and not os.path.exists(f"/proc/{self.pid}/task/{tid}"):
                 return False
             state = proc.stat(self.pid, tid)[2]
-            if state == "Z":
+            if state == "Z":  # a main thread that ended stays listed as long as others live
+                self._dead.add(tid)
                 return False
             raise refusal_to_trace(self.pid, error) from error
         return True
@@ -210,18 +229,34 @@ class Tracee:
             pause_s = min(pause_s + 0.00005, 0.005)
 
     def let_go(self) -> None:
-        """Put everything back and detach from every thread; the process runs on."""
-        self.unmap_arena()
-        self.clear_code()
-        for thread in self.threads.values():
+        """Put everything back and detach from every thread; the process runs on.
+
+        Quiet about a process that was killed meanwhile.
+        """
+        killed: list[int] = []
+        try:
+            self.unmap_arena()
+        finally:
+            self.clear_code()
+            for thread in self.threads.values():
+                try:
+                    self._put_back(thread)
+                    ptrace.detach(thread.tid)
+                except ProcessLookupError:
+                    killed.append(thread.tid)
+            self.threads.clear()
+            self.close()
+            self._release(killed)
+
+    def _release(self, killed: list[int]) -> None:
+        """Wait for threads that ended under our trace: before that, their parent hears nothing."""
+        for tid in sorted(killed, key=self.pid.__eq__):  # the main thread last, ptrace(2)
             try:
-                self._put_back(thread)
-                ptrace.detach(thread.tid)
-            except OSError as error:
-                if error.errno != errno.ESRCH:  # it was killed meanwhile
-                    raise
-        self.threads.clear()
-        self.close()
+                if tid == self.pid and int(proc.status(tid)["PPid"]) == os.getpid():
+                    continue  # our own child: whoever started it here waits for it
+                os.waitpid(tid, ptrace.WALL)
+            except (ChildProcessError, NotFound):
+                continue
 
     def close(self) -> None:
         """Close what lzy holds open of the process."""
@@ -281,9 +316,8 @@ class Tracee:
                 self.run_one(
                     self.threads[self.pid], Call(process.SYS_MUNMAP, (arena, self.arena_bytes))
                 )
-            except (OSError, LzyError):
-                if os.path.exists(f"/proc/{self.pid}"):
-                    raise
+            except (ProcessLookupError, NotFound):
+                return  # it was killed meanwhile
 
     def clear_code(self) -> None:
         """Take our code out of the process again."""

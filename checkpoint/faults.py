@@ -96,16 +96,26 @@ class FaultServer:
 
     def _use_image(self, image: ChunkSource) -> None:
         """Serve from `image` from now on; the one before is closed."""
-        if self._readahead is not None:
-            self._readahead.forget_all()
+        self._end_readahead()
         if self._windows is not None:
             self._windows.image.close()
         self._windows = Windows(image)
-        if self._readahead is None:
-            length = self._windows.length
-            self._readahead = Readahead(max(4, _AHEAD_BYTES // length), length)
+
+    def _begin_readahead(self, windows: Windows) -> Readahead:
+        private = {self._journal.fd, self._uffd, self._pidfd, self._watched, *self.descriptors}
+        private.discard(-1)
+        depth = max(4, _AHEAD_BYTES // windows.length)
+        self._poll = None
+        self._readahead = Readahead(windows.image, depth, windows.length, private)
         for context in self._contexts.values():
             context.ahead = context.cursor
+        return self._readahead
+
+    def _end_readahead(self) -> None:
+        if self._readahead is not None:
+            self._poll = None
+            self._readahead.close()
+            self._readahead = None
 
     # -- the journal
 
@@ -129,11 +139,6 @@ class FaultServer:
     def descriptors(self) -> list[int]:
         """The userfaultfds served."""
         return [context.uffd.fd for context in self._contexts.values()]
-
-    def quiesce(self) -> None:
-        """Bring our other thread to rest, as a fork that shares descriptors needs it."""
-        if self._readahead is not None:
-            self._readahead.forget_all()
 
     def drop_children(self) -> int:
         """Forget contexts of forked children, whose descriptors we do not hold; their number."""
@@ -193,6 +198,8 @@ class FaultServer:
 
     def serve(self) -> None:
         """Go on until nothing is left to do."""
+        if self._windows is None:
+            self._reopen()
         for context in self._contexts.values():
             context.uffd.wake_all()
         look_at = linger_until = 0.0
@@ -223,6 +230,7 @@ class FaultServer:
                 self._reopen()
             else:
                 self._load_next(now)
+        self._end_readahead()
         self._say_how_it_is()
 
     def _look(self) -> None:
@@ -287,7 +295,7 @@ class FaultServer:
         piece: tuple[int, int, int],
         page: int = -1,
     ) -> int:
-        """Install what window `number` has for a piece, beginning at `page`; where that ends."""
+        """Install what window `number` has for a piece, from `page` on first; where that ends."""
         start, end, shift = piece
         base = windows.address(number) - shift
         low = base if base > start else start
@@ -297,24 +305,22 @@ class FaultServer:
         parts = windows.parts(number, low, high, shift, page)
         if parts:
             readahead = self._readahead
-            assert readahead is not None
-            slot = readahead.take(number)
-            try:
-                if slot is None:
-                    source = self._buffer_address
-                    windows.read(number, self._buffer)
-                else:
-                    source = slot.address
-                    if slot.error is not None:
-                        raise slot.error
+            slot = readahead.take(number) if readahead is not None else None
+            if slot is None or readahead is None:
+                windows.read(number, self._buffer)
+                self._install(context, parts, self._buffer_address)
+            else:
+                try:
                     windows.check(number, slot.length_bytes)
-                for address, offset, length in parts:
-                    self._installed_bytes += context.install(address, source + offset, length)
-            finally:
-                if slot is not None:
+                    self._install(context, parts, slot.address)
+                finally:
                     readahead.give_back(slot)
         context.missing.forget(low, high)
         return high
+
+    def _install(self, context: Context, parts: list[tuple[int, int, int]], source: int) -> None:
+        for address, offset, length in parts:
+            self._installed_bytes += context.install(address, source + offset, length)
 
     # -- behind the faults
 
@@ -323,9 +329,8 @@ class FaultServer:
         if self._background_failed:
             self._background_failed = False
             self._reopen()
-        windows, readahead = self._windows, self._readahead
+        windows = self._windows
         assert windows is not None
-        assert readahead is not None
         for context in self._contexts.values():
             if context.missing:
                 break
@@ -346,6 +351,7 @@ class FaultServer:
             missing.forget(position, end)
             context.cursor = end
             return
+        readahead = self._readahead or self._begin_readahead(windows)
         self._read_ahead(context, windows, readahead, number)
         if number in readahead and not readahead.is_ready(number):
             readahead.clear_done()
@@ -388,7 +394,7 @@ class FaultServer:
                 context.ahead = end
                 continue
             if number not in readahead:
-                readahead.ask(number, windows.image, windows.chunk(number))
+                readahead.ask(number, windows.chunk(number))
             context.ahead = min(end, stored_at + windows.length)
 
     def _attend_now(self, context: Context) -> None:
@@ -445,6 +451,8 @@ class FaultServer:
                 self._background_at = time.monotonic() + self._background_s
                 self._background_s = min(self._background_s * 2, _LAST_RETRY_S)
             return
+        if self._windows is None:
+            self._retry_at = 0.0
         self._use_image(image)
 
     # -- the end

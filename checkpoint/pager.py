@@ -51,6 +51,7 @@ from .windows import ChunkSource
 
 _LAST_RESPAWN_S = 5.0
 _CLOSE_DEADLINE_S = 5
+_LOCK_PATIENCE_S = 2.0
 
 
 class Plan(NamedTuple):
@@ -175,7 +176,7 @@ def log_path(journal: Path) -> Path:
 def _resume(
     path: Path, open_image: OpenImage | None, close_descriptor: CloseDescriptor | None
 ) -> int | None:
-    journal = Journal.open(path)
+    journal = _open_journal(path)
     facts = journal.facts
     pid: int = facts["pid"]
     pidfd = uffd = -1
@@ -206,6 +207,27 @@ def _resume(
         if image is not None:
             image.close()
         journal.close()
+
+
+def _open_journal(path: Path) -> Journal:
+    """The journal, locked; Busy when its pager or keeper lives."""
+    deadline = time.monotonic() + _LOCK_PATIENCE_S
+    while True:
+        try:
+            return Journal.open(path)
+        except Busy:
+            # A reader that was just forked has the lock too, until it is killed after its pager.
+            status = read_status(path)[1]
+            if any(map(_runs, status[:2])) or time.monotonic() > deadline:
+                raise
+            time.sleep(0.002)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return proc.stat(pid)[2] not in "ZX"
+    except NotFound:
+        return False
 
 
 def _is_alive(facts: dict[str, Any]) -> bool:
@@ -423,7 +445,6 @@ def _page(
             if select.select([keeper], [], [], 0)[0]:
                 seat.write_log("the keeper is gone; starting another")
                 os.close(keeper)
-                server.quiesce()
                 pid = fork_sharing_descriptors()
                 if pid == 0:
                     _keep(seat, None, pager=own)

@@ -1,21 +1,25 @@
-"""Reads and authenticates chunks ahead of need, in a thread that does nothing else.
+"""Reads and authenticates chunks ahead of need, in a process that does nothing else.
 
-Reading, hashing and decompressing let go of the GIL, so they run beside the installing of pages.
-The thread never touches the process's memory: what it has read is only bytes until the one thread
-that knows what lies where decides to use them.
+A thread would do, but it and the thread that answers faults would hand the GIL to each other
+several times a chunk: measured, that costs more than the reading (docs/pager.md). The reader gets
+a copy of the image by fork and shares only buffers; it never touches the memory of the process
+that is paged, and it dies with its parent.
 """
 
 from __future__ import annotations
 
-import _thread
 import contextlib
 import mmap
 import os
-import select
-from _queue import SimpleQueue
-from typing import Protocol
+import signal
+from collections.abc import Iterable
+from typing import NoReturn, Protocol
 
+from .linux.detached import die_with_parent, set_name
 from .linux.uffd import address_of
+
+_READY, _FAILED = 1, 2
+_MOST_SLOTS = 256
 
 
 class Reader(Protocol):
@@ -25,99 +29,138 @@ class Reader(Protocol):
 
 
 class Slot:
-    """A page-aligned buffer for one window, at `address`, and what became of the last read."""
+    """A page-aligned buffer for one window: what was read for `key` lies at `address`."""
 
-    __slots__ = ("address", "buffer", "error", "length_bytes")
+    __slots__ = ("address", "buffer", "free", "key", "length_bytes")
 
     def __init__(self, buffer: memoryview) -> None:
         self.buffer = buffer
         self.address = address_of(buffer)
         self.length_bytes = 0
-        self.error: BaseException | None = None
+        self.key = -1
+        self.free = True
+
+
+def make_slots(count: int, window_bytes: int) -> list[Slot]:
+    """Buffers for `count` windows, in memory that forked children share."""
+    whole = memoryview(mmap.mmap(-1, count * window_bytes))
+    return [
+        Slot(whole[start : start + window_bytes])
+        for start in range(0, count * window_bytes, window_bytes)
+    ]
 
 
 class Readahead:
     """Chunks asked for by a key of the caller's choice, at most `depth` at a time.
 
-    `done_fd` becomes readable whenever a read has ended.
-
-    Preconditions: one thread asks and takes. Both sides share only queues and dictionaries, whose
-    single operations are atomic under the GIL.
+    `done_fd` becomes readable whenever a read has ended. The slots are a ring: asked for, read and
+    used again in the same order. Shared between the two processes are three words for each: the
+    chunk, how its read ended, its length. Each has one writer at a time.
     """
 
-    def __init__(self, depth: int, window_bytes: int) -> None:
-        whole = memoryview(mmap.mmap(-1, depth * window_bytes))
-        self._free = [
-            Slot(whole[start : start + window_bytes])
-            for start in range(0, depth * window_bytes, window_bytes)
-        ]
-        self._asked: set[int] = set()
-        self._ready: dict[int, Slot] = {}
-        self._jobs: SimpleQueue[tuple[int, Reader, int, Slot]] = SimpleQueue()
-        self._started = False
+    def __init__(
+        self, image: Reader, depth: int, window_bytes: int, private: Iterable[int] = ()
+    ) -> None:
+        """`private`: descriptors that the reader must not hold."""
+        depth = min(depth, _MOST_SLOTS)
+        self._slots = make_slots(depth, window_bytes)
+        self._words = memoryview(mmap.mmap(-1, _MOST_SLOTS * 24)).cast("Q")
+        self._by_key: dict[int, int] = {}
+        self._next = 0
+        self.room = depth
+        self._jobs_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_SEMAPHORE)
         self.done_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-
-    @property
-    def room(self) -> int:
-        """How many more reads may be asked for."""
-        return len(self._free)
+        parent = os.getpid()
+        self._pid = os.fork()
+        if self._pid == 0:
+            self._read(image, parent, private)
 
     def __contains__(self, key: int) -> bool:
-        """Whether `key` was asked for and not taken."""
-        return key in self._asked
+        """Whether `key` was asked for and neither taken nor dropped."""
+        return key in self._by_key
 
-    def ask(self, key: int, image: Reader, chunk: int) -> None:
+    def ask(self, key: int, chunk: int) -> None:
         """Begin reading `chunk`. Precondition: there is room, and `key` is not asked for."""
-        if not self._started:
-            self._started = True
-            _thread.start_new_thread(self._work, ())
-        self._asked.add(key)
-        self._jobs.put((key, image, chunk, self._free.pop()))
+        number = self._next
+        slot = self._slots[number]
+        slot.key = key
+        slot.free = False
+        self._by_key[key] = number
+        self._words[3 * number] = chunk
+        self._words[3 * number + 1] = 0
+        self._next = (number + 1) % len(self._slots)
+        self.room -= 1
+        os.eventfd_write(self._jobs_fd, 1)
+
+    def is_ready(self, key: int) -> bool:
+        """Whether the read of `key` has ended."""
+        return self._words[3 * self._by_key[key] + 1] != 0
 
     def take(self, key: int) -> Slot | None:
-        """The slot of a finished read, to be handed back by `give_back`; None if not finished."""
-        slot = self._ready.pop(key, None)
-        if slot is not None:
-            self._asked.discard(key)
+        """What was read for `key`, to be handed back by `give_back`.
+
+        None when it was not asked for, is being read, or could not be read.
+        """
+        number = self._by_key.get(key)
+        if number is None:
+            return None
+        state = self._words[3 * number + 1]
+        if state == 0:
+            return None
+        del self._by_key[key]
+        slot = self._slots[number]
+        if state == _FAILED:
+            self.give_back(slot)
+            return None
+        slot.length_bytes = self._words[3 * number + 2]
         return slot
 
     def give_back(self, slot: Slot) -> None:
         """The slot's bytes are not needed any more."""
-        slot.error = None
-        self._free.append(slot)
-
-    def is_ready(self, key: int) -> bool:
-        """Whether the read of `key` has ended."""
-        return key in self._ready
+        slot.free = True
+        slots = self._slots
+        # Room grows from the oldest slot on: the ring is used in order.
+        oldest = (self._next + self.room) % len(slots)
+        while self.room < len(slots) and slots[oldest].free:
+            self.room += 1
+            oldest = (oldest + 1) % len(slots)
 
     def drop_ready(self) -> None:
         """Make room: what was read and not taken is not wanted any more."""
-        for key in list(self._ready):
+        for key in list(self._by_key):
             slot = self.take(key)
             if slot is not None:
                 self.give_back(slot)
-
-    def forget_all(self) -> None:
-        """Wait until nothing is being read, and drop what was."""
-        poll = select.poll()
-        poll.register(self.done_fd, select.POLLIN)
-        while len(self._ready) < len(self._asked):
-            poll.poll(1000)
-            self.clear_done()
-        self.drop_ready()
 
     def clear_done(self) -> None:
         """Make `done_fd` unreadable until another read ends."""
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self.done_fd)
 
-    def _work(self) -> None:
-        jobs, ready, done_fd = self._jobs, self._ready, self.done_fd
-        while True:
-            key, image, chunk, slot = jobs.get()
-            try:
-                slot.length_bytes = image.read_chunk(chunk, slot.buffer)
-            except BaseException as error:
-                slot.error = error
-            ready[key] = slot
-            os.eventfd_write(done_fd, 1)
+    def close(self) -> None:
+        """End the reader."""
+        os.kill(self._pid, signal.SIGKILL)
+        os.waitpid(self._pid, 0)
+        os.close(self._jobs_fd)
+        os.close(self.done_fd)
+
+    def _read(self, image: Reader, parent: int, private: Iterable[int]) -> NoReturn:
+        try:
+            die_with_parent(parent)
+            set_name("lzy-reader")
+            for fd in private:
+                os.close(fd)
+            words, slots, done_fd, jobs_fd = self._words, self._slots, self.done_fd, self._jobs_fd
+            number = 0
+            while True:
+                os.eventfd_read(jobs_fd)
+                try:
+                    length = image.read_chunk(words[3 * number], slots[number].buffer)
+                    words[3 * number + 2] = length
+                    words[3 * number + 1] = _READY
+                except Exception:  # who asked reads it again and sees for itself
+                    words[3 * number + 1] = _FAILED
+                os.eventfd_write(done_fd, 1)
+                number = (number + 1) % len(slots)
+        finally:
+            os._exit(1)

@@ -82,8 +82,8 @@ class Windows:
         """What of window `number` goes to addresses `[low, high)` of the process.
 
         `shift` leads from there to addresses of the image. Each part is (address in the process,
-        offset in the chunk, length in bytes), as long as can be; first the one that begins with
-        `page` (or none, -1).
+        offset in the chunk, length in bytes), as long as can be; the first one begins with `page`
+        (unless that is -1).
         """
         base = self._addresses[number] - shift
         parts: list[tuple[int, int, int]] = []

@@ -12,6 +12,7 @@ from . import libc, syscall
 _CLONE = 56  # system call numbers, x86-64
 _PIDFD_GETFD = 438
 _CLONE_FILES = 0x400
+_PR_SET_PDEATHSIG = 1
 _PR_SET_NAME = 15
 _HIGHEST_DESCRIPTOR = 0x7FFFFFFF
 
@@ -52,6 +53,13 @@ def take_descriptor(pidfd: int, number: int) -> int:
 def set_name(name: str) -> None:
     """Name this thread as ps(1) and /proc/PID/comm show it: at most 15 bytes (PR_SET_NAME)."""
     libc.prctl(_PR_SET_NAME, ctypes.c_char_p(name.encode()[:15]), 0, 0, 0)
+
+
+def die_with_parent(parent: int) -> None:
+    """Have ourselves killed when process `parent`, which forked us, ends (PR_SET_PDEATHSIG)."""
+    libc.prctl(_PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL), 0, 0, 0)
+    if os.getppid() != parent:  # it ended before we asked
+        os._exit(1)
 
 
 def close_all_but(keep: Iterable[int]) -> None:

@@ -12,6 +12,7 @@ touched (lazy).
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import signal
 import struct
@@ -54,6 +55,7 @@ _ADVICE = {
     "rr": memory.MADV_RANDOM,
 }
 SYS_MSEAL = 462
+_DELETED = " (deleted)"
 
 
 class RestoreReport(NamedTuple):
@@ -210,8 +212,7 @@ class Restorer:
         if choice == "host" or not taken:
             if taken:
                 raise Busy(
-                    f"pid {taken[0]} of image {self.image.name} is taken"
-                    + birth.by_whom(taken[0]),
+                    f"pid {taken[0]} of image {self.image.name} is taken" + birth.by_whom(taken[0]),
                     remedy="wait until it ends, or restore with --pid-namespace new",
                     pid=taken[0],
                 )
@@ -284,6 +285,14 @@ class Restorer:
                     path=path,
                 ) from error
 
+        root, cwd = self.own["root"], self.own["cwd"]
+        if not cwd.endswith(_DELETED) and not os.path.isdir(os.path.join(root, cwd.lstrip("/"))):
+            raise Incompatible(
+                f"the working directory {cwd} of image {self.image.name} is not here",
+                remedy="make it again, or restore on a node that has it",
+                path=cwd,
+            )
+
     @staticmethod
     def _file_key(vma: dict[str, Any]) -> tuple[str, bool]:
         shared = vma["permissions"][3] == "s"
@@ -338,8 +347,6 @@ class Restorer:
         floor = max(
             resources.free_number(self.document["descriptors"]), *self.local.values(), 100
         ) + 1  # fmt: skip
-        import fcntl
-
         self.inherited = {}
         for key, descriptor in self.files.items():
             self.inherited[key] = fcntl.fcntl(descriptor, fcntl.F_DUPFD, floor)
@@ -354,7 +361,7 @@ class Restorer:
         def become() -> None:
             if self.own["root"] != "/":
                 os.chroot(self.own["root"])
-            os.chdir(self.own["cwd"])
+            _enter_directory(self.own["cwd"])
             resources.place_descriptors(self.document["descriptors"], self.local, keep)
 
         try:
@@ -886,6 +893,18 @@ class _Source:
 
     def open(self, number: int) -> int:
         return os.dup(self._descriptors[number - 1])
+
+
+def _enter_directory(path: str) -> None:
+    """chdir(2); a directory that was removed under the process is one made and removed again."""
+    if not path.endswith(_DELETED):
+        os.chdir(path)
+        return
+    import tempfile
+
+    made = tempfile.mkdtemp(prefix="lzy-")
+    os.chdir(made)
+    os.rmdir(made)
 
 
 def _protection(vma: dict[str, Any]) -> int:

@@ -52,6 +52,7 @@ from .windows import ChunkSource
 _LAST_RESPAWN_S = 5.0
 _CLOSE_DEADLINE_S = 5
 _LOCK_PATIENCE_S = 2.0
+_MOST_LOG_BYTES = 1 << 20
 
 
 class Plan(NamedTuple):
@@ -88,6 +89,30 @@ CloseDescriptor = Callable[[int, int], int]
 """Close descriptor `number` of process `pid` from within; 0 or -errno."""
 
 
+class PagerStart:
+    """A pager on its way up: `wait` for it once; meanwhile faults just wait in the kernel."""
+
+    def __init__(self, child: int, reading: int, journal: Journal) -> None:
+        self._child = child
+        self._reading = reading
+        self._pid: int = journal.facts["pid"]
+        self._log = log_path(journal.path)
+
+    def wait(self) -> int:
+        """The pager's pid, once it serves; LzyError when it does not come up."""
+        try:
+            answer = os.read(self._reading, 64)
+        finally:
+            os.close(self._reading)
+        with contextlib.suppress(ChildProcessError):  # the caller may ignore SIGCHLD
+            os.waitpid(self._child, 0)
+        if not answer:
+            raise LzyError(
+                f"the pager of process {self._pid} did not start", remedy=f"see {self._log}"
+            )
+        return int(answer)
+
+
 def start_pager(
     plan: Plan,
     uffd: int,
@@ -102,6 +127,24 @@ def start_pager(
     `uffd`, `pidfd`: our duplicate of the process's userfaultfd, and the process. They, `image` and
     all else stay open here; the pager has its own copies. Raises Busy when a pager serves that
     pid, LzyError when the pager does not come up.
+    """
+    return begin_pager(
+        plan, uffd, pidfd, image, open_image=open_image, close_descriptor=close_descriptor
+    ).wait()
+
+
+def begin_pager(
+    plan: Plan,
+    uffd: int,
+    pidfd: int,
+    image: ChunkSource,
+    *,
+    open_image: OpenImage | None = None,
+    close_descriptor: CloseDescriptor | None = None,
+) -> PagerStart:
+    """As `start_pager`, but comes back while the pager still gets ready, to save the time.
+
+    The journal stands when this returns: from then on `resume_pager` can take over.
     """
     missing = MissingPages()
     for start, end in plan.ranges:
@@ -199,7 +242,9 @@ def _resume(
         # The image may be away for now: the pager itself then goes on trying to open it.
         with contextlib.suppress(LzyError, OSError):
             image = (open_image or _open_image)(facts["store"], facts["image"])
-        return _launch(journal, uffd, pidfd, image, open_image, close_descriptor, resumed=True)
+        return _launch(
+            journal, uffd, pidfd, image, open_image, close_descriptor, resumed=True
+        ).wait()
     finally:
         for fd in (pidfd, uffd):
             if fd >= 0:
@@ -297,6 +342,9 @@ class _Seat(NamedTuple):
     close_descriptor: CloseDescriptor
 
     def write_log(self, text: str) -> None:
+        with contextlib.suppress(OSError):
+            if os.fstat(self.log).st_size > _MOST_LOG_BYTES:
+                return
         moment = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         with contextlib.suppress(OSError):  # a full disk must not stop the pager
             os.write(self.log, f"{moment} {text}\n".encode())
@@ -311,39 +359,33 @@ def _launch(
     close_descriptor: CloseDescriptor | None,
     *,
     resumed: bool,
-) -> int:
-    """Fork the keeper, which forks the pager; the pager's pid."""
+) -> PagerStart:
+    """Fork the keeper, which forks the pager."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
     log = os.open(log_path(journal.path), flags | (0 if resumed else os.O_TRUNC), 0o600)
-    reading, writing = os.pipe()
-    seat = _Seat(
-        journal.fd,
-        journal.path,
-        uffd,
-        pidfd,
-        log,
-        open_image or _open_image,
-        close_descriptor or _close_descriptor,
-    )
     try:
-        child = os.fork()
-        if child == 0:
-            _detach(seat, image, writing, resumed=resumed)
-        os.close(writing)
-        writing = -1
-        answer = os.read(reading, 64)
-        with contextlib.suppress(ChildProcessError):  # the caller may ignore SIGCHLD
-            os.waitpid(child, 0)
-    finally:
-        for fd in (reading, writing, log):
-            if fd >= 0:
-                os.close(fd)
-    if not answer:
-        raise LzyError(
-            f"the pager of process {journal.facts['pid']} did not start",
-            remedy=f"see {log_path(journal.path)}",
+        seat = _Seat(
+            journal.fd,
+            journal.path,
+            uffd,
+            pidfd,
+            log,
+            open_image or _open_image,
+            close_descriptor or _close_descriptor,
         )
-    return int(answer)
+        reading, writing = os.pipe()
+        try:
+            child = os.fork()
+            if child == 0:
+                _detach(seat, image, writing, resumed=resumed)
+        except BaseException:
+            os.close(reading)
+            raise
+        finally:
+            os.close(writing)
+    finally:
+        os.close(log)
+    return PagerStart(child, reading, journal)
 
 
 def _detach(seat: _Seat, image: ChunkSource | None, ready: int, *, resumed: bool) -> NoReturn:

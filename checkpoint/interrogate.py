@@ -8,19 +8,15 @@ from __future__ import annotations
 
 import base64
 import os
-import struct
 from typing import Any
 
 from . import machine, proc
 from .errors import Unsupported
-from .linux import memory, process, ptrace
+from .linux import layouts, memory, process, ptrace
 from .linux.process import SYS_PRCTL
 from .tracee import Thread, Tracee
 
-SIGACTION_BYTES = 32  # struct sigaction as the kernel has it: handler, flags, restorer, mask
 _UNCHANGEABLE = {9, 19}  # SIGKILL, SIGSTOP
-SS_ONSTACK = 1
-MEMBARRIER_CMD_GET_REGISTRATIONS = 1 << 9
 _STATUS_KEYS = ("Uid", "Gid", "Groups", "CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")
 
 
@@ -60,26 +56,25 @@ def _ask_threads(tracee: Tracee, order: list[int]) -> dict[int, dict[str, Any]]:
         asked = []
         for slot, tid in enumerate(order[first : first + slots]):
             batch = tracee.batch(slot, slots)
-            stack, number, death = batch.room(24), batch.room(8), batch.room(4)
-            policy, nodes = batch.room(4), batch.room(128)
+            stack, number, death = batch.room(layouts.STACK_BYTES), batch.room(8), batch.room(4)
+            policy, nodes = batch.room(4), batch.room(layouts.NODEMASK_BITS // 8)
             batch.call(process.SYS_SIGALTSTACK, 0, stack)
             batch.call(SYS_PRCTL, process.PR_GET_TID_ADDRESS, number, tolerate=True)
             batch.call(SYS_PRCTL, process.PR_GET_PDEATHSIG, death)
             bits = batch.call(SYS_PRCTL, process.PR_GET_SECUREBITS)
             slack = batch.call(SYS_PRCTL, process.PR_GET_TIMERSLACK)
             numa = batch.call(
-                process.SYS_GET_MEMPOLICY, policy, nodes, 1024, 0, 0, tolerate=True
+                process.SYS_GET_MEMPOLICY, policy, nodes, layouts.NODEMASK_BITS, 0, 0, tolerate=True
             )  # fmt: skip
             tracee.start(tracee.threads[tid], batch)
             asked.append((tid, batch, stack, number, death, policy, nodes, bits, slack, numa))
         for tid, batch, stack, number, death, policy, nodes, bits, slack, numa in asked:
             tracee.finish(tracee.threads[tid], batch)
-            pointer, flags, size = struct.unpack("<QixxxxQ", batch.read(stack, 24))
-            mode = struct.unpack("<i", batch.read(policy, 4))[0]
+            mode = layouts.unpack_s32(batch.read(policy, 4))
             answers[tid] = {
-                "alternate_stack": [pointer, flags & ~SS_ONSTACK, size],
-                "clear_tid_address": struct.unpack("<Q", batch.read(number, 8))[0],
-                "death_signal": struct.unpack("<i", batch.read(death, 4))[0],
+                "alternate_stack": layouts.unpack_stack(batch.read(stack, layouts.STACK_BYTES)),
+                "clear_tid_address": layouts.unpack_u64(batch.read(number, 8)),
+                "death_signal": layouts.unpack_s32(batch.read(death, 4)),
                 "securebits": batch.results[bits],
                 "timer_slack_ns": batch.results[slack],
                 "memory_policy": [mode, encode(batch.read(nodes, 128))]
@@ -119,19 +114,15 @@ def _describe_thread(tracee: Tracee, thread: Thread, inside: dict[str, Any]) -> 
 
 
 def _abort_critical_section(pid: int, registers: dict[str, int], area: int) -> dict[str, int]:
-    """Move a thread out of a restartable sequence to its abort handler, as the kernel would.
-
-    struct rseq: u32 cpu_id_start, cpu_id; u64 rseq_cs at 8. struct rseq_cs: u32 version, flags;
-    u64 start_ip, post_commit_offset, abort_ip. Source: rseq(2), include/uapi/linux/rseq.h.
-    """
+    """Move a thread out of a restartable sequence to its abort handler, as the kernel would."""
     found = bytearray(8)
-    memory.read_process(pid, [(area + 8, 8)], memoryview(found))
-    (section,) = struct.unpack("<Q", found)
+    memory.read_process(pid, [(area + layouts.RSEQ_SECTION_OFFSET, 8)], memoryview(found))
+    section = layouts.unpack_u64(bytes(found))
     if not section:
         return registers
-    content = bytearray(32)
-    memory.read_process(pid, [(section, 32)], memoryview(content))
-    _, _, start, length, abort = struct.unpack("<IIQQQ", content)
+    content = bytearray(layouts.RSEQ_SECTION_BYTES)
+    memory.read_process(pid, [(section, len(content))], memoryview(content))
+    start, length, abort = layouts.unpack_rseq_section(bytes(content))
     if start <= registers["rip"] < start + length:
         return {**registers, "rip": abort}
     return registers
@@ -142,13 +133,15 @@ def describe_process(tracee: Tracee, timers: list[proc.PosixTimer]) -> dict[str,
     pid = tracee.pid
     leader = tracee.threads[pid]
     batch = tracee.batch()
-    actions = {n: batch.room(SIGACTION_BYTES) for n in process.SIGNALS if n not in _UNCHANGEABLE}
+    actions = {
+        n: batch.room(layouts.SIGACTION_BYTES) for n in process.SIGNALS if n not in _UNCHANGEABLE
+    }
     for number, address in actions.items():
         batch.call(process.SYS_RT_SIGACTION, number, 0, address, 8)
-    intervals = [batch.room(32) for _ in range(3)]
+    intervals = [batch.room(layouts.ITIMERVAL_BYTES) for _ in range(3)]
     for which, address in enumerate(intervals):
         batch.call(process.SYS_GETITIMER, which, address)
-    posix = [batch.room(32) for _ in timers]
+    posix = [batch.room(layouts.ITIMERVAL_BYTES) for _ in timers]
     for timer, address in zip(timers, posix, strict=True):
         batch.call(process.SYS_TIMER_GETTIME, timer.number, address)
     subreaper, permitted = batch.room(4), batch.room(8)
@@ -162,18 +155,18 @@ def describe_process(tracee: Tracee, timers: list[proc.PosixTimer]) -> dict[str,
         process.SYS_ARCH_PRCTL, process.ARCH_GET_XCOMP_PERM, permitted, tolerate=True
     )  # fmt: skip
     barriers = batch.call(
-        process.SYS_MEMBARRIER, MEMBARRIER_CMD_GET_REGISTRATIONS, 0, 0, tolerate=True
+        process.SYS_MEMBARRIER, layouts.MEMBARRIER_GET_REGISTRATIONS, 0, 0, tolerate=True
     )  # fmt: skip
     tracee.run(leader, batch)
 
     status = tracee.status(leader)
     return {
         "signal_actions": {
-            str(n): encode(batch.read(a, SIGACTION_BYTES))
+            str(n): encode(batch.read(a, layouts.SIGACTION_BYTES))
             for n, a in actions.items()
-            if any(batch.read(a, SIGACTION_BYTES))
+            if any(batch.read(a, layouts.SIGACTION_BYTES))
         },
-        "interval_timers": [encode(batch.read(a, 32)) for a in intervals],
+        "interval_timers": [encode(batch.read(a, layouts.ITIMERVAL_BYTES)) for a in intervals],
         "posix_timers": [
             {
                 "number": t.number,
@@ -184,18 +177,18 @@ def describe_process(tracee: Tracee, timers: list[proc.PosixTimer]) -> dict[str,
                 if t.target in tracee.threads
                 else 0,
                 "clock": t.clock,
-                "setting": encode(batch.read(a, 32)),
+                "setting": encode(batch.read(a, layouts.ITIMERVAL_BYTES)),
             }
             for t, a in zip(timers, posix, strict=True)
         ],
         "pending": [encode(i) for i in ptrace.pending_signals(pid, shared=True)],
         "brk": batch.results[end_of_heap],
         "dumpable": batch.results[dumpable],
-        "child_subreaper": struct.unpack("<i", batch.read(subreaper, 4))[0],
+        "child_subreaper": layouts.unpack_s32(batch.read(subreaper, 4)),
         "no_huge_pages": max(0, batch.results[no_huge]),
         "deny_write_execute": max(0, batch.results[no_exec_gain]),
         "memory_merge": max(0, batch.results[merge]),
-        "tile_permission": struct.unpack("<Q", batch.read(permitted, 8))[0]
+        "tile_permission": layouts.unpack_u64(batch.read(permitted, 8))
         if batch.results[tiles] == 0
         else 0,
         "barriers": max(0, batch.results[barriers]),

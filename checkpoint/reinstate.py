@@ -6,47 +6,32 @@ Every function adds system calls to a batch that the process itself then makes.
 from __future__ import annotations
 
 import os
-import struct
 from typing import Any
 
-from .interrogate import SIGACTION_BYTES, SS_ONSTACK, decode
-from .linux import process
+from .interrogate import decode
+from .linux import layouts, process
 from .linux.process import SYS_PRCTL
 from .tracee import Batch
 
-_RT_QUEUE_BYTES = 128
-SIGEV_NOTIFY = {"signal": 0, "none": 1, "thread": 2}
-SIGEV_THREAD_ID = 4
-PR_CAPBSET_DROP = 24
-_CAPABILITY_VERSION_3 = 0x20080522
-_NO_SETUID_FIXUP = 1 << 2  # SECBIT_NO_SETUID_FIXUP: changing uids leaves capabilities alone
+SIGEV_NOTIFY = {
+    "signal": layouts.SIGEV_SIGNAL,
+    "none": layouts.SIGEV_NONE,
+    "thread": layouts.SIGEV_THREAD,
+}
 
 
 def add_addresses(batch: Batch, own: dict[str, Any], exe: int) -> None:
     """The process's addresses as /proc shows them, its auxiliary vector and its executable.
 
-    struct prctl_mm_map; `exe` is a descriptor in the process. Nothing may map the former
-    executable any more. Source: PR_SET_MM_MAP(2const), Linux 3.18.
+    `exe` is a descriptor in the process. Nothing may map the former executable any more.
     """
     layout, auxv = own["layout"], decode(own["auxv"])
     place = batch.put(auxv)
-    content = struct.pack(
-        "<12QII",
-        layout["start_code"],
-        layout["end_code"],
-        layout["start_data"],
-        layout["end_data"],
-        layout["start_brk"],
-        max(own["brk"], layout["start_brk"]),
-        layout["start_stack"],
-        layout["arg_start"],
-        layout["arg_end"],
-        layout["env_start"],
-        layout["env_end"],
-        place,
-        len(auxv),
-        exe,
-    )
+    heap_end = max(own["brk"], layout["start_brk"])
+    names = ("start_code", "end_code", "start_data", "end_data", "start_brk")
+    rest = ("start_stack", "arg_start", "arg_end", "env_start", "env_end")
+    addresses = [*(layout[n] for n in names), heap_end, *(layout[n] for n in rest)]
+    content = layouts.pack_mm_map(addresses, place, len(auxv), exe)
     batch.call(
         SYS_PRCTL,
         process.PR_SET_MM,
@@ -64,7 +49,7 @@ def add_process(batch: Batch, own: dict[str, Any]) -> None:
         if number in (9, 19):
             continue
         text = own["signal_actions"].get(str(number))
-        action = batch.put(decode(text) if text else bytes(SIGACTION_BYTES))
+        action = batch.put(decode(text) if text else bytes(layouts.SIGACTION_BYTES))
         batch.call(process.SYS_RT_SIGACTION, number, action, 0, 8)
     batch.call(process.SYS_PERSONALITY, own["personality"])
     batch.call(process.SYS_UMASK, own["umask"])
@@ -74,12 +59,12 @@ def add_process(batch: Batch, own: dict[str, Any]) -> None:
         batch.call(SYS_PRCTL, process.PR_SET_THP_DISABLE, own["no_huge_pages"])
     if own["memory_merge"]:
         batch.call(SYS_PRCTL, process.PR_SET_MEMORY_MERGE, 1, tolerate=True)
-    if own["tile_permission"] >> 18 & 1:  # XFEATURE_XTILE_DATA
-        batch.call(process.SYS_ARCH_PRCTL, process.ARCH_REQ_XCOMP_PERM, 18, what="AMX tiles")
-    for bit in range(32):
-        # MEMBARRIER_CMD_REGISTER_…: GLOBAL_EXPEDITED 4, PRIVATE 16, SYNC_CORE 64, RSEQ 256
-        if own["barriers"] & 1 << bit & (4 | 16 | 64 | 256):
-            batch.call(process.SYS_MEMBARRIER, 1 << bit, 0, 0, tolerate=True)
+    tiles = layouts.XFEATURE_XTILE_DATA
+    if own["tile_permission"] >> tiles & 1:
+        batch.call(process.SYS_ARCH_PRCTL, process.ARCH_REQ_XCOMP_PERM, tiles, what="AMX tiles")
+    for command in layouts.MEMBARRIER_REGISTRATIONS:
+        if own["barriers"] & command:
+            batch.call(process.SYS_MEMBARRIER, command, 0, 0, tolerate=True)
 
 
 def add_thread(batch: Batch, thread: dict[str, Any]) -> None:
@@ -91,7 +76,7 @@ def add_thread(batch: Batch, thread: dict[str, Any]) -> None:
     pointer, flags, size = thread["alternate_stack"]
     batch.call(
         process.SYS_SIGALTSTACK,
-        batch.put(struct.pack("<QiiQ", pointer, flags & ~SS_ONSTACK, 0, size)),
+        batch.put(layouts.pack_stack(pointer, flags, size)),
         0,
     )
     if thread["rseq"]:
@@ -103,15 +88,19 @@ def add_thread(batch: Batch, thread: dict[str, Any]) -> None:
     if thread["memory_policy"]:
         mode, nodes = thread["memory_policy"]
         batch.call(
-            process.SYS_SET_MEMPOLICY, mode, batch.put(decode(nodes)), 1024, tolerate=True
-        )  # fmt: skip
+            process.SYS_SET_MEMPOLICY,
+            mode,
+            batch.put(decode(nodes)),
+            layouts.NODEMASK_BITS,
+            tolerate=True,
+        )
 
 
 def add_pending(batch: Batch, tgid: int, tid: int, thread: dict[str, Any]) -> None:
     """Queue the thread's pending signals again; a task may send itself any siginfo."""
     for text in thread["pending"]:
         info = decode(text)
-        number = struct.unpack_from("<i", info)[0]
+        number = layouts.signal_of(info)
         batch.call(process.SYS_RT_TGSIGQUEUEINFO, tgid, tid, number, batch.put(info))
 
 
@@ -119,7 +108,7 @@ def add_shared_pending(batch: Batch, tgid: int, own: dict[str, Any]) -> None:
     """Queue the process's pending signals again."""
     for text in own["pending"]:
         info = decode(text)
-        number = struct.unpack_from("<i", info)[0]
+        number = layouts.signal_of(info)
         batch.call(process.SYS_RT_SIGQUEUEINFO, tgid, number, batch.put(info))
 
 
@@ -137,18 +126,16 @@ def add_posix_timers(batch: Batch, own: dict[str, Any], *, numbered: bool) -> li
     for timer in timers:
         while not numbered and len(given) + len(fillers) < timer["number"]:
             fillers.append(len(given) + len(fillers))
-            event = batch.put(struct.pack("<QiiI", 0, 0, SIGEV_NOTIFY["none"], 0).ljust(64, b"\0"))
+            event = batch.put(layouts.pack_sigevent(0, 0, layouts.SIGEV_NONE, 0))
             batch.call(process.SYS_TIMER_CREATE, 1, event, batch.room(4))
         kind, _, how = timer["notify"].partition("/")
         notify = SIGEV_NOTIFY.get(kind, 0)
         if how.startswith("tid"):
-            notify = SIGEV_THREAD_ID
+            notify = layouts.SIGEV_THREAD_ID
         event = batch.put(
-            struct.pack("<QiiI", timer["value"], timer["signal"], notify, timer["target"]).ljust(
-                64, b"\0"
-            )
+            layouts.pack_sigevent(timer["value"], timer["signal"], notify, timer["target"])
         )
-        number = batch.put(struct.pack("<i", timer["number"]))
+        number = batch.put(layouts.pack_s32(timer["number"]))
         batch.call(
             process.SYS_TIMER_CREATE, timer["clock"], event, number,
             what=f"POSIX timer {timer['number']}",
@@ -175,15 +162,11 @@ def add_timer_settings(batch: Batch, own: dict[str, Any]) -> None:
             batch.call(process.SYS_TIMER_SETTIME, timer["number"], 0, batch.put(setting), 0)
 
 
-_POLICIES = {"prefer": 1, "bind": 2, "interleave": 3, "local": 4, "prefer (many)": 5}
-_POLICY_FLAGS = {"static": 1 << 15, "relative": 1 << 14}
-
-
 def add_memory_policy(batch: Batch, start: int, length_bytes: int, policy: str) -> None:
     """The NUMA policy of a range, as /proc/PID/numa_maps words it: bind=static:0-1; mbind(2)."""
     kind, _, nodes = policy.partition(":")
     name, _, flag = kind.partition("=")
-    if name not in _POLICIES:
+    if name not in layouts.MPOL_NAMES:
         return
     mask = 0
     for part in filter(None, nodes.split(",")):
@@ -194,9 +177,9 @@ def add_memory_policy(batch: Batch, start: int, length_bytes: int, policy: str) 
         process.SYS_MBIND,
         start,
         length_bytes,
-        _POLICIES[name] | _POLICY_FLAGS.get(flag, 0),
-        batch.put(mask.to_bytes(128, "little")) if mask else 0,
-        1024 if mask else 0,
+        layouts.MPOL_NAMES[name] | layouts.MPOL_FLAGS.get(flag, 0),
+        batch.put(layouts.pack_nodemask(mask)) if mask else 0,
+        layouts.NODEMASK_BITS if mask else 0,
         0,
         tolerate=True,  # a machine with fewer nodes places memory as it can
     )
@@ -208,7 +191,7 @@ def add_limits(batch: Batch, own: dict[str, Any]) -> None:
         batch.call(
             process.SYS_SETRLIMIT,
             int(resource),
-            batch.put(struct.pack("<QQ", soft, hard)),
+            batch.put(layouts.pack_limit(soft, hard)),
             tolerate=True,
         )
 
@@ -221,16 +204,18 @@ def add_rights(batch: Batch, thread: dict[str, Any], present: dict[str, str]) ->
     """
     rights = thread["rights"]
     if any(rights[key].split() != present[key].split() for key in rights) or thread["securebits"]:
-        batch.call(SYS_PRCTL, process.PR_SET_SECUREBITS, _NO_SETUID_FIXUP, what="securebits")
+        batch.call(
+            SYS_PRCTL, process.PR_SET_SECUREBITS, layouts.SECBIT_NO_SETUID_FIXUP, what="securebits"
+        )
         bounding = int(rights["CapBnd"], 16)
         for capability in range(64):
             if int(present["CapBnd"], 16) & ~bounding & 1 << capability:
-                batch.call(SYS_PRCTL, PR_CAPBSET_DROP, capability)
+                batch.call(SYS_PRCTL, process.PR_CAPBSET_DROP, capability)
         groups = [int(g) for g in rights["Groups"].split()]
         batch.call(
             process.SYS_SETGROUPS,
             len(groups),
-            batch.put(struct.pack(f"<{len(groups)}I", *groups)) if groups else 0,
+            batch.put(layouts.pack_groups(groups)) if groups else 0,
             what="groups",
         )
         real, effective, saved, fs = (int(x) for x in rights["Gid"].split())
@@ -241,12 +226,12 @@ def add_rights(batch: Batch, thread: dict[str, Any], present: dict[str, str]) ->
         batch.call(process.SYS_SETFSUID, fs)
         batch.call(SYS_PRCTL, process.PR_SET_SECUREBITS, thread["securebits"])
         sets = [int(rights[k], 16) for k in ("CapEff", "CapPrm", "CapInh")]
-        header = batch.put(struct.pack("<Ii", _CAPABILITY_VERSION_3, 0))
-        low, high = [s & 0xFFFFFFFF for s in sets], [s >> 32 for s in sets]
         batch.call(
-            process.SYS_CAPSET, header, batch.put(struct.pack("<6I", *low, *high)),
+            process.SYS_CAPSET,
+            batch.put(layouts.pack_capability_header()),
+            batch.put(layouts.pack_capabilities(*sets)),
             what="capabilities",
-        )  # fmt: skip
+        )
         for capability in range(64):
             if int(rights["CapAmb"], 16) >> capability & 1:
                 batch.call(

@@ -15,7 +15,6 @@ import contextlib
 import fcntl
 import os
 import signal
-import struct
 import time
 from bisect import bisect_left
 from collections.abc import Callable
@@ -29,7 +28,7 @@ from .host import check_host
 from .image import Image
 from .interrogate import decode
 from .interrupts import Deferred
-from .linux import PAGE_BYTES, memory, process, ptrace, uffd
+from .linux import PAGE_BYTES, layouts, memory, process, ptrace, uffd
 from .linux.detached import take_descriptor
 from .linux.process import SYS_PRCTL
 from .machine import Call
@@ -54,7 +53,6 @@ _ADVICE = {
     "sr": memory.MADV_SEQUENTIAL,
     "rr": memory.MADV_RANDOM,
 }
-SYS_MSEAL = 462
 _DELETED = " (deleted)"
 
 
@@ -408,15 +406,16 @@ class Restorer:
         place = self.hole + _CODE_OFFSET
         wanted = memory.PROT_READ | memory.PROT_EXEC
         kind = memory.MAP_PRIVATE | memory.MAP_ANONYMOUS | memory.MAP_FIXED_NOREPLACE
-        _check(tracee.run_one(leader, Call(9, (place, PAGE_BYTES, wanted, kind, -1, 0))))
+        _check(
+            tracee.run_one(leader, Call(process.SYS_MMAP, (place, PAGE_BYTES, wanted, kind, -1, 0)))
+        )
         os.pwrite(tracee.memory, machine.CODE, place)
         tracee.code = place
         tracee.arena = self.hole + _ARENA_OFFSET
         tracee.arena_bytes = _ARENA_BYTES
         wanted = memory.PROT_READ | memory.PROT_WRITE
-        _check(
-            tracee.run_one(leader, Call(9, (tracee.arena, _ARENA_BYTES, wanted, kind, -1, 0)))
-        )  # fmt: skip
+        arena = Call(process.SYS_MMAP, (tracee.arena, _ARENA_BYTES, wanted, kind, -1, 0))
+        _check(tracee.run_one(leader, arena))
         reach("restore.executed")
         return tracee
 
@@ -619,7 +618,7 @@ class Restorer:
         leader = tracee.threads[tracee.pid]
         batch = tracee.batch()
         for thread in self.threads[1:]:
-            number = batch.put(struct.pack("<q", thread["tid"]))
+            number = batch.put(layouts.pack_s64(thread["tid"]))
             arguments = batch.put(process.thread_clone_arguments(number, 0))
             batch.call(process.SYS_CLONE3, arguments, 88, what=f"thread {thread['tid']}")
         born: list[int] = []
@@ -659,7 +658,13 @@ class Restorer:
             batch.call(process.SYS_FCNTL, number, command, batch.put(lock), what="file lock")
         for text, place in self.document["descriptors"]["descriptors"].items():
             if place["close_on_exec"]:
-                batch.call(process.SYS_FCNTL, int(text), 2, 1, what="close-on-exec")
+                batch.call(
+                    process.SYS_FCNTL,
+                    int(text),
+                    process.F_SETFD,
+                    fcntl.FD_CLOEXEC,
+                    what="close-on-exec",
+                )
         tracee.run(leader, batch)
 
         self._write_proc(pid, "coredump_filter", f"{own['coredump_filter']:#x}")
@@ -697,7 +702,9 @@ class Restorer:
             batch.call(SYS_PRCTL, process.PR_SET_MDWE, own["deny_write_execute"])
         for vma in self.vmas:
             if "sl" in vma["flags"] and vma["kind"] not in ("vdso", "vvar"):
-                batch.call(SYS_MSEAL, vma["start"], vma["end"] - vma["start"], 0, what="seal")
+                batch.call(
+                    process.SYS_MSEAL, vma["start"], vma["end"] - vma["start"], 0, what="seal"
+                )
         tracee.run(leader, batch)
 
     def _make_posix_timers(self, tracee: Tracee) -> None:
@@ -710,7 +717,7 @@ class Restorer:
         given = reinstate.add_posix_timers(batch, self.own, numbered=numbered)
         tracee.run(leader, batch)
         for wanted, place in given:
-            if struct.unpack("<i", batch.read(place, 4))[0] != wanted:
+            if layouts.unpack_s32(batch.read(place, 4)) != wanted:
                 raise Incompatible(
                     f"this kernel does not give a POSIX timer the number {wanted} it had",
                     remedy="restore under Linux 6.16 or later",
@@ -763,7 +770,7 @@ class Restorer:
         number = next((n for n in range(min(soft, 1024) - 1, 2, -1) if n not in used), first)
         batch = tracee.batch()
         if number != first:
-            moved = batch.call(process.SYS_FCNTL, first, 1030, number)  # F_DUPFD_CLOEXEC
+            moved = batch.call(process.SYS_FCNTL, first, process.F_DUPFD_CLOEXEC, number)
             batch.call(process.SYS_CLOSE, first)
             tracee.run(leader, batch)
             number = batch.results[moved]

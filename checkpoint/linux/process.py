@@ -64,6 +64,8 @@ SYS_MEMBARRIER: Final = 324
 SYS_MLOCK2: Final = 325
 SYS_RSEQ: Final = 334
 SYS_CLONE3: Final = 435
+SYS_MSEAL: Final = 462
+SYS_UNSHARE: Final = 272
 SYS_RESTART_SYSCALL: Final = 219
 
 CLONE_VM: Final = 0x100
@@ -84,6 +86,7 @@ PR_GET_DUMPABLE: Final = 3
 PR_SET_DUMPABLE: Final = 4
 PR_SET_KEEPCAPS: Final = 8
 PR_SET_NAME: Final = 15
+PR_CAPBSET_DROP: Final = 24
 PR_GET_SECUREBITS: Final = 27
 PR_SET_SECUREBITS: Final = 28
 PR_SET_TIMERSLACK: Final = 29
@@ -104,6 +107,9 @@ PR_GET_MDWE: Final = 66
 PR_SET_MEMORY_MERGE: Final = 67
 PR_GET_MEMORY_MERGE: Final = 68
 PR_TIMER_CREATE_RESTORE_IDS: Final = 77
+
+F_SETFD: Final = 2
+F_DUPFD_CLOEXEC: Final = 1030
 
 ARCH_GET_XCOMP_PERM: Final = 0x1022
 ARCH_REQ_XCOMP_PERM: Final = 0x1023
@@ -208,7 +214,7 @@ def open_pidfd(pid: int) -> int:
 
 def unshare(flags: int) -> None:
     """unshare(2) for ourselves."""
-    syscall(272, flags)
+    syscall(SYS_UNSHARE, flags)
 
 
 def mount(source: str, target: str, kind: str, flags: int) -> None:

@@ -78,10 +78,11 @@ def cut_ranges(ranges: list[tuple[int, int]], vmas: Iterable[Vma]) -> list[tuple
     for vma in vmas:
         while position < len(ranges) and ranges[position][1] <= vma.start:
             position += 1
-        for start, end in ranges[position:]:
-            if start >= vma.end:
-                break
+        index = position
+        while index < len(ranges) and ranges[index][0] < vma.end:
+            start, end = ranges[index]
             found.append((max(start, vma.start), min(end, vma.end)))
+            index += 1
     return found
 
 

@@ -133,7 +133,19 @@ def kernel_mappings(pid: int) -> list[Vma]:
 
 def mappings(pid: int, *, with_flags: bool = True) -> list[Vma]:
     """The process's VMAs in address order; without flags it is much faster."""
-    return parse_mappings(read_bytes(pid, "smaps" if with_flags else "maps"))
+    found = parse_mappings(read_bytes(pid, "smaps" if with_flags else "maps"))
+    return [_look_up(pid, vma) if vma.kind == "memory" else vma for vma in found]
+
+
+def _look_up(pid: int, vma: Vma) -> Vma:
+    """A file that is only called ` (deleted)` lives in its directory like any other."""
+    if vma.path.startswith(("/memfd:", "/dev/zero", "/SYSV", "[")):
+        return vma
+    try:
+        same = os.stat(f"/proc/{pid}/root{vma.path}").st_ino == vma.inode
+    except OSError:
+        return vma
+    return vma._replace(kind="file") if same else vma
 
 
 def status(pid: int, tid: int | None = None) -> dict[str, str]:

@@ -33,7 +33,8 @@ TCP_ULP = 31
 TCP_REPAIR = 19
 TCP_REPAIR_QUEUE = 20
 TCP_REPAIR_ON, TCP_REPAIR_OFF_QUIETLY = 1, -1
-TCP_SEND_QUEUE = 2
+TCP_QUEUE_SEQ = 21
+TCP_RECV_QUEUE, TCP_SEND_QUEUE = 1, 2
 _MSG_CMSG_CLOEXEC = 0x40000000
 
 _BASE, _IP, _TCP, _IPV6, _UDP = 1, 0, 6, 41, 17
@@ -354,40 +355,67 @@ def tcp_state(sock: socket.socket) -> TcpState:
     return TcpState(raw[0], waiting, backlog)
 
 
+def arrived_tcp_bytes(receiver: socket.socket) -> int:
+    """How many bytes have ever arrived. The network goes on while processes are frozen."""
+    raw = receiver.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 136)
+    return int(struct.unpack_from("=Q", raw, 128)[0])
+
+
 def unsent_tcp_bytes(sender: socket.socket, receiver: socket.socket) -> bytes:
     """Bytes that `sender` has written and that have not reached `receiver`, its other end.
 
-    Both must be of frozen processes; both are left as they were. Needs CAP_NET_ADMIN
-    (PermissionError), but only if there are such bytes. Source: struct tcp_info in linux/tcp.h;
-    TCP_REPAIR_QUEUE in net/ipv4/tcp.c, which lets the send queue be peeked at.
+    Both must be of frozen processes; both are left as they were. The answer counts only if
+    `arrived_tcp_bytes` is the same before and after. Needs CAP_NET_ADMIN (PermissionError), but
+    only if there are such bytes. Source: struct tcp_info in linux/tcp.h; TCP_REPAIR_QUEUE in
+    net/ipv4/tcp.c, which lets the send queue be peeked at.
     """
-    missing = _undelivered(sender, receiver)
+    unacknowledged = queued_to_send(sender.fileno())
+    missing = _undelivered(sender, receiver) if unacknowledged else 0
     if not missing:
         return b""
     with _Repair(sender):
         sender.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR_QUEUE, TCP_SEND_QUEUE)
-        # What the receiver has but has not acknowledged yet comes first in this queue.
-        data = sender.recv(queued_to_send(sender.fileno()), socket.MSG_PEEK | socket.MSG_DONTWAIT)
-    if len(data) < missing:
-        raise OSError(errno.EIO, f"{missing} bytes are under way and {len(data)} are queued")
+        # What the receiver has but has not acknowledged yet comes first in this queue. If an
+        # acknowledgement comes now, the kernel takes what is unsent for sent, and sends it again
+        # a little later (tcp_write_xmit): a delay, which also makes its counters useless to us.
+        data = sender.recv(unacknowledged, socket.MSG_PEEK | socket.MSG_DONTWAIT)
     return data[-missing:]
 
 
 def _undelivered(sender: socket.socket, receiver: socket.socket) -> int:
     """How many bytes are between two ends: written here and not yet in the queue there."""
+    try:
+        written = _sequence(sender, TCP_SEND_QUEUE)
+        missing = (written - _sequence(receiver, TCP_RECV_QUEUE)) & 0xFFFFFFFF
+    except PermissionError:
+        missing = _undelivered_by_counters(sender, receiver)
+    # The end of the stream counts as a byte, if it is under way.
+    if tcp_state(sender).state in TCP_OWN_END_SHUT:
+        missing -= tcp_state(receiver).state not in _END_HAS_COME
+    return missing
+
+
+def _sequence(sock: socket.socket, queue: int) -> int:
+    """The number of the next byte of a queue."""
+    with _Repair(sock):
+        sock.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR_QUEUE, queue)
+        return sock.getsockopt(socket.IPPROTO_TCP, TCP_QUEUE_SEQ) & 0xFFFFFFFF
+
+
+def _undelivered_by_counters(sender: socket.socket, receiver: socket.socket) -> int:
+    """The same without privilege, the end of the stream included if it is under way."""
     here = sender.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 216)
-    there = receiver.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 216)
-    if len(here) < 216 or len(there) < 216:
+    if len(here) < 216:
         raise OSError(errno.ENOSYS, "TCP_INFO tells too little: Linux 4.19 or later is needed")
     (not_sent,) = struct.unpack_from("=I", here, 144)
     sent, sent_again = struct.unpack_from("=QQ", here, 200)
-    (received,) = struct.unpack_from("=Q", there, 128)
-    # The end of the stream counts as one byte, except among those sent.
-    if there[0] in _END_HAS_COME:
-        received -= 1
-    elif here[0] in TCP_OWN_END_SHUT and not_sent:
-        not_sent -= 1
-    return int(sent - sent_again + not_sent - received)
+    missing = sent - sent_again + not_sent - arrived_tcp_bytes(receiver)
+    shut = here[0] in TCP_OWN_END_SHUT
+    if shut and tcp_state(receiver).state in _END_HAS_COME:
+        missing += 1  # it is among what has arrived and not among what was sent
+    elif shut and not not_sent:
+        missing += 1  # it was sent, and is not counted there either
+    return int(missing)
 
 
 class _Repair:

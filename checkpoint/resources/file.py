@@ -1,10 +1,12 @@
 """Regular files and directories, by their paths; and files whose path is gone, by their content.
 
 A file is opened again where it was, with its flags and position, if it is still what it was: size
-and time of change (nothing of ours writes it between dump and restore, so any difference is
-somebody else's doing). Files only ever appended to are logs: others may write them, and they may
-be rotated, so they must merely exist. A file without a path (deleted, replaced, O_TMPFILE) travels
-in the image. O_PATH descriptors are names and nothing else.
+and time of change. Nothing of ours writes it between dump and restore, so a difference is somebody
+else's doing. A program that has a file open for writing, without a lock, must cope with others
+writing it too (a log, a history, a database between transactions): the very same file may hold
+something else by then, as it may after a long SIGSTOP. What the process only reads, has locked, or
+finds replaced by another file must be unchanged. A file without a path (deleted, replaced,
+O_TMPFILE) travels in the image. O_PATH descriptors are names and nothing else.
 """
 
 from __future__ import annotations
@@ -45,8 +47,12 @@ class File(Kind):
                 return entry | {"form": "directory"}
             if kernel.file_system_type(opened.fd) in kernel.PSEUDO_FILE_SYSTEMS:
                 return entry | {"form": "pseudo"}
-            facts = {"length_bytes": status.st_size, "modified_ns": status.st_mtime_ns}
-            return entry | {"form": "regular"} | facts
+            return entry | {
+                "form": "regular",
+                "length_bytes": status.st_size,
+                "modified_ns": status.st_mtime_ns,
+                "file": _identity(opened.link, status),
+            }
         if kernel.file_system_type(opened.fd) == kernel.MESSAGE_QUEUES:
             raise opened.refusal(
                 "POSIX message queues cannot be made again",
@@ -98,7 +104,9 @@ class File(Kind):
             )
         if entry["form"] != "regular" or assembly.options.accept_changed_files:
             return
-        if entry["flags"] & os.O_APPEND and entry["flags"] & os.O_ACCMODE == os.O_WRONLY:
+        locked = assembly.once("locked files", lambda: _locked_files(assembly))
+        writes = entry["flags"] & os.O_ACCMODE != os.O_RDONLY
+        if writes and entry["file"] == _identity(path, status) and entry["file"] not in locked:
             return
         then = (entry["length_bytes"], entry["modified_ns"])
         now = (status.st_size, status.st_mtime_ns)
@@ -149,6 +157,15 @@ def _at_position(fd: int, entry: Entry) -> int:
     if entry["position"]:
         os.lseek(fd, entry["position"], os.SEEK_SET)
     return fd
+
+
+def _identity(path: str, status: os.stat_result) -> list[int]:
+    return [status.st_dev, status.st_ino, kernel.birth_ns(path)]
+
+
+def _locked_files(assembly: Assembly) -> list[list[int]]:
+    """The files on which the process holds a lock, through whichever descriptor."""
+    return [entry["file"] for entry in assembly.entries if "file" in entry and entry.get("locks")]
 
 
 def _leads_to(path: str, status: os.stat_result) -> bool:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .survey import Opened, Survey
 
 _FAMILIES = (socket.AF_INET, socket.AF_INET6)
+_TRIES = 100
 _ROOM = 128  # backlog while connections are made again
 
 
@@ -55,12 +56,12 @@ class TcpSocket(Kind):
                 entry["peer_name"] = list(sock.getpeername())
             if facts.state == kernel.TCP_SYN_SENT:
                 return entry | {"form": "connecting", "peer_name": _aimed_at(opened)}
-            entry["messages"] = state.peek(opened, sock)
             entry["reading_shut"] = bool(ready & select.POLLRDHUP)
             entry["failed"] = bool(ready & select.POLLERR)
             if (peer := _find_peer(opened, survey)) is not None:
-                _add_bytes_under_way(entry, opened, peer, sock)
+                entry["messages"] = _peek_with_bytes_under_way(opened, peer, sock)
                 return entry | {"form": "connected", "peer": peer.index}
+            entry["messages"] = state.peek(opened, sock)
             if (listener := _find_waiting_room(entry, opened, survey)) is not None:
                 return entry | {"form": "waiting", "listener": listener}
             return entry | {"form": "gone"}
@@ -168,19 +169,28 @@ def _address_of(text: str) -> tuple[str, int]:
     return socket.inet_ntop(family, raw), int(port, 16)
 
 
-def _add_bytes_under_way(entry: Entry, opened: Opened, peer: Opened, sock: socket.socket) -> None:
-    """Add to our queue what the peer has written and could not deliver yet."""
+def _peek_with_bytes_under_way(
+    opened: Opened, peer: Opened, sock: socket.socket
+) -> list[dict[str, Any]]:
+    """Our queue, and behind it what the peer has written and could not deliver yet.
+
+    The kernel delivers while we look, so both are taken again until nothing arrived in between.
+    """
     with state.borrowed(peer.fd) as sender:
-        try:
-            unsent = kernel.unsent_tcp_bytes(sender, sock)
-        except PermissionError as error:
-            raise opened.refusal(
-                "bytes are under way to it that only root can see",
-                "run lzy as root (CAP_NET_ADMIN), or let the process read first",
-            ) from error
-    if unsent:
-        data = b"".join(state.decode(message["data"]) for message in entry["messages"])
-        entry["messages"] = [{"data": state.encode(data + unsent)}]
+        for _ in range(_TRIES):
+            arrived = kernel.arrived_tcp_bytes(sock)
+            messages = state.peek(opened, sock)
+            try:
+                unsent = kernel.unsent_tcp_bytes(sender, sock)
+            except PermissionError as error:
+                raise opened.refusal(
+                    "bytes are under way to it that only root can see",
+                    "run lzy as root (CAP_NET_ADMIN), or let the process read first",
+                ) from error
+            if kernel.arrived_tcp_bytes(sock) == arrived:
+                data = b"".join(state.decode(message["data"]) for message in messages)
+                return [{"data": state.encode(data + unsent)}] if data or unsent else []
+    raise opened.refusal("bytes do not cease to arrive at it", "dump again a little later")
 
 
 def _find_waiting_room(entry: Entry, opened: Opened, survey: Survey) -> int | None:

@@ -116,7 +116,7 @@ def test_a_changed_file_is_refused_unless_accepted(cycle: Any, tmp_path: Path) -
     path.write_bytes(b"before")
 
     def hold() -> int:
-        return os.open(path, os.O_RDWR)
+        return os.open(path, os.O_RDONLY)
 
     number = cycle.describe(hold)
     before = len(os.listdir("/proc/self/fd"))
@@ -129,20 +129,50 @@ def test_a_changed_file_is_refused_unless_accepted(cycle: Any, tmp_path: Path) -
     assert cycle.restore(lambda: os.read(number, 9), accepted) == b"after!"
 
 
-def test_a_log_that_others_append_to_is_opened_again(cycle: Any, tmp_path: Path) -> None:
-    """A file open only for appending may have grown meanwhile."""
-    path = tmp_path / "log"
+def test_a_file_others_write_too_is_opened_again(cycle: Any, tmp_path: Path) -> None:
+    """A log or a database between transactions may have changed in place, as under SIGSTOP."""
+    log, database = tmp_path / "log", tmp_path / "database"
+
+    def hold() -> list[int]:
+        numbers = [
+            os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT),
+            os.open(database, os.O_RDWR | os.O_CREAT),
+        ]
+        os.write(numbers[0], b"one\n")
+        return numbers
+
+    numbers = cycle.describe(hold)
+    with log.open("ab") as file:
+        file.write(b"two\n")
+    database.write_bytes(b"by another")
+    cycle.restore(lambda: os.write(numbers[0], b"three\n"))
+    assert log.read_bytes() == b"one\ntwo\nthree\n"
+    assert cycle.restore(lambda: os.read(numbers[1], 99)) == b"by another"
+
+
+@pytest.mark.parametrize("way", ["replaced", "locked"])
+def test_a_file_replaced_or_changed_behind_a_lock_is_refused(
+    cycle: Any, tmp_path: Path, way: str
+) -> None:
+    """Another file under the name, or a change behind the back of a transaction."""
+    import fcntl
+
+    path = tmp_path / "database"
+    path.write_bytes(b"before")
 
     def hold() -> int:
-        fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-        os.write(fd, b"one\n")
+        fd = os.open(path, os.O_RDWR)
+        if way == "locked":
+            fcntl.lockf(fd, fcntl.LOCK_EX)
         return fd
 
-    number = cycle.describe(hold)
-    with path.open("ab") as file:
-        file.write(b"two\n")
-    cycle.restore(lambda: os.write(number, b"three\n"))
-    assert path.read_bytes() == b"one\ntwo\nthree\n"
+    cycle.describe(hold)
+    cycle.restore(lambda: None)
+    if way == "replaced":
+        path.unlink()
+    path.write_bytes(b"after!")
+    with pytest.raises(Incompatible, match="changed since the dump"):
+        cycle.restore(lambda: None)
 
 
 def test_a_missing_file_is_refused(cycle: Any, tmp_path: Path) -> None:

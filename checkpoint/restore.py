@@ -18,7 +18,7 @@ import signal
 import time
 from bisect import bisect_left
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import birth, machine, proc, reinstate, resources
 from .content import windows_of
@@ -35,6 +35,9 @@ from .machine import Call
 from .pages import page_runs
 from .stages import reach
 from .tracee import Batch, Thread, Tracee
+
+if TYPE_CHECKING:
+    from .pager import PagerStart
 
 Progress = Callable[[str, int, int], None]
 
@@ -156,6 +159,7 @@ class Restorer:
             self._reinstate_threads(tracee, new_threads, wanted.pid)
             for vma in lazy if left else []:
                 uffd.register(faults, vma["start"], vma["end"] - vma["start"])
+            pager = self._begin_pager(born.pid, faults, number, lazy) if left else None
             reach("restore.registered")
             resources.finish_descriptors(
                 self.document["descriptors"],
@@ -164,10 +168,10 @@ class Restorer:
                 tids={t["tid"]: new.tid for t, new in zip(self.threads, new_threads, strict=True)},
             )
             self._leave(tracee, new_threads)
-            # 7. Our code goes; a pager comes for what is missing; the process runs.
-            pager_pid = self._start_pager(born.pid, faults, number, lazy) if left else None
+            # 7. The process runs, whether its pager is ready or not: a fault waits for it.
             reach("restore.paging")
             self._commit(tracee, new_threads)
+            first_instruction_s = time.monotonic() - self.began
             reach("restore.committed")
         except BaseException:
             if born:
@@ -177,15 +181,22 @@ class Restorer:
             resources.close_descriptors(self.local)
             for descriptor in [*self.objects, *self.files.values()]:
                 os.close(descriptor)
-        elapsed = time.monotonic() - self.began
+        try:
+            pager_pid = pager.wait() if pager else None
+        except LzyError as error:
+            raise LzyError(
+                f"process {born.pid} is restored, but {error.message}",
+                remedy=f"it waits for its memory; run: lzy pager --resume {born.pid}",
+                pid=born.pid,
+            ) from error
         return RestoreReport(
             image=self.image.name,
             pid=born.pid,
             pid_in_namespace=wanted.pid,
             lazy=pager_pid is not None,
             namespace="new" if new_namespace else "host",
-            first_instruction_s=elapsed,
-            total_s=elapsed,
+            first_instruction_s=first_instruction_s,
+            total_s=time.monotonic() - self.began,
             pager_pid=pager_pid,
             notes=self.notes,
         )
@@ -782,8 +793,11 @@ class Restorer:
         uffd.enable(faults)
         return faults, number
 
-    def _start_pager(self, pid: int, faults: int, number: int, lazy: list[dict[str, Any]]) -> int:
-        from .pager import Plan, start_pager
+    def _begin_pager(
+        self, pid: int, faults: int, number: int, lazy: list[dict[str, Any]]
+    ) -> PagerStart:
+        """Start the pager, which gets ready beside us; if we give up, it leaves with the process."""
+        from .pager import Plan, begin_pager
 
         plan = Plan(
             pid=pid,
@@ -795,7 +809,7 @@ class Restorer:
         )
         pidfd = os.pidfd_open(pid)
         try:
-            return start_pager(plan, faults, pidfd, self.image)
+            return begin_pager(plan, faults, pidfd, self.image)
         finally:
             os.close(pidfd)
             os.close(faults)

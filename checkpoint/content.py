@@ -47,23 +47,33 @@ def own_page_ranges(pid: int, vmas: Iterable[Vma]) -> list[tuple[int, int]]:
     found: list[tuple[int, int]] = []
     try:
         for vma in vmas:
-            if not holds_own_pages(vma):
-                continue
-            try:
-                found += memory.scan_pages(
-                    pagemap,
-                    vma.start,
-                    vma.end,
-                    none=memory.PAGE_IS_FILE | memory.PAGE_IS_PFNZERO,
-                    some=memory.PAGE_IS_PRESENT | memory.PAGE_IS_SWAPPED,
-                )
-            except OSError as error:
-                if error.errno not in (errno.ENOTTY, errno.EINVAL):
-                    raise
-                found += memory.read_pagemap(pagemap, vma.start, vma.end)
+            if holds_own_pages(vma):
+                found += _scan_own_pages(pagemap, vma)
     finally:
         os.close(pagemap)
     return found
+
+
+def _scan_own_pages(pagemap: int, vma: Vma) -> list[tuple[int, int]]:
+    """As `own_page_ranges`, for one mapping.
+
+    A guard page (MADV_GUARD_INSTALL) looks like one in swap, yet cannot be read by anybody; kernels
+    tell it apart since 6.15, earlier ones refuse the question with EINVAL.
+    """
+    without = memory.PAGE_IS_FILE | memory.PAGE_IS_PFNZERO
+    for none in (without | memory.PAGE_IS_GUARD, without):
+        try:
+            return memory.scan_pages(
+                pagemap,
+                vma.start,
+                vma.end,
+                none=none,
+                some=memory.PAGE_IS_PRESENT | memory.PAGE_IS_SWAPPED,
+            )
+        except OSError as error:
+            if error.errno not in (errno.ENOTTY, errno.EINVAL):
+                raise
+    return memory.read_pagemap(pagemap, vma.start, vma.end)
 
 
 def behind_file(vma: Vma) -> bool:

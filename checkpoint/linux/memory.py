@@ -56,6 +56,9 @@ PAGE_IS_PFNZERO: Final = 1 << 5
 PAGE_IS_GUARD: Final = 1 << 8
 
 
+_FILE_OR_GUARD: Final = 1 << 61 | 1 << 58  # bits of an entry of /proc/PID/pagemap
+
+
 class _Iovec(ctypes.Structure):
     _fields_ = [("base", ctypes.c_void_p), ("length", ctypes.c_size_t)]
 
@@ -169,15 +172,16 @@ _REGIONS_ADDRESS: Final = ctypes.addressof(_regions)
 def read_pagemap(pagemap: int, start: int, end: int) -> list[tuple[int, int]]:
     """As `scan_pages` for anonymous pages that exist, on kernels without PAGEMAP_SCAN.
 
-    Bit 63 present, 62 swapped, 61 file page or shared anonymous (proc_pid_pagemap(5)); the zero
-    page cannot be told from others, which costs time but loses nothing.
+    Bit 63 present, 62 swapped, 61 file page or shared anonymous, 58 guard page (Linux 6.15;
+    proc_pid_pagemap(5)); the zero page cannot be told from others, which costs time but loses
+    nothing.
     """
     found: list[tuple[int, int]] = []
     while start < end:
         step = min(end - start, PAGE_BYTES << 16)
         entries = os.pread(pagemap, step // PAGE_BYTES * 8, start // PAGE_BYTES * 8)
         for index, (entry,) in enumerate(struct.iter_unpack("<Q", entries)):
-            if entry >> 62 and not entry >> 61 & 1:
+            if entry >> 62 and not entry & _FILE_OR_GUARD:
                 page = start + index * PAGE_BYTES
                 found.append((page, page + PAGE_BYTES))
         start += step

@@ -12,8 +12,9 @@ import fcntl
 import os
 from typing import TYPE_CHECKING, NamedTuple
 
-from .errors import Busy, StoreUnavailable
+from .errors import Busy
 from .packs import pack_file
+from .unavailable import unavailable
 
 if TYPE_CHECKING:
     from .store import Store
@@ -50,9 +51,7 @@ def collect_garbage(store: Store) -> GarbageReport:
         try:
             return _sweep(store, needed)
         except OSError as error:
-            raise StoreUnavailable(
-                f"cannot remove garbage from {store.path}: {error.strerror}"
-            ) from error
+            raise unavailable(f"remove garbage from {store.path}", error) from error
     finally:
         os.close(lock)
 

@@ -33,9 +33,10 @@ _MAGIC = b"LZYIMAGE"
 _FIELDS = struct.Struct("<8sIIII16sQQQQQQQQQQ128s")
 _MAC_BYTES = 32
 HEADER_BYTES = _FIELDS.size + _MAC_BYTES
-_RUN_BYTES = 24
+RUN_BYTES = 24
 CHUNK_RECORD = struct.Struct("<32sIIQII")
 _PACK_RECORD = struct.Struct("<16sQQ")
+PACK_RECORD_BYTES = _PACK_RECORD.size
 
 
 class Header(NamedTuple):
@@ -60,7 +61,7 @@ class Header(NamedTuple):
         """The exact size of the manifest."""
         return (
             HEADER_BYTES
-            + self.run_count * _RUN_BYTES
+            + self.run_count * RUN_BYTES
             + self.chunk_count * CHUNK_RECORD.size
             + self.pack_count * _PACK_RECORD.size
             + self.document_stored_bytes
@@ -177,7 +178,7 @@ class Image:
         ):
             raise Damaged(f"the manifest of image {name} is damaged or forged", image=name)
         start = HEADER_BYTES
-        end = start + header.run_count * _RUN_BYTES
+        end = start + header.run_count * RUN_BYTES
         self.runs = whole[start:end].cast("Q")
         start, end = end, end + header.chunk_count * CHUNK_RECORD.size
         self._chunks = whole[start:end]

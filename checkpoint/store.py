@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from .codec import SUITE_NONE
-from .errors import AccessDenied, Busy, Damaged, LzyError, NotFound, StoreUnavailable
+from .errors import Busy, Damaged, LzyError, NotFound
 from .image import (
     HEADER_BYTES,
     MOST_MANIFEST_BYTES,
@@ -31,12 +31,14 @@ from .image import (
     parse_header,
 )
 from .keys import SECRET_BYTES, StoreKeys, derive_keys
+from .unavailable import unavailable
 
 if TYPE_CHECKING:
     from .garbage import GarbageReport
     from .known import KnownChunks
+    from .pending import Progress
     from .verify import VerifyReport
-    from .writer import ImageWriter, Progress
+    from .writer import ImageWriter
 
 STORE_VERSION = 1
 _FORMAT = "lzy store"
@@ -110,7 +112,7 @@ class Store:
             self.temporary = os.open(path / "tmp", flags)
         except OSError as error:
             self.close()
-            raise _unavailable(f"open store {path}", error) from error
+            raise unavailable(f"open store {path}", error) from error
 
     @classmethod
     def open(cls, path: Path, *, create: bool = False) -> Store:
@@ -128,7 +130,7 @@ class Store:
         except (FileNotFoundError, NotADirectoryError) as error:
             raise NotFound(f"there is no store at {path}", path=str(path)) from error
         except OSError as error:
-            raise _unavailable(f"open store {path}", error) from error
+            raise unavailable(f"open store {path}", error) from error
         identity, check = _parse_config(path, text)
         try:
             with open(path / "secret", "rb") as file:
@@ -136,7 +138,7 @@ class Store:
         except FileNotFoundError as error:
             raise Damaged(f"the secret of store {path} is missing") from error
         except OSError as error:
-            raise _unavailable(f"read the secret of store {path}", error) from error
+            raise unavailable(f"read the secret of store {path}", error) from error
         if len(secret) != SECRET_BYTES:
             raise Damaged(f"the secret of store {path} has a wrong length")
         keys = derive_keys(secret)
@@ -164,7 +166,7 @@ class Store:
         try:
             files = os.listdir(self.manifests)
         except OSError as error:
-            raise _unavailable(f"list the images of {self.path}", error) from error
+            raise unavailable(f"list the images of {self.path}", error) from error
         names = [file.removesuffix(_SUFFIX) for file in files if file.endswith(_SUFFIX)]
         return [name for name in names if _NAME.fullmatch(name)]
 
@@ -221,7 +223,7 @@ class Store:
                 raise
         except OSError as error:
             os.close(descriptor)
-            raise _unavailable(f"read image {name}", error) from error
+            raise unavailable(f"read image {name}", error) from error
         except BaseException:
             os.close(descriptor)
             raise
@@ -241,7 +243,7 @@ class Store:
                 f"image {name} is in use", remedy="wait until the pager that serves it has ended"
             ) from error
         except OSError as error:
-            raise _unavailable(f"remove image {name}", error) from error
+            raise unavailable(f"remove image {name}", error) from error
         finally:
             os.close(descriptor)
 
@@ -264,7 +266,7 @@ class Store:
             )
         except OSError as error:
             _close(lock, reservation)
-            raise _unavailable(f"begin image {name}", error) from error
+            raise unavailable(f"begin image {name}", error) from error
         except BaseException:
             _close(lock, reservation)
             raise
@@ -288,7 +290,7 @@ class Store:
             flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
             return os.open(self.path / "lock", flags, 0o600)
         except OSError as error:
-            raise _unavailable(f"lock store {self.path}", error) from error
+            raise unavailable(f"lock store {self.path}", error) from error
 
     # -- upkeep
 
@@ -317,7 +319,7 @@ class Store:
                 f"there is no image {name} in {self.path}", remedy="see lzy images", image=name
             ) from error
         except OSError as error:
-            raise _unavailable(f"open image {name}", error) from error
+            raise unavailable(f"open image {name}", error) from error
 
     def _reserve(self, name: str) -> int:
         """A locked descriptor of `tmp/NAME.image`: one writer per name, until it ends or dies."""
@@ -343,7 +345,7 @@ class Store:
         try:
             return parse_header(os.pread(descriptor, HEADER_BYTES, 0), self.keys, name=name)
         except OSError as error:
-            raise _unavailable(f"read image {name}", error) from error
+            raise unavailable(f"read image {name}", error) from error
         finally:
             os.close(descriptor)
 
@@ -365,14 +367,6 @@ def _close(*descriptors: int) -> None:
     for descriptor in descriptors:
         if descriptor >= 0:
             os.close(descriptor)
-
-
-def _unavailable(doing: str, error: OSError) -> LzyError:
-    if isinstance(error, PermissionError):
-        return AccessDenied(
-            f"cannot {doing}: {error.strerror}", remedy="it belongs to another user"
-        )
-    return StoreUnavailable(f"cannot {doing}: {error.strerror}", errno=error.errno)
 
 
 def _parse_config(path: Path, text: bytes) -> tuple[bytes, bytes]:

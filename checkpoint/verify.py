@@ -12,7 +12,7 @@ from .linux import PAGE_BYTES
 
 if TYPE_CHECKING:
     from .image import Image
-    from .writer import Progress
+    from .pending import Progress
 
 
 class VerifyReport(NamedTuple):

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from lzy.checkpoint.dump import dump
 from lzy.checkpoint.image import Image
 from lzy.checkpoint.restore import restore

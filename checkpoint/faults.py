@@ -35,6 +35,7 @@ from .windows import ChunkSource, Windows
 
 _PAGE_MASK = -PAGE_BYTES
 _BATCH_BYTES = 16 * MESSAGE_BYTES
+_SPARE_RECORDS = 128  # kept free in the journal for records of our own
 _FIRST_RETRY_S = 0.05
 _LAST_RETRY_S = 5.0
 _LOOK_AROUND_S = 0.1  # how often a busy pager looks for the end of process and keeper
@@ -140,14 +141,6 @@ class FaultServer:
         """The userfaultfds served."""
         return [context.uffd.fd for context in self._contexts.values()]
 
-    def drop_children(self) -> int:
-        """Forget contexts of forked children, whose descriptors we do not hold; their number."""
-        children = [token for token in self._contexts if token != MAIN]
-        for token in children:
-            self._journal.append(GONE, token)
-            del self._contexts[token]
-        return len(children)
-
     def _compact(self) -> None:
         records: list[Record] = []
         if MAIN not in self._contexts:
@@ -160,7 +153,8 @@ class FaultServer:
         records.append((SOURCE, MAIN, 0, 0))
         self._journal.rewrite(records)
 
-    def _apply(self, context: Context, event: Record) -> None:
+    def _apply(self, context: Context, event: Record) -> Context | None:
+        """Follow what the process did; the context of its child if it forked."""
         kind, a, b, c = event
         if kind in (kernel.EVENT_REMOVE, kernel.EVENT_UNMAP):
             context.missing.forget(a, b)
@@ -170,14 +164,16 @@ class FaultServer:
         elif kind == kernel.EVENT_FORK:
             fd = a & 0xFFFFFFFF
             self._poll = None
-            self._contexts[fd] = Context(fd, fd, context.missing.copy())
+            self._contexts[fd] = child = Context(fd, fd, context.missing.copy())
+            return child
         else:
             self._log(f"the kernel sent an event of unknown kind {kind:#x}")
+        return None
 
     def _attend(self, context: Context) -> bool:
         """Read what the kernel has to say; events are applied, faults noted. Whether it did."""
         journal = self._journal
-        if journal.room_bytes < _BATCH_BYTES + 8 * MESSAGE_BYTES:
+        if journal.room_bytes < _BATCH_BYTES + _SPARE_RECORDS * MESSAGE_BYTES:
             self._compact()
         if journal.source != context.token:
             journal.name_source(context.token)
@@ -188,7 +184,9 @@ class FaultServer:
         events: list[Record] = []
         journal.take(length, faults, events)
         for event in events:
-            self._apply(context, event)
+            child = self._apply(context, event)
+            if child is not None:
+                child.uffd.make_pollable()
         for address in faults:
             self._asked.append((context, address & _PAGE_MASK))
         self._faults += len(faults)
@@ -201,6 +199,7 @@ class FaultServer:
         if self._windows is None:
             self._reopen()
         for context in self._contexts.values():
+            context.uffd.make_pollable()
             context.uffd.wake_all()
         look_at = linger_until = 0.0
         clock = time.monotonic
@@ -331,9 +330,14 @@ class FaultServer:
             self._reopen()
         windows = self._windows
         assert windows is not None
-        for context in self._contexts.values():
+        # Forked children first, the youngest before all: until they are whole, their memory
+        # hangs on pager and keeper alone.
+        for context in reversed(self._contexts.values()):
             if context.missing:
                 break
+            if context.token != MAIN:
+                self._drop(context)
+                return
         else:
             for context in list(self._contexts.values()):
                 self._let_go(context)
@@ -487,7 +491,7 @@ class FaultServer:
         if kernel.same_description(self._pid, self._number, self._uffd):
             try:
                 result = self._close_descriptor(self._pid, self._number)
-                if result < 0:
+                if result < 0 and result != -errno.EBADF:  # else it called execve meanwhile
                     raise OSError(-result, os.strerror(-result))
             except Exception as error:  # whatever it is, the process has all its memory
                 if self._process_ended():

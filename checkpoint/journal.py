@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 
 from .errors import Busy, Damaged, NotFound
 from .linux import PAGE_BYTES
-from .linux.uffd import EVENT_PAGEFAULT, MESSAGE_BYTES
+from .linux.uffd import EVENT_FORK, EVENT_PAGEFAULT, MESSAGE_BYTES
 
 Record = tuple[int, int, int, int]
 
@@ -231,6 +231,22 @@ class Journal:
                 yield kind, words[at + 1], words[at + 2], words[at + 3]
             at += _WORDS
         self._tail = at
+
+    def forget_children(self) -> int:
+        """Note that nobody holds the contexts of forked children any more; their number."""
+        children: set[int] = set()
+        for kind, a, _, _ in self.replay():
+            if kind == CONTEXT:
+                children.add(a)
+            elif kind == EVENT_FORK:
+                children.add(a & 0xFFFFFFFF)
+            elif kind == GONE:
+                children.discard(a)
+        for child in children:
+            if self.room_bytes < 2 * MESSAGE_BYTES:
+                raise Busy(f"journal {self.path} has no room for what became of forked children")
+            self.append(GONE, child)
+        return len(children)
 
     def rewrite(self, records: list[Record]) -> None:
         """Begin a new area with these records (a snapshot) in place of all that was."""

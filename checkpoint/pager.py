@@ -162,7 +162,7 @@ def begin_pager(
     }
     journal = Journal.create(journal_path(run_directory(), plan.pid), facts, missing)
     try:
-        return _launch(journal, uffd, pidfd, image, open_image, close_descriptor, resumed=False)
+        return _launch(journal, uffd, pidfd, image, open_image, close_descriptor)
     finally:
         journal.close()
 
@@ -239,11 +239,12 @@ def _resume(
         if uffd < 0:
             _clean(path)
             return None
+        lost = journal.forget_children()
         # The image may be away for now: the pager itself then goes on trying to open it.
         with contextlib.suppress(LzyError, OSError):
             image = (open_image or _open_image)(facts["store"], facts["image"])
         return _launch(
-            journal, uffd, pidfd, image, open_image, close_descriptor, resumed=True
+            journal, uffd, pidfd, image, open_image, close_descriptor, lost_children=lost
         ).wait()
     finally:
         for fd in (pidfd, uffd):
@@ -319,6 +320,8 @@ def _close_descriptor(pid: int, number: int) -> int:
 
             if proc.stat(pid)[2] in "ZX":
                 raise NotFound(f"process {pid} ended", pid=pid)
+            if not is_userfaultfd(number, pid):
+                os._exit(errno.EBADF)
             status = -close_descriptor(pid, number) & 0xFF
         except NotFound:
             status = errno.ESRCH
@@ -358,11 +361,13 @@ def _launch(
     open_image: OpenImage | None,
     close_descriptor: CloseDescriptor | None,
     *,
-    resumed: bool,
+    lost_children: int | None = None,
 ) -> PagerStart:
     """Fork the keeper, which forks the pager."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
-    log = os.open(log_path(journal.path), flags | (0 if resumed else os.O_TRUNC), 0o600)
+    if lost_children is None:  # not resumed
+        flags |= os.O_TRUNC
+    log = os.open(log_path(journal.path), flags, 0o600)
     try:
         seat = _Seat(
             journal.fd,
@@ -373,11 +378,16 @@ def _launch(
             open_image or _open_image,
             close_descriptor or _close_descriptor,
         )
+        if lost_children:
+            seat.write_log(
+                f"{lost_children} forked children are lost: pager and keeper were both killed; what"
+                " the children lacked reads as zeros"
+            )
         reading, writing = os.pipe()
         try:
             child = os.fork()
             if child == 0:
-                _detach(seat, image, writing, resumed=resumed)
+                _detach(seat, image, writing)
         except BaseException:
             os.close(reading)
             raise
@@ -388,7 +398,7 @@ def _launch(
     return PagerStart(child, reading, journal)
 
 
-def _detach(seat: _Seat, image: ChunkSource | None, ready: int, *, resumed: bool) -> NoReturn:
+def _detach(seat: _Seat, image: ChunkSource | None, ready: int) -> NoReturn:
     """In the forked child: leave session, folder, descriptors and signals of who started us."""
     try:
         # Objects of the process we were may own descriptors that are closed now, and would close
@@ -411,7 +421,7 @@ def _detach(seat: _Seat, image: ChunkSource | None, ready: int, *, resumed: bool
         elif image_descriptors is not None:
             keep += image_descriptors()
         close_all_but(keep)
-        _keep(seat, image, ready=ready, resumed=resumed)
+        _keep(seat, image, ready=ready)
     except BaseException as error:
         _say_why(seat, "the keeper failed", error)
     finally:
@@ -439,7 +449,6 @@ def _keep(
     *,
     pager: int = -1,
     ready: int = -1,
-    resumed: bool = False,
 ) -> NoReturn:
     """The keeper: start a pager (or wait for `pager`, a pidfd), and another whenever it dies."""
     set_name("lzy-keeper")
@@ -452,12 +461,12 @@ def _keep(
         began = time.monotonic()
         pid = fork_sharing_descriptors()
         if pid == 0:
-            _page(seat, image, own, ready, fresh=fresh, resumed=resumed)
+            _page(seat, image, own, ready, fresh=fresh)
         status = os.waitpid(pid, 0)[1]
         if read_phase(seat.journal) == FINISHED:
             break
         seat.write_log(f"pager {pid} ended with wait status {status:#x}; starting another")
-        fresh = resumed = False
+        fresh = False
         pause_s = 0.0 if time.monotonic() - began > 1 else min(2 * pause_s + 0.01, _LAST_RESPAWN_S)
         time.sleep(pause_s)
     os._exit(0)
@@ -470,7 +479,6 @@ def _page(
     ready: int,
     *,
     fresh: bool,
-    resumed: bool,
 ) -> NoReturn:
     """The pager; `keeper` is the keeper's pidfd. `fresh`: the first one in this table."""
     try:
@@ -504,11 +512,6 @@ def _page(
             log=seat.write_log,
             look_around=look_around,
         )
-        if resumed and (lost := server.drop_children()):
-            seat.write_log(
-                f"{lost} forked children are lost: pager and keeper were both killed, and their"
-                " memory with them; what of it was missing reads as zeros"
-            )
         if not fresh:
             # What the dead pager had opened (packs) is of no use to us; its userfaultfds are.
             ours = (0, 1, 2, seat.journal, seat.uffd, seat.pidfd, seat.log, keeper, own)

@@ -111,10 +111,10 @@ def same_description(pid: int, number: int, fd: int) -> bool:
         return False
 
 
-def is_userfaultfd(fd: int) -> bool:
-    """Whether our descriptor `fd` is a userfaultfd."""
+def is_userfaultfd(fd: int, pid: int | None = None) -> bool:
+    """Whether descriptor `fd` of process `pid` (ours by default) is a userfaultfd."""
     try:
-        return os.readlink(f"/proc/self/fd/{fd}") == "anon_inode:[userfaultfd]"
+        return os.readlink(f"/proc/{pid or 'self'}/fd/{fd}") == "anon_inode:[userfaultfd]"
     except OSError:
         return False
 
@@ -141,9 +141,12 @@ class Userfaultfd:
         buffer = (ctypes.c_int64 * 5)()
         self._argument = memoryview(buffer).cast("B").cast("q")
         self._argument_address = ctypes.addressof(buffer)
-        flags = fcntl.fcntl(fd, fcntl.F_GETFL)
-        if not flags & os.O_NONBLOCK:  # a blocking one cannot be polled (POLLERR)
-            fcntl.fcntl(fd, fcntl.F_SETFL, flags | os.O_NONBLOCK)
+
+    def make_pollable(self) -> None:
+        """Make it O_NONBLOCK: poll(2) answers POLLERR for any other userfaultfd."""
+        flags = fcntl.fcntl(self.fd, fcntl.F_GETFL)
+        if not flags & os.O_NONBLOCK:
+            fcntl.fcntl(self.fd, fcntl.F_SETFL, flags | os.O_NONBLOCK)
 
     def read(self, into_address: int, length_bytes: int) -> int:
         """Take messages to memory at `into_address`; their length in bytes, 0 when there is none.

@@ -681,6 +681,36 @@ def test_forked_children_end_as_they_like(paged: MakePaged) -> None:
     process.expect_pager_gone()
 
 
+def test_lost_children_do_not_keep_the_process_waiting(paged: MakePaged) -> None:
+    """Pager and keeper die while forked children lack memory: the process itself goes on, whole."""
+
+    def script(memory: Memory, channel: Channel) -> None:
+        reading, writing = os.pipe()
+        children = [pid for _ in range(3) if (pid := os.fork())]
+        if len(children) < 3:
+            os.close(writing)
+            os.read(reading, 1)
+            os._exit(0)
+        channel.say(b"forked")
+        channel.hear()
+        memory.check_all(memory.shuffled())
+        os.close(writing)
+        for pid in children:
+            os.waitpid(pid, 0)
+
+    process = paged(script)
+    process.away(True)
+    process.page()
+    assert process.channel.hear() == b"forked"
+    process.kill("both")
+    assert "lost" in log_path(process.journal).read_text()
+    process.kill("pager")
+    process.away(False)
+    process.channel.say()
+    process.expect_done()
+    process.expect_pager_gone()
+
+
 def test_a_forked_child_outlives_the_process(paged: MakePaged) -> None:
     """The process forks and ends, as daemons do: its child still gets its memory."""
 

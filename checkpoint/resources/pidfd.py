@@ -30,6 +30,8 @@ class ProcessDescriptor(Kind):
         return {"form": "other", "target": target, "started": _start(target)}
 
     def make(self, index: int, entry: Entry, assembly: Assembly) -> int:
+        if entry["form"] == "own":
+            return os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)  # until there is the process
         if entry["form"] == "other" and _start(entry["target"]) == entry["started"]:
             with contextlib.suppress(ProcessLookupError):
                 return os.pidfd_open(entry["target"])

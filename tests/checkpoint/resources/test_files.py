@@ -293,3 +293,14 @@ def test_file_of_the_deleted_with_another_name_is_refused_when_written(
 
     with pytest.raises(Unsupported, match="another"):
         cycle.describe(hold)
+
+
+def test_a_path_that_is_no_text_is_found_again(cycle: Any, tmp_path: Path) -> None:
+    """Names are bytes: blanks, newlines and bytes that are no UTF-8 survive."""
+    path = os.fsencode(tmp_path) + b"/a b\n\xff (deleted)"
+
+    def hold() -> int:
+        return os.open(path, os.O_RDWR | os.O_CREAT)
+
+    found = cycle(hold, lambda number: os.readlink(os.fsencode(f"/proc/self/fd/{number}")))
+    assert found == path

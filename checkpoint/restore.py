@@ -81,16 +81,19 @@ def restore(
     stdin: str | None = None,
     stdout: str | None = None,
     stderr: str | None = None,
+    accept_changed_files: bool = False,
     progress: Progress | None = None,
 ) -> RestoreReport:
     """Make the process of `image` again and let it run, detached.
 
-    `pid_namespace` is host (its old pid here), new (a namespace of its own) or auto. Raises
+    `pid_namespace` is host (its old pid here), new (a namespace of its own) or auto. A mapped or
+    open file that changed is refused unless `accept_changed_files`. Raises
     Incompatible, Busy (pid taken), Damaged, KernelError; no process is left behind then.
     """
-    return Restorer(image, eager, progress).restore(
-        pid_namespace, resources.RestoreOptions(stdin=stdin, stdout=stdout, stderr=stderr)
+    options = resources.RestoreOptions(
+        stdin=stdin, stdout=stdout, stderr=stderr, accept_changed_files=accept_changed_files
     )
+    return Restorer(image, eager, progress).restore(pid_namespace, options)
 
 
 class Restorer:
@@ -129,7 +132,7 @@ class Restorer:
             check_host(self.document["host"], self.image.name)
             wanted = self._wanted()
             new_namespace = self._choose_namespace(pid_namespace, wanted)
-            self._open_files()
+            self._open_files(options.accept_changed_files)
             # 2. Contents of unnamed files, then the descriptors, all in this process.
             self._make_objects()
             self.local = resources.make_descriptors(
@@ -262,7 +265,7 @@ class Restorer:
             window += size
         return bytes(found)
 
-    def _open_files(self) -> None:
+    def _open_files(self, accept_changed: bool) -> None:
         """Open every mapped file and the executable; raises Incompatible when one has changed."""
         for vma in self.vmas:
             if vma["kind"] != "file":
@@ -281,7 +284,7 @@ class Restorer:
                     path=path,
                 ) from error
             self.files[key] = descriptor
-            if expected := vma.get("file"):
+            if (expected := vma.get("file")) and not accept_changed:
                 self._compare_file(path, descriptor, expected)
         path = self.own["exe"]
         if not self.own["exe_object"] and (path, False) not in self.files:
@@ -317,7 +320,7 @@ class Restorer:
             raise Incompatible(
                 f"{path} has changed since image {self.image.name} was taken "
                 f"({expected['size_bytes']} bytes then, {status.st_size} now)",
-                remedy="put the old file back",
+                remedy="put the old file back, or say --accept-changed-files",
                 path=path,
             )
 
@@ -796,7 +799,7 @@ class Restorer:
     def _begin_pager(
         self, pid: int, faults: int, number: int, lazy: list[dict[str, Any]]
     ) -> PagerStart:
-        """Start the pager, which gets ready beside us; if we give up, it leaves with the process."""
+        """Start the pager, which gets ready beside us; should we give up, it leaves too."""
         from .pager import Plan, begin_pager
 
         plan = Plan(

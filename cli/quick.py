@@ -12,7 +12,11 @@ from typing import TypedDict
 
 from .restoring import PID_NAMESPACES
 
-FLAGS = {"--eager": "eager", "--json": "as_json"}
+FLAGS = {
+    "--eager": "eager",
+    "--accept-changed-files": "accept_changed_files",
+    "--json": "as_json",
+}
 VALUES = {
     "--store": "store",
     "--pid-namespace": "pid_namespace",
@@ -32,6 +36,7 @@ class RestoreArguments(TypedDict):
     stdin: str | None
     stdout: str | None
     stderr: str | None
+    accept_changed_files: bool
     as_json: bool
 
 
@@ -63,6 +68,7 @@ def parse_restore(arguments: Sequence[str]) -> RestoreArguments | None:
         stdin=None,
         stdout=None,
         stderr=None,
+        accept_changed_files=False,
         as_json=False,
     )
     parsed.update(found)  # type: ignore[typeddict-item]  # the tables above name its keys

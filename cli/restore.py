@@ -30,6 +30,11 @@ from .restoring import PID_NAMESPACES, restore_image
 @click.option("--stdin", metavar="FILE", type=click.Path(), help="Read standard input from FILE.")
 @click.option("--stdout", metavar="FILE", type=click.Path(), help="Write standard output to FILE.")
 @click.option("--stderr", metavar="FILE", type=click.Path(), help="Write standard error to FILE.")
+@click.option(
+    "--accept-changed-files",
+    is_flag=True,
+    help="Go on though a file is not what it was when the image was taken.",
+)
 @json_option
 def restore(
     image: str | None,
@@ -39,6 +44,7 @@ def restore(
     stdin: str | None,
     stdout: str | None,
     stderr: str | None,
+    accept_changed_files: bool,
     as_json: bool,
 ) -> None:
     """Make the process in IMAGE (the latest without it) again; return when it runs, detached.
@@ -47,4 +53,14 @@ def restore(
     pager that leaves when the last page is in, or at once with --eager. A standard descriptor
     that was a terminal is the caller's terminal, or /dev/null where there is none.
     """
-    restore_image(image, store, eager, pid_namespace, stdin, stdout, stderr, as_json)
+    restore_image(
+        image,
+        store,
+        eager,
+        pid_namespace,
+        stdin,
+        stdout,
+        stderr,
+        accept_changed_files,
+        as_json,
+    )

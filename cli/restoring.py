@@ -23,6 +23,7 @@ def restore_image(
     stdin: str | None = None,
     stdout: str | None = None,
     stderr: str | None = None,
+    accept_changed_files: bool = False,
     as_json: bool = False,
 ) -> None:
     """Restore `image` (None: the latest) and tell how it went; the arguments are the options'."""
@@ -37,6 +38,7 @@ def restore_image(
                 stdin=stdin,
                 stdout=stdout,
                 stderr=stderr,
+                accept_changed_files=accept_changed_files,
                 progress=update,
             )
     except KeyboardInterrupt:

@@ -262,14 +262,16 @@ class Paged:
         else:
             mark.unlink()
 
-    def kill(self, who: str) -> None:
+    def kill(self, who: str, *, resume: bool = True) -> None:
         """kill -9 the `pager`, its `keeper`, or `both`, and wait until they are dead.
 
         After both, take over.
         """
+        if who == "none":
+            return
         pager, keeper = self.lzy_pids()
         # The pager first: a keeper that dies first could be replaced before its pager is killed.
-        victims = {"none": [], "pager": [pager], "keeper": [keeper], "both": [keeper, pager]}[who]
+        victims = {"pager": [pager], "keeper": [keeper], "both": [keeper, pager]}[who]
         ends = []
         for pid in victims:
             with contextlib.suppress(ProcessLookupError):
@@ -281,7 +283,7 @@ class Paged:
         for end in ends:
             assert select.select([end], [], [], PATIENCE_S)[0]
             os.close(end)
-        if who == "both":
+        if who == "both" and resume:
             resumed = resume_pager(self.pid, open_image=open_file_image)
             assert list(resumed) == [self.pid]
 
@@ -878,4 +880,27 @@ def test_the_journal_stays_small(paged: MakePaged, victim: str) -> None:
     process.kill(victim)
     process.away(False)
     process.channel.say()
+    process.expect_done()
+
+
+@pytest.mark.parametrize("victim", ["none", "keeper", "pager"])
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_a_change_of_layout_waits_for_a_pager(
+    paged: MakePaged, change: Callable[[Memory], Callable[[], None]], victim: str
+) -> None:
+    """Nobody serves while the process changes its layout: it waits, and then all is right."""
+
+    def script(memory: Memory, channel: Channel) -> None:
+        channel.hear()
+        change(memory)()
+
+    process = paged(script)
+    process.away(True)
+    process.page()
+    process.kill("both", resume=False)
+    process.away(False)
+    process.channel.say()
+    assert process.channel.silent(0.02)
+    resume_pager(process.pid, open_image=open_file_image)
+    process.kill(victim)
     process.expect_done()

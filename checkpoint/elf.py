@@ -18,16 +18,21 @@ def build_id(descriptor: int) -> str | None:
     entry_bytes, count = struct.unpack_from("<HH", header, 54)
     if entry_bytes < 56 or count > 128:
         return None
-    entries = os.pread(descriptor, entry_bytes * count, table)
+    entries = _read(descriptor, entry_bytes * count, table)
     for start in range(0, len(entries) - 55, entry_bytes):
         kind, _, offset, _, _, length = struct.unpack_from("<IIQQQQ", entries, start)
         if (
             kind == PT_NOTE
             and length <= 65536
-            and (found := _find_note(os.pread(descriptor, length, offset)))
+            and (found := _find_note(_read(descriptor, length, offset)))
         ):
             return found
     return None
+
+
+def _read(descriptor: int, length_bytes: int, offset: int) -> bytes:
+    """Bytes of the file; none from an offset, itself read from the file, that no file can have."""
+    return os.pread(descriptor, length_bytes, offset) if offset + length_bytes < 1 << 63 else b""
 
 
 def _find_note(notes: bytes) -> str | None:

@@ -34,6 +34,7 @@ from .errors import Busy, KernelError, LzyError, NotFound, StoreUnavailable, Uns
 from .host import describe_host
 from .interrupts import Deferred
 from .linux import process, ptrace
+from .linux.uffd import is_userfaultfd
 from .machine import Call
 from .mapped import Mappings, refuse_mappings
 from .proc import Vma
@@ -48,6 +49,8 @@ if TYPE_CHECKING:
 Progress = Callable[[str, int, int], None]
 
 DOCUMENT_FORMAT = 1
+PAGER_NAME = "lzy-pager"  # as `pager` calls itself
+_PAGER_LEAVES_S = 2.0  # after the last page: the close it injects, and its detaching
 SNAPSHOT_OBJECT_LIMIT_BYTES = 32 << 20  # shared memory up to here is copied while frozen
 
 
@@ -250,7 +253,7 @@ def refuse_unfit(pid: int) -> None:
         raise NotFound(f"process {pid} has ended (a zombie is left of it)", pid=pid)
     if not proc.read_bytes(pid, "cmdline") and "VmSize" not in status:
         raise Unsupported(f"pid {pid} is a kernel thread", remedy="choose a program", pid=pid)
-    if int(status["TracerPid"]):
+    if int(status["TracerPid"]) and not _is_pager(int(status["TracerPid"])):
         raise Unsupported(
             f"pid {pid} is being traced by pid {status['TracerPid']}",
             remedy="end the debugger or tracer and try again",
@@ -299,18 +302,26 @@ def refuse_children(pid: int) -> None:
 def wait_for_pager(pid: int, progress: Progress | None) -> tuple[bytes, list[Vma]]:
     """Wait until memory that a lazy restore still brings in is all there; the mappings then.
 
-    Both /proc/PID/maps as it is and the mappings with their flags, the first read first: should it
-    read the same later, the second still hold. Raises Busy if nothing arrives: the pager died.
+    Both /proc/PID/maps as it is and the mappings with their flags: should the first read the same
+    later, the second still hold. The first is empty where they disagree, so that it never does: a
+    leaving pager, say, maps a page for its last call inside the process just between the two.
+    Raises Busy if nothing arrives: the pager died.
     """
     last, moved_at = -1, time.monotonic()
+    leaves_until = moved_at + _PAGER_LEAVES_S
     while True:
         places = proc.read_bytes(pid, "maps")
         vmas = proc.mappings(pid)
         missing = sum(vma.length for vma in vmas if "um" in vma.flags)
+        if not missing and time.monotonic() < leaves_until and _pager_is_leaving(pid):
+            time.sleep(0.005)
+            continue
         if not missing:
-            return places, vmas
+            agree = [vma[:4] for vma in proc.parse_mappings(places)] == [vma[:4] for vma in vmas]
+            return places if agree else b"", vmas
         present = int(proc.status(pid).get("RssAnon", "0").split()[0])
         now = time.monotonic()
+        leaves_until = now + _PAGER_LEAVES_S
         if present != last:
             last, moved_at = present, now
         elif now - moved_at > 10:
@@ -322,6 +333,28 @@ def wait_for_pager(pid: int, progress: Progress | None) -> tuple[bytes, list[Vma
         if progress:
             progress("waiting for the pager", present << 10, missing)
         time.sleep(0.02)
+
+
+def _pager_is_leaving(pid: int) -> bool:
+    """Whether the pager has yet to close its descriptor in the process, or to let go of it.
+
+    A userfaultfd of the program's own looks the same: it is refused by name a little later.
+    """
+    if _is_pager(int(proc.status(pid)["TracerPid"])):
+        return True
+    try:
+        numbers = os.listdir(f"/proc/{pid}/fd")
+    except OSError:
+        return False
+    return any(is_userfaultfd(int(number), pid) for number in numbers)
+
+
+def _is_pager(tracer: int) -> bool:
+    """Whether the process `tracer` (0: none) is an lzy pager, in the midst of its last call."""
+    try:
+        return bool(tracer) and proc.stat(tracer)[1] == PAGER_NAME
+    except NotFound:  # it has let go since
+        return True
 
 
 def _why_no_snapshot(vmas: list[Vma]) -> str:

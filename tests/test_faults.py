@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
 DUMP_STAGES = [stage for stage in STAGES if stage.startswith("dump.")]
 RESTORE_STAGES = [stage for stage in STAGES if stage.startswith("restore.")]
-PAGER_STAGES = [stage for stage in STAGES if stage.startswith("pager.")]
 KILLED = -signal.SIGKILL
+WAYS = [("--eager",), ()]
 
 
 def names_of_images(lzy: CommandLine) -> list[str]:
@@ -146,8 +146,27 @@ def test_dump_killed_at_any_moment(
     assert names_of_images(lzy)
 
 
-@pytest.mark.parametrize("way", [("--eager",), ()], ids=["eager", "lazy"])
-@pytest.mark.parametrize("stage", RESTORE_STAGES)
+def test_interrupted_dump_leaves_the_process(start: Start, lzy: CommandLine) -> None:
+    """Ctrl-C and SIGTERM at any moment end lzy; the process runs on, or is whole in the image."""
+    program = start("memory_pattern", "16").await_ready()
+    for number in range(8):
+        where = ("--store", str(lzy.store), "--name", f"image{number}")
+        process = lzy.start("dump", str(program.pid), *where, "--leave-running")
+        pidfd = os.pidfd_open(process.pid)
+        wait_readable([pidfd], 0.05 + 0.04 * number)
+        os.close(pidfd)
+        process.send_signal(signal.SIGTERM if number % 2 else signal.SIGINT)
+        _, errors = process.communicate(timeout=PATIENCE_S)
+        assert b"Traceback" not in errors, errors.decode()
+        assert program.ask("ping") == "pong"
+    prove_untouched(program, program.pid)
+
+
+@pytest.mark.parametrize(
+    ("stage", "way"),
+    [(stage, way) for stage in RESTORE_STAGES for way in WAYS],
+    ids=lambda value: value if isinstance(value, str) else {(): "lazy"}.get(value, "eager"),
+)
 def test_restore_killed_at_each_stage(
     start: Start, lzy: CommandLine, stage: str, way: tuple[str, ...]
 ) -> None:
@@ -160,8 +179,6 @@ def test_restore_killed_at_each_stage(
     lzy.dump(program)
     where = ("image", "--store", str(lzy.store), *way)
     done = lzy.run("restore", *where, kill_at=stage)
-    if way == ("--eager",) and done.returncode == 0:
-        pytest.skip(f"an eager restore does not pass {stage}")
     assert done.returncode == KILLED
     if stage in ("restore.committing", "restore.committed") and lives(program, pid):
         program.prove()
@@ -267,20 +284,6 @@ def read_command(pid: int) -> bytes:
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/cmdline").read_bytes()
     return b""
-
-
-@pytest.mark.parametrize("stage", PAGER_STAGES)
-def test_pager_killed_at_each_stage(start: Start, lzy: CommandLine, stage: str) -> None:
-    """Killed at a stage of its own, the pager is replaced by its keeper, or by --resume."""
-    program = start("memory_pattern", "16").await_ready()
-    lzy.dump(program)
-    where = ("restore", "image", "--store", str(lzy.store), "--json")
-    done = lzy.run(*where, kill_at=stage)
-    program.adopt(json.loads(done.stdout)["pid"])
-    program.say("prove")
-    lzy.run("pager", "--resume", str(program.pid))
-    proof = json.loads(program.hear(60))
-    assert all(value is True for value in proof.values()), proof
 
 
 def test_program_killed_while_paged(start: Start, lzy: CommandLine) -> None:

@@ -103,13 +103,16 @@ def test_restored_program_proves_its_state(
     assert program.ask("ping") == "pong"
 
 
-@quick_programs
+# What these two change in files and take in names outlasts their first life, by their nature.
+@pytest.mark.parametrize(
+    "case",
+    [case for case in QUICK if case.name not in ("sqlite_transaction", "sockets")],
+    ids=lambda case: case.id,
+)
 def test_checkpointed_program_runs_on_and_its_image_is_whole(
     start: Start, lzy: CommandLine, case: Case
 ) -> None:
     """Left running, the program proves its state; so does, later, what is in the image."""
-    if case.name in ("sqlite_transaction", "sockets"):
-        pytest.skip("what it changes in files and takes in names outlasts it, by its nature")
     program = start(case.name, *case.arguments).await_ready()
     lzy.dump(program, "image", "--leave-running")
     if case.name in ("mapped_files", "descriptors"):
@@ -359,8 +362,13 @@ def test_kernel_answers_the_same_client(
         child.wait(timeout=PATIENCE_S)
         report = lzy.succeed("restore", "kernel", "--store", str(lzy.store), *way)
         pidfds.append(os.pidfd_open(report["pid"]))
+        # What is published goes nowhere until the client has subscribed anew, as after any loss of
+        # the network; a message that comes through tells that it has.
+        deadline = time.monotonic() + PATIENCE_S
+        while run("print('heard')") != "heard\n":
+            assert time.monotonic() < deadline
         assert run("print(next(g), next(g), x.sum())") == "4 9 499999500000.0\n"
-        assert run("!echo from a child") == "from a child\n" or True
+        assert "from a child" in run("!echo from a child")
         # The kernel looks every second whether its parent is still there.
         assert not wait_readable([pidfds[-1]], 2.5), (tmp_path / "kernel.log").read_text()
         assert run("y = x[::-1].copy(); print(y[0])") == "999999.0\n"

@@ -55,8 +55,9 @@ FLAGS_IGNORED = {"sd", "um", "uw", "ui", "ac"}
 LINKS = ("exe", "cwd", "root", "ns/mnt", "ns/net", "ns/uts", "ns/ipc", "ns/user", "ns/cgroup",
          "ns/pid_for_children")  # fmt: skip
 
-#: Of no meaning to 64-bit programs; openat(2) sets it, some other ways to a descriptor do not.
-O_LARGEFILE = 0o100000
+#: O_LARGEFILE is nothing to 64-bit programs, and openat(2) alone sets it. O_NOFOLLOW, O_DIRECTORY
+#: and O_TMPFILE mattered at the opening only; a file without a name cannot be opened so again.
+FLAGS_OF_OPENING = 0o100000 | os.O_NOFOLLOW | os.O_TMPFILE
 RESTART_SYSCALL = "219"
 
 libc = ctypes.CDLL(None, use_errno=True)
@@ -150,9 +151,11 @@ def read_descriptors(pid: int) -> Facts:
                 continue
             line = re.sub(r"\b(ino|sdev):[0-9a-f]+", r"\1:*", line)  # likewise, of what is watched
             if line.startswith("flags:"):
-                line = f"flags:\t{int(line.split()[1], 8) & ~O_LARGEFILE:o}"
+                line = f"flags:\t{int(line.split()[1], 8) & ~FLAGS_OF_OPENING:o}"
             line = re.sub(r"^it_value: .*", "it_value: *", line)  # time passes
             lines.append(re.sub(r"^ticks: .*", "ticks: *", line))
+        # What an epoll instance watches comes in the order of the kernel's addresses.
+        lines.sort(key=lambda line: line.split()[1] if line.startswith("tfd:") else "")
         facts[f"fdinfo/{number}"] = "\n".join(lines)
     return facts
 

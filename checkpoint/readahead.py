@@ -148,6 +148,7 @@ class Readahead:
         try:
             die_with_parent(parent)
             set_name("lzy-reader")
+            os.nice(5)  # whoever waits for a page comes first
             for fd in private:
                 os.close(fd)
             words, slots, done_fd, jobs_fd = self._words, self._slots, self.done_fd, self._jobs_fd

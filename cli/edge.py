@@ -28,6 +28,7 @@ def run(arguments: list[str] | None = None) -> NoReturn:
     if arguments is None:
         arguments = sys.argv[1:]
     as_json = "--json" in arguments
+    _open_standard_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a bar in an ASCII locale is no reason to fail
@@ -63,6 +64,20 @@ def run(arguments: list[str] | None = None) -> NoReturn:
     except KeyboardInterrupt:
         status = _fail("interrupted", "", "interrupted", INTERRUPTED_STATUS, as_json)
     sys.exit(status)
+
+
+def _open_standard_streams() -> None:
+    """Put /dev/null where the caller closed 0, 1 or 2 (`lzy restore >&-`).
+
+    Else `sys.stdout` is None, and the next file opened, the store's lock, gets its number.
+    """
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        if getattr(sys, name) is None:
+            opened = os.open(os.devnull, os.O_RDWR)
+            if opened != number:
+                os.dup2(opened, number, inheritable=True)
+                os.close(opened)
+            setattr(sys, name, open(number, mode))
 
 
 def _run_click(arguments: list[str], as_json: bool) -> int:

@@ -115,6 +115,32 @@ def test_a_reader_that_went_away_is_no_error(tmp_path: Path) -> None:
     assert ended.returncode == 1
 
 
+@pytest.mark.parametrize("closed", [(0,), (1,), (2,), (0, 1, 2)])
+def test_closed_standard_streams_are_no_error(tmp_path: Path, closed: tuple[int, ...]) -> None:
+    """`lzy … >&-` does its work, and none of its own files gets a standard number."""
+    code = (
+        "import os; from lzy.cli import main\n"
+        "try: main()\n"
+        "except SystemExit as e:\n"
+        "    assert all(map(os.fstat, (0, 1, 2))); os._exit(e.code)"
+    )
+
+    def close() -> None:
+        for number in closed:
+            os.close(number)
+
+    ended = subprocess.run(
+        [sys.executable, "-c", code, "completion", "bash"],
+        env={**os.environ, "LZY_HOME": str(tmp_path)},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        preexec_fn=close,
+        timeout=60,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert bool(ended.stdout) == (1 not in closed)
+
+
 @pytest.mark.parametrize("arguments", [["images"], ["show", "calm"], ["restore"], ["verify", "x"]])
 def test_no_store_is_told(lzy: Run, arguments: list[str], tmp_path: Path) -> None:
     """Without a store, reading commands say that there is none and make none."""

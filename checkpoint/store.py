@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 STORE_VERSION = 1
 _FORMAT = "lzy store"
-_NAME = re.compile(r"[A-Za-z0-9_@-][A-Za-z0-9._@-]*")
+_NAME = re.compile(r"[A-Za-z0-9_@][A-Za-z0-9._@-]*")
 _SUFFIX = ".image"
 _MOST_CONFIG_BYTES = 4096
 
@@ -91,7 +91,8 @@ def check_name(name: str) -> str:
     if len(name) > MOST_NAME_BYTES or not _NAME.fullmatch(name):
         raise LzyError(
             f"an image cannot be called {name[:200]!r}",
-            remedy=f"use up to {MOST_NAME_BYTES} of A-Z a-z 0-9 . _ @ -, not starting with a dot",
+            remedy=f"use up to {MOST_NAME_BYTES} of A-Z a-z 0-9 . _ @ -, "
+            "starting with neither dot nor dash",
         )
     return name
 

@@ -93,7 +93,8 @@ class File(Kind):
         except FileNotFoundError as error:
             raise Incompatible(
                 f"{path}, which the process has open, does not exist here",
-                remedy="bring the file back where it was, then restore again",
+                remedy="bring the file back where it was, then restore again; if it is a standard "
+                "one, --stdin, --stdout or --stderr names another",
                 path=path,
             ) from error
         if stat.S_IFMT(status.st_mode) != stat.S_IFMT(entry["mode"]):

@@ -141,7 +141,10 @@ class Program:
 
     def prove(self, timeout_s: float = 60.0) -> Proof:
         """Ask for the proof, and have every part of it true."""
-        proof: Proof = json.loads(self.ask("prove", timeout_s))
+        line = self.ask("prove", timeout_s)
+        while line == "pong":  # To a `ping` that was asked of one who died before.
+            line = self.hear(timeout_s)
+        proof: Proof = json.loads(line)
         failures = find_failures(proof, self.command)
         assert not failures, "\n".join([*failures, self.describe()])
         return proof

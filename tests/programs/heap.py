@@ -14,10 +14,10 @@ def current_break() -> int:
 
 
 def heap_mapping() -> tuple[int, int]:
+    """From where to where; it may be more than one mapping."""
     with open("/proc/self/maps") as maps:
-        line = next(line for line in maps if "[heap]" in line)
-    low, high = line.split()[0].split("-")
-    return int(low, 16), int(high, 16)
+        spans = [line.split()[0].split("-") for line in maps if "[heap]" in line]
+    return int(spans[0][0], 16), int(spans[-1][1], 16)
 
 
 def main() -> None:
@@ -36,7 +36,8 @@ def main() -> None:
         proof["small objects"] = all(b == bytes([n % 256]) * 40 for n, b in enumerate(small))
         above = call("sbrk", ctypes.c_long(STEP), restype=ctypes.c_void_p)
         ctypes.memset(above, 0x33, STEP)
-        proof["grows"] = current_break() == above + STEP and heap_mapping()[1] >= above + STEP
+        proof["grows"] = above >= known_break and current_break() >= above + STEP
+        proof["heap grows"] = heap_mapping()[1] >= above + STEP
         known_break = current_break()
         blocks = [call("malloc", ctypes.c_size_t(5000), restype=ctypes.c_void_p) for _ in range(99)]
         for block in blocks:

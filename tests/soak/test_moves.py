@@ -68,7 +68,7 @@ def test_moved_many_times(
 
 @pytest.mark.parametrize("options", [(), ("--leave-running",)], ids=["dump", "checkpoint"])
 def test_dump_killed_at_random(start: Start, lzy: CommandLine, options: tuple[str, ...]) -> None:
-    """Killed at a random moment of a dump, or restored when it came too late: never a wrong byte."""
+    """Killed at a random moment of a dump, restored when that came too late: never a wrong byte."""
     seed = random.randrange(2**32)
     chance = random.Random(seed)
     program = start("memory_pattern", "16").await_ready()
@@ -102,7 +102,7 @@ def program_is_ending(program: Program) -> bool:
 
 
 def test_restore_killed_at_random(start: Start, lzy: CommandLine) -> None:
-    """Killed at a random moment of a restore: the process lives and is right, or comes next time."""
+    """Killed at a random moment of a restore: the process lives and is right, or comes later."""
     seed = random.randrange(2**32)
     chance = random.Random(seed)
     program = start("memory_pattern", "16").await_ready()

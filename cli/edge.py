@@ -77,7 +77,7 @@ def _open_standard_streams() -> None:
             if opened != number:
                 os.dup2(opened, number, inheritable=True)
                 os.close(opened)
-            setattr(sys, name, open(number, mode))
+            setattr(sys, name, open(number, mode))  # noqa: SIM115 - it lives as long as we do
 
 
 def _run_click(arguments: list[str], as_json: bool) -> int:

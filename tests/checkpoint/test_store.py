@@ -204,7 +204,22 @@ def test_a_name_taken_meanwhile(store: Store) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["", ".", "..", "../x", "a/b", ".hidden", "a" * 129, "a\n", "ä", "a b", "a\0b", "$x", "a;b"],
+    [
+        "",
+        ".",
+        "..",
+        "../x",
+        "a/b",
+        ".hidden",
+        "a" * 129,
+        "a\n",
+        "ä",
+        "a b",
+        "a\0b",
+        "$x",
+        "a;b",
+        "-x",
+    ],
 )
 def test_impossible_names(store: Store, name: str) -> None:
     """A name that could lead elsewhere, or hide, is refused everywhere."""
@@ -213,7 +228,7 @@ def test_impossible_names(store: Store, name: str) -> None:
             use(name)
 
 
-@pytest.mark.parametrize("name", ["a" * 128, "user@host-1_2.3", "-", "0"])
+@pytest.mark.parametrize("name", ["a" * 128, "user@host-1_2.3", "_-", "0"])
 def test_possible_names(store: Store, name: str) -> None:
     """All that is promised is possible."""
     write_image(store, name, patterned(8))

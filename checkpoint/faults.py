@@ -26,7 +26,7 @@ from collections.abc import Callable
 from .contexts import Context, LayoutChanged, MemoryGone
 from .errors import LzyError
 from .journal import CLOSING, CONTEXT, GONE, MAIN, PIECE, SOURCE, Journal, Record
-from .linux import PAGE_BYTES
+from .linux import PAGE_BYTES, address_of
 from .linux import uffd as kernel
 from .linux.uffd import MESSAGE_BYTES
 from .missing import MissingPages
@@ -49,7 +49,8 @@ class FaultServer:
 
     `uffd` and `pidfd` are our descriptors of the process's; `open_image` opens the image anew
     (after it could not be read), `close_descriptor(pid, number)` closes one inside the process;
-    `look_around` is called now and then, its descriptor (or -1) is waited for as well.
+    `look_around` is called now and then, its descriptor (or -1) is waited for as well; `reach` hears
+    of each stage.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class FaultServer:
         close_descriptor: Callable[[int, int], int],
         log: Callable[[str], None],
         look_around: Callable[[], int] = lambda: -1,
+        reach: Callable[[str], None] = lambda stage: None,
     ) -> None:
         self._journal = journal
         self._pid: int = journal.facts["pid"]
@@ -72,6 +74,7 @@ class FaultServer:
         self._open_image = open_image
         self._close_descriptor = close_descriptor
         self._log = log
+        self._reach = reach
         self.left_something = False
         self._look_around = look_around
         self._watched = -1
@@ -90,7 +93,7 @@ class FaultServer:
         self._windows: Windows | None = None
         self._readahead: Readahead | None = None
         self._buffer = memoryview(mmap.mmap(-1, 64 * PAGE_BYTES))
-        self._buffer_address = kernel.address_of(self._buffer)
+        self._buffer_address = address_of(self._buffer)
         self._replay()
         if image is not None:
             self._use_image(image)
@@ -194,10 +197,13 @@ class FaultServer:
 
     # -- serving
 
-    def serve(self) -> None:
-        """Go on until nothing is left to do."""
+    def open_image(self) -> None:
+        """Open the image if it was not handed to us; if that fails, `serve` goes on trying."""
         if self._windows is None:
             self._reopen()
+
+    def serve(self) -> None:
+        """Go on until nothing is left to do."""
         for context in self._contexts.values():
             context.uffd.make_pollable()
             context.uffd.wake_all()
@@ -478,12 +484,14 @@ class FaultServer:
             # Nobody else holds this one: closing it unregisters everything.
             self._drop(context)
             return
+        self._reach("pager.loaded")
         try:
             if not self._unregister_all(context):
                 return
         except MemoryGone:
             self._drop(context)
             return
+        self._reach("pager.unregistered")
         self._journal.phase = CLOSING
         if self._process_ended():
             self._drop(context)
@@ -502,6 +510,7 @@ class FaultServer:
                     f"all memory is in, but descriptor {self._number} of process {self._pid}"
                     f" could not be closed and stays (it does no harm): {error}"
                 )
+        self._reach("pager.closed")
         self._drop(context)
 
     def _process_ended(self) -> bool:

@@ -21,7 +21,6 @@ Page faults are never kept: a thread that waits is asked again by UFFDIO_WAKE.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import fcntl
 import json
 import mmap
@@ -31,7 +30,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .errors import Busy, Damaged, NotFound
-from .linux import PAGE_BYTES
+from .linux import PAGE_BYTES, address_of
 from .linux.uffd import EVENT_FORK, EVENT_PAGEFAULT, MESSAGE_BYTES
 
 Record = tuple[int, int, int, int]
@@ -112,7 +111,7 @@ class Journal:
         self._mapping = mmap.mmap(self.fd, self._length, flags)
         self._bytes = memoryview(self._mapping)
         self._words = self._bytes.cast("Q")
-        self._base = ctypes.addressof(ctypes.c_char.from_buffer(self._mapping))
+        self._base = address_of(memoryview(self._mapping))
 
     # -- making, opening
 

@@ -15,8 +15,8 @@ import signal
 from collections.abc import Iterable
 from typing import NoReturn, Protocol
 
+from .linux import address_of
 from .linux.detached import die_with_parent, set_name
-from .linux.uffd import address_of
 
 _READY, _FAILED = 1, 2
 _MOST_SLOTS = 256

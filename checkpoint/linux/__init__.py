@@ -29,3 +29,8 @@ def syscall(number: int, *arguments: int) -> int:
         number_of_error = ctypes.get_errno()
         raise OSError(number_of_error, os.strerror(number_of_error))
     return result
+
+
+def address_of(buffer: memoryview) -> int:
+    """Where in our memory a writable buffer lies; the caller keeps it alive."""
+    return ctypes.addressof(ctypes.c_char.from_buffer(buffer))

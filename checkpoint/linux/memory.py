@@ -13,7 +13,7 @@ import struct
 from collections.abc import Sequence
 from typing import Final
 
-from . import PAGE_BYTES, libc
+from . import PAGE_BYTES, address_of, libc
 
 PROT_READ: Final = 1
 PROT_WRITE: Final = 2
@@ -77,11 +77,6 @@ _readv.argtypes = _ARGUMENTS
 _writev = libc.process_vm_writev
 _writev.restype = ctypes.c_ssize_t
 _writev.argtypes = _ARGUMENTS
-
-
-def address_of(buffer: memoryview) -> int:
-    """The address of a writable buffer's first byte."""
-    return ctypes.addressof(ctypes.c_char.from_buffer(buffer))
 
 
 def read_process(pid: int, runs: Sequence[tuple[int, int]], into: memoryview) -> None:

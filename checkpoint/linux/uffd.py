@@ -119,11 +119,6 @@ def is_userfaultfd(fd: int, pid: int | None = None) -> bool:
         return False
 
 
-def address_of(buffer: memoryview) -> int:
-    """Where in our memory a writable buffer lies; the caller keeps it alive."""
-    return ctypes.addressof(ctypes.c_char.from_buffer(buffer))
-
-
 class Userfaultfd:
     """One userfaultfd, seen by who answers it; allocates nothing per call.
 

@@ -36,13 +36,17 @@ def _adopt_orphans() -> None:
 
 
 @pytest.fixture
-def nothing_left_behind(_adopt_orphans: None) -> Iterator[None]:
-    """After the test no process of its making is alive, and no mount or shared memory is new."""
+def nothing_left_behind(_adopt_orphans: None, tmp_path: Path) -> Iterator[None]:
+    """After the test no process of its making is alive, and no mount or shared memory is new.
 
-    def surroundings() -> tuple[set[str], set[str]]:
-        mounts = Path("/proc/self/mountinfo").read_text().splitlines()
-        shared = {name for name in os.listdir("/dev/shm") if "lzy" in name}
-        return set(mounts), shared
+    Only mounts in the test's folder and over /proc count: other tests may run beside this one.
+    """
+
+    def surroundings() -> tuple[list[str], list[str]]:
+        lines = Path("/proc/self/mountinfo").read_text().splitlines()
+        places = [line.split()[4] for line in lines]
+        mine = [place for place in places if place == "/proc" or place.startswith(str(tmp_path))]
+        return sorted(mine), sorted(name for name in os.listdir("/dev/shm") if "lzy" in name)
 
     before, children_before = surroundings(), set(list_children(os.getpid()))
     yield

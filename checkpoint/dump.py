@@ -156,8 +156,8 @@ def dump(
             guards = guard_ranges(source_pid, vmas)
             host = describe_host(source_pid, vmas, interrogate.decode(threads[0]["xstate"]))
             total = sum(end - start for start, end in ranges) + objects.total_bytes
-            source = ProcessPages(source_pid)
             reach("dump.writing")
+            source = ProcessPages(source_pid)
             try:
                 with _reporting(progress, "writing", writer, total):
                     writer.add_space(source, windows_of(ranges, window_pages), space=0)

@@ -119,7 +119,14 @@ _NOTHING = (0, 0, 0, 0, 0, 0)
 
 
 def unpack_registers(content: bytes) -> dict[str, int]:
-    """NT_PRSTATUS bytes as names and unsigned values."""
+    """NT_PRSTATUS bytes as names and unsigned values.
+
+    Of a thread in 32-bit code, whose set is another (struct user_regs_struct32), only cs is told,
+    by which it is refused; the rest looks as if there were nothing to put back.
+    """
+    if len(content) < _LAYOUT.size:
+        (cs,) = struct.unpack_from("<I", content, 52)
+        return {**dict.fromkeys(REGISTER_NAMES, 0), "orig_rax": _U64, "cs": cs}
     return dict(zip(REGISTER_NAMES, _LAYOUT.unpack(content[: _LAYOUT.size]), strict=True))
 
 

@@ -89,12 +89,15 @@ class Subject:
         return Path(path).read_text(errors="replace").rpartition(")")[2].split()[0]
 
     def await_calls(self, wanted: dict[int, int]) -> None:
-        """Wait until each thread sleeps in its system call: {tid: number}."""
+        """Wait until each thread sleeps in its system call: {tid: number}.
+
+        Or in 219: restart_syscall(2), by which the kernel goes on with a timeout.
+        """
         deadline = time.monotonic() + PATIENCE_S
         for tid, number in wanted.items():
             task = Path(f"/proc/{self.pid}/task/{tid}")
             # The kernel tells nobody when a thread falls asleep, so it has to be asked.
-            while self.call_of(task) != str(number) or self.state(tid) != "S":
+            while self.call_of(task) not in (str(number), "219") or self.state(tid) != "S":
                 assert time.monotonic() < deadline, self.describe()
                 time.sleep(0.001)
 

@@ -49,8 +49,8 @@ class FaultServer:
 
     `uffd` and `pidfd` are our descriptors of the process's; `open_image` opens the image anew
     (after it could not be read), `close_descriptor(pid, number)` closes one inside the process;
-    `look_around` is called now and then, its descriptor (or -1) is waited for as well; `reach` hears
-    of each stage.
+    `look_around` is called now and then, its descriptor (or -1) is waited for as well; `reach`
+    hears of each stage.
     """
 
     def __init__(

@@ -47,6 +47,7 @@ from .linux.detached import (
 )
 from .linux.uffd import is_userfaultfd
 from .missing import MissingPages
+from .stages import reach
 from .windows import ChunkSource
 
 _LAST_RESPAWN_S = 5.0
@@ -511,15 +512,20 @@ def _page(
             close_descriptor=seat.close_descriptor,
             log=seat.write_log,
             look_around=look_around,
+            reach=reach if fresh else lambda stage: None,  # else none would ever get past a stage
         )
         if not fresh:
             # What the dead pager had opened (packs) is of no use to us; its userfaultfds are.
             ours = (0, 1, 2, seat.journal, seat.uffd, seat.pidfd, seat.log, keeper, own)
             close_all_but((*ours, *server.descriptors))
+        # Before who started us lets go of it: an open image cannot be removed.
+        server.open_image()
         journal.set_pids(pager_pid=os.getpid(), keeper_pid=os.getppid())
         if fresh and ready >= 0:
             os.write(ready, b"%d" % os.getpid())
             os.close(ready)
+        if fresh:
+            reach("pager.serving")
         server.serve()
         journal.delete()
         if not server.left_something:

@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -39,6 +40,7 @@ class Case(NamedTuple):
 
 QUICK = [
     Case("asyncio_streams"),
+    Case("churn"),
     Case("clocks"),
     Case("ctypes_callbacks"),
     Case("deleted_files", ("{folder}",)),
@@ -217,6 +219,39 @@ def test_standard_descriptors_point_where_they_are_told(
     program.await_end()
     assert files["stdout"].read_text() == "one\ntwo\n"
     assert files["stderr"].read_text() == "heard\nheard\n"
+
+
+def test_pipes_to_others_end(lzy: CommandLine, tmp_path: Path, nothing_left_behind: None) -> None:
+    """Standard streams that were pipes to somebody: what was on the way is read, then they end."""
+    code = (
+        "import sys; print('ready', flush=True); heard = sys.stdin.read(); "
+        "open(sys.argv[1], 'w').write(heard + 'end')"
+    )
+    told = tmp_path / "told"
+    child = subprocess.Popen(
+        [sys.executable, "-c", code, str(told)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        cwd=tmp_path,
+        start_new_session=True,
+    )
+    try:
+        assert child.stdout is not None
+        assert child.stdin is not None
+        assert child.stdout.readline() == b"ready\n"
+        child.stdin.write(b"on the way, ")
+        child.stdin.flush()
+        lzy.succeed("dump", str(child.pid), "--store", str(lzy.store))
+        child.wait(PATIENCE_S)
+        child.stdin.close()
+        report = lzy.succeed("restore", "--store", str(lzy.store))
+        await_end(report["pid"])
+        assert told.read_text() == "on the way, end"
+    finally:
+        child.kill()
+        child.wait()
+        child.stdout.close()
 
 
 def test_pager_leaves_no_trace(start: Start, lzy: CommandLine) -> None:

@@ -238,6 +238,17 @@ def test_restored_process_looks_the_same(
     program.prove()
 
 
+def test_process_group_and_session_of_others(start: Start, lzy: CommandLine) -> None:
+    """A member of somebody's session and group is one again when it is restored among them."""
+    program = start("interpreter", start_new_session=False).await_ready()
+    before = os.getsid(program.pid), os.getpgid(program.pid)
+    assert before == (os.getsid(0), os.getpgid(0))
+    lzy.dump(program)
+    lzy.restore(program)
+    assert (os.getsid(program.pid), os.getpgid(program.pid)) == before
+    program.prove()
+
+
 def test_checkpointed_process_looks_the_same(start: Start, lzy: CommandLine) -> None:
     """Nor does a process that was left running show that it was dumped."""
     program = start("attributes", "nobody").await_ready()

@@ -29,6 +29,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(ROUNDS * 60)]
 
 AGAIN_AND_AGAIN = [
     ("asyncio_streams", ()),
+    ("churn", ()),
     ("descriptors", ("{folder}",)),
     ("heap", ()),
     ("interpreter", ()),

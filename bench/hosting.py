@@ -32,7 +32,6 @@ class Subject:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=(folder / "errors").open("w"),
-            start_new_session=True,
         )
         self.pid = self._process.pid
         try:

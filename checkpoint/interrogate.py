@@ -12,7 +12,7 @@ from typing import Any
 
 from . import machine, proc
 from .errors import Unsupported
-from .linux import layouts, memory, process, ptrace
+from .linux import layouts, process, ptrace
 from .linux.process import SYS_PRCTL
 from .tracee import Thread, Tracee
 
@@ -88,16 +88,13 @@ def _describe_thread(tracee: Tracee, thread: Thread, inside: dict[str, Any]) -> 
     tid = thread.tid
     status = tracee.status(thread)
     rseq = ptrace.rseq_configuration(tid)
-    registers = thread.registers
-    if rseq:
-        registers = _abort_critical_section(tracee.pid, registers, rseq[0])
     head, head_length = process.robust_list(tid)
     return {
         "tid": proc.innermost(status["NSpid"]),
         "comm": proc.read_bytes(tracee.pid, f"task/{tid}/comm").decode("utf-8", "surrogateescape")[
             :-1
         ],
-        "registers": registers,
+        "registers": thread.registers,
         "xstate": encode(ptrace.read_register_set(tid, ptrace.NT_X86_XSTATE)),
         "signal_mask": thread.mask,
         "pending": [encode(i) for i in ptrace.pending_signals(tid, shared=False)],
@@ -111,21 +108,6 @@ def _describe_thread(tracee: Tracee, thread: Thread, inside: dict[str, Any]) -> 
         "no_new_privileges": int(status["NoNewPrivs"]),
         **inside,
     }
-
-
-def _abort_critical_section(pid: int, registers: dict[str, int], area: int) -> dict[str, int]:
-    """Move a thread out of a restartable sequence to its abort handler, as the kernel would."""
-    found = bytearray(8)
-    memory.read_process(pid, [(area + layouts.RSEQ_SECTION_OFFSET, 8)], memoryview(found))
-    section = layouts.unpack_u64(bytes(found))
-    if not section:
-        return registers
-    content = bytearray(layouts.RSEQ_SECTION_BYTES)
-    memory.read_process(pid, [(section, len(content))], memoryview(content))
-    start, length, abort = layouts.unpack_rseq_section(bytes(content))
-    if start <= registers["rip"] < start + length:
-        return {**registers, "rip": abort}
-    return registers
 
 
 def describe_process(tracee: Tracee, timers: list[proc.PosixTimer]) -> dict[str, Any]:

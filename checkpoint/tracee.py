@@ -21,6 +21,7 @@ from . import machine, proc
 from .errors import AccessDenied, Busy, KernelError, LzyError, NotFound, Unsupported
 from .linux import PAGE_BYTES, memory, process, ptrace
 from .machine import Call
+from .rseq import leave_sequence
 
 ALL_SIGNALS = 0xFFFFFFFFFFFFFFFF
 _CANDIDATES = (signal.SIGURG, signal.SIGWINCH, signal.SIGCHLD)  # ignored by default, signal(7)
@@ -106,6 +107,7 @@ class Thread:
         self.mask = ptrace.read_signal_mask(tid)
         self.status: dict[str, str] = {}  # /proc status, read at the first need
         self.in_group_stop = False
+        self.left_sequence = False  # registers are those after any restartable sequence
         self.disturbed = False  # registers or mask differ from what was found
 
 
@@ -378,6 +380,9 @@ class Tracee:
         os.pwrite(self.memory, content, address)
 
     def _context(self, thread: Thread) -> bytes:
+        if not thread.left_sequence:
+            thread.left_sequence = True
+            thread.registers = leave_sequence(self.pid, thread.tid, thread.registers)
         tgid, tid = self.own_numbers(thread)
         return machine.pack_context(
             machine.rewind(thread.registers), thread.mask, tgid, tid, self._signal

@@ -34,7 +34,6 @@ from .errors import Busy, KernelError, LzyError, NotFound, StoreUnavailable, Uns
 from .host import describe_host
 from .interrupts import Deferred
 from .linux import process, ptrace
-from .linux.uffd import is_userfaultfd
 from .machine import Call
 from .mapped import Mappings, refuse_mappings
 from .proc import Vma
@@ -343,10 +342,12 @@ def _pager_is_leaving(pid: int) -> bool:
     if _is_pager(int(proc.status(pid)["TracerPid"])):
         return True
     try:
-        numbers = os.listdir(f"/proc/{pid}/fd")
-    except OSError:
-        return False
-    return any(is_userfaultfd(int(number), pid) for number in numbers)
+        for number in os.listdir(f"/proc/{pid}/fd"):
+            if os.readlink(f"/proc/{pid}/fd/{number}") == "anon_inode:[userfaultfd]":
+                return True
+    except OSError:  # it closed one, or is not ours to look at: the next look, or the dump, tells
+        pass
+    return False
 
 
 def _is_pager(tracer: int) -> bool:

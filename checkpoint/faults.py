@@ -21,10 +21,11 @@ import os
 import select
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from .contexts import Context, LayoutChanged, MemoryGone
 from .errors import LzyError
+from .harbour import Harbour
 from .journal import CLOSING, CONTEXT, GONE, MAIN, PIECE, SOURCE, Journal, Record
 from .linux import PAGE_BYTES, address_of
 from .linux import uffd as kernel
@@ -47,10 +48,11 @@ _NEAR_WINDOWS = 4  # a fault so little after the last one is part of a walk thro
 class FaultServer:
     """Serves every context of one restored process until all is in or all are gone.
 
+    `inside`: (number in the process, our duplicate) of the descriptors to be closed at the end.
     `uffd` and `pidfd` are our descriptors of the process's; `open_image` opens the image anew
     (after it could not be read), `close_descriptor(pid, number)` closes one inside the process;
-    `look_around` is called now and then, its descriptor (or -1) is waited for as well; `reach`
-    hears of each stage.
+    `harbour` is where forked children's userfaultfds are kept. `look_around` is called now and
+    then, its descriptor (or -1) is waited for as well; `reach` hears of each stage.
     """
 
     def __init__(
@@ -60,21 +62,24 @@ class FaultServer:
         pidfd: int,
         image: ChunkSource | None,
         *,
+        inside: Sequence[tuple[int, int]],
         open_image: Callable[[], ChunkSource],
         close_descriptor: Callable[[int, int], int],
         log: Callable[[str], None],
+        harbour: Harbour | None = None,
         look_around: Callable[[], int] = lambda: -1,
         reach: Callable[[str], None] = lambda stage: None,
     ) -> None:
         self._journal = journal
         self._pid: int = journal.facts["pid"]
-        self._number: int = journal.facts["uffd_number"]
+        self._inside = inside
         self._pidfd = pidfd
         self._uffd = uffd
         self._open_image = open_image
         self._close_descriptor = close_descriptor
         self._log = log
         self._reach = reach
+        self._harbour = harbour
         self.left_something = False
         self._look_around = look_around
         self._watched = -1
@@ -106,7 +111,8 @@ class FaultServer:
         self._windows = Windows(image)
 
     def _begin_readahead(self, windows: Windows) -> Readahead:
-        private = {self._journal.fd, self._uffd, self._pidfd, self._watched, *self.descriptors}
+        inside = {ours for _, ours in self._inside}
+        private = {self._journal.fd, self._pidfd, self._watched, *inside, *self.descriptors}
         private.discard(-1)
         depth = max(4, _AHEAD_BYTES // windows.length)
         self._poll = None
@@ -187,6 +193,9 @@ class FaultServer:
         events: list[Record] = []
         journal.take(length, faults, events)
         for event in events:
+            if event[0] == kernel.EVENT_FORK:
+                self._stow(event[1] & 0xFFFFFFFF)
+        for event in events:
             child = self._apply(context, event)
             if child is not None:
                 child.uffd.make_pollable()
@@ -195,10 +204,31 @@ class FaultServer:
         self._faults += len(faults)
         return True
 
+    def _settle_harbour(self) -> None:
+        """Bring the harbour into line with the journal, between which our forerunner was killed."""
+        if self._harbour is None:
+            return
+        there = self._harbour.look()
+        for fd in there.values():
+            os.close(fd)
+        for token in there.keys() - self._contexts.keys():
+            self._harbour.release(token)
+        for token in self._contexts.keys() - there.keys() - {MAIN}:
+            self._stow(token)
+
+    def _stow(self, fd: int) -> None:
+        """Have the process itself hold a forked child's userfaultfd, beside us."""
+        if self._harbour is not None:
+            try:
+                self._harbour.stow(fd, fd)
+            except OSError as error:
+                self._log(f"a forked child's memory hangs on pager and keeper alone: {error}")
+
     # -- serving
 
-    def open_image(self) -> None:
+    def prepare(self) -> None:
         """Open the image if it was not handed to us; if that fails, `serve` goes on trying."""
+        self._settle_harbour()
         if self._windows is None:
             self._reopen()
 
@@ -476,6 +506,8 @@ class FaultServer:
         for key in [key for key in self._stalled if key[0] == context.token]:
             del self._stalled[key]
         if context.token != MAIN:  # the main one is closed by our end: a new pager may need it
+            if self._harbour is not None:
+                self._harbour.release(context.token)
             os.close(context.uffd.fd)
 
     def _let_go(self, context: Context) -> None:
@@ -496,18 +528,19 @@ class FaultServer:
         if self._process_ended():
             self._drop(context)
             return
-        if kernel.same_description(self._pid, self._number, self._uffd):
+        for number, ours in self._inside:
+            if not kernel.same_description(self._pid, number, ours):
+                continue
             try:
-                result = self._close_descriptor(self._pid, self._number)
+                result = self._close_descriptor(self._pid, number)
                 if result < 0 and result != -errno.EBADF:  # else it called execve meanwhile
                     raise OSError(-result, os.strerror(-result))
             except Exception as error:  # whatever it is, the process has all its memory
                 if self._process_ended():
-                    self._drop(context)
-                    return
+                    break
                 self.left_something = True
                 self._log(
-                    f"all memory is in, but descriptor {self._number} of process {self._pid}"
+                    f"all memory is in, but descriptor {number} of process {self._pid}"
                     f" could not be closed and stays (it does no harm): {error}"
                 )
         self._reach("pager.closed")

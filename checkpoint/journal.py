@@ -231,8 +231,8 @@ class Journal:
             at += _WORDS
         self._tail = at
 
-    def forget_children(self) -> int:
-        """Note that nobody holds the contexts of forked children any more; their number."""
+    def children(self) -> set[int]:
+        """The contexts of forked children, by their tokens."""
         children: set[int] = set()
         for kind, a, _, _ in self.replay():
             if kind == CONTEXT:
@@ -241,11 +241,14 @@ class Journal:
                 children.add(a & 0xFFFFFFFF)
             elif kind == GONE:
                 children.discard(a)
+        return children
+
+    def forget(self, children: Iterable[int]) -> None:
+        """Note that nobody holds these contexts any more. Precondition: it was replayed."""
         for child in children:
             if self.room_bytes < 2 * MESSAGE_BYTES:
                 raise Busy(f"journal {self.path} has no room for what became of forked children")
             self.append(GONE, child)
-        return len(children)
 
     def rewrite(self, records: list[Record]) -> None:
         """Begin a new area with these records (a snapshot) in place of all that was."""

@@ -19,14 +19,16 @@ import gc
 import os
 import select
 import signal
+import stat
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from . import proc
 from .errors import AccessDenied, Busy, Damaged, LzyError, NotFound
 from .faults import FaultServer
+from .harbour import Harbour
 from .home import run_directory
 from .journal import (
     FINISHED,
@@ -71,6 +73,9 @@ class Plan(NamedTuple):
     image: str
     ranges: Sequence[tuple[int, int]]
     loaded: Sequence[tuple[int, int]] = ()
+    harbour_numbers: tuple[int, int] | None = None
+    """Descriptor numbers, in the process, of the two ends of a unix SOCK_SEQPACKET pair, CLOEXEC:
+    where userfaultfds of forked children are kept (`lzy.checkpoint.harbour`); closed at the end."""
 
 
 class PagerReport(NamedTuple):
@@ -157,14 +162,19 @@ def begin_pager(
         "start_time": plan.start_time,
         "boot_id": proc.boot_id(),
         "uffd_number": plan.uffd_number,
+        "harbour_numbers": plan.harbour_numbers,
         "store": os.path.abspath(plan.store),
         "image": plan.image,
         "began_unix_s": round(time.time(), 3),
     }
     journal = Journal.create(journal_path(run_directory(), plan.pid), facts, missing)
+    harbour: list[int] = []
     try:
-        return _launch(journal, uffd, pidfd, image, open_image, close_descriptor)
+        harbour += _take_harbour(journal, pidfd)
+        return _launch(journal, uffd, pidfd, image, open_image, close_descriptor, harbour)
     finally:
+        for fd in harbour:
+            os.close(fd)
         journal.close()
 
 
@@ -224,6 +234,8 @@ def _resume(
     facts = journal.facts
     pid: int = facts["pid"]
     pidfd = uffd = -1
+    harbour: list[int] = []
+    taken: list[int] = []
     image: ChunkSource | None = None
     try:
         if not _is_alive(facts):
@@ -240,20 +252,51 @@ def _resume(
         if uffd < 0:
             _clean(path)
             return None
-        lost = journal.forget_children()
+        harbour += _take_harbour(journal, pidfd)
+        children: dict[int, int] = {}
+        if harbour:
+            with contextlib.closing(Harbour(*harbour)) as place:
+                children = place.look()
+        taken += children.values()
+        known = journal.children()
+        lost = known - children.keys()
+        journal.forget(lost)
         # The image may be away for now: the pager itself then goes on trying to open it.
         with contextlib.suppress(LzyError, OSError):
             image = (open_image or _open_image)(facts["store"], facts["image"])
         return _launch(
-            journal, uffd, pidfd, image, open_image, close_descriptor, lost_children=lost
+            journal,
+            uffd,
+            pidfd,
+            image,
+            open_image,
+            close_descriptor,
+            harbour,
+            children={token: fd for token, fd in children.items() if token in known},
+            lost_children=len(lost),
         ).wait()
     finally:
-        for fd in (pidfd, uffd):
+        for fd in (pidfd, uffd, *harbour, *taken):
             if fd >= 0:
                 os.close(fd)
         if image is not None:
             image.close()
         journal.close()
+
+
+def _take_harbour(journal: Journal, pidfd: int) -> list[int]:
+    """Duplicates of the two ends of the process's socket pair; none if it has none."""
+    taken: list[int] = []
+    try:
+        for number in journal.facts["harbour_numbers"] or ():
+            taken.append(take_descriptor(pidfd, number))
+            if not stat.S_ISSOCK(os.fstat(taken[-1]).st_mode):
+                raise OSError(errno.ENOTSOCK, os.strerror(errno.ENOTSOCK))
+    except OSError:  # the process has closed it: then children hang on pager and keeper alone
+        for fd in taken:
+            os.close(fd)
+        return []
+    return taken
 
 
 def _open_journal(path: Path) -> Journal:
@@ -321,11 +364,14 @@ def _close_descriptor(pid: int, number: int) -> int:
 
             if proc.stat(pid)[2] in "ZX":
                 raise NotFound(f"process {pid} ended", pid=pid)
-            if not is_userfaultfd(number, pid):
-                os._exit(errno.EBADF)
+            kind = os.readlink(f"/proc/{pid}/fd/{number}")
+            if not kind.startswith(("anon_inode:[userfaultfd]", "socket:")):
+                os._exit(errno.EBADF)  # another program's by now
             status = -close_descriptor(pid, number) & 0xFF
         except NotFound:
             status = errno.ESRCH
+        except FileNotFoundError:
+            status = errno.EBADF
         except AccessDenied:
             status = errno.EPERM
         finally:
@@ -344,6 +390,14 @@ class _Seat(NamedTuple):
     log: int
     open_image: OpenImage
     close_descriptor: CloseDescriptor
+    harbour: tuple[int, ...]
+    children: tuple[tuple[int, int], ...]
+    """Of forked children: (token, descriptor), to be put where the token says."""
+
+    @property
+    def descriptors(self) -> tuple[int, ...]:
+        """Those that every pager and keeper needs."""
+        return (self.journal, self.uffd, self.pidfd, self.log, *self.harbour)
 
     def write_log(self, text: str) -> None:
         with contextlib.suppress(OSError):
@@ -361,7 +415,9 @@ def _launch(
     image: ChunkSource | None,
     open_image: OpenImage | None,
     close_descriptor: CloseDescriptor | None,
+    harbour: Sequence[int],
     *,
+    children: Mapping[int, int] | None = None,
     lost_children: int | None = None,
 ) -> PagerStart:
     """Fork the keeper, which forks the pager."""
@@ -378,6 +434,8 @@ def _launch(
             log,
             open_image or _open_image,
             close_descriptor or _close_descriptor,
+            tuple(harbour),
+            tuple((children or {}).items()),
         )
         if lost_children:
             seat.write_log(
@@ -411,17 +469,20 @@ def _detach(seat: _Seat, image: ChunkSource | None, ready: int) -> NoReturn:
             os._exit(0)
         os.chdir("/")
         forget_signals()
-        seat, ready = _above_standard(seat, ready)
+        seat, ready = _move_aside(seat, ready)
         null = os.open("/dev/null", os.O_RDWR)
         for number in (0, 1, 2):
             os.dup2(null, number)
-        keep = [0, 1, 2, seat.journal, seat.uffd, seat.pidfd, seat.log, ready]
+        keep = [0, 1, 2, ready, *seat.descriptors, *(fd for _, fd in seat.children)]
         image_descriptors = getattr(image, "descriptors", None)
-        if image is not None and image_descriptors is None:
+        if image_descriptors is None or seat.children:  # children go by numbers it might have
             image = None
         elif image_descriptors is not None:
             keep += image_descriptors()
         close_all_but(keep)
+        for token, fd in seat.children:
+            os.dup2(fd, token, inheritable=False)
+            os.close(fd)
         _keep(seat, image, ready=ready)
     except BaseException as error:
         _say_why(seat, "the keeper failed", error)
@@ -429,17 +490,20 @@ def _detach(seat: _Seat, image: ChunkSource | None, ready: int) -> NoReturn:
         os._exit(1)
 
 
-def _above_standard(seat: _Seat, ready: int) -> tuple[_Seat, int]:
-    """Move descriptors out of the way of 0, 1 and 2."""
+def _move_aside(seat: _Seat, ready: int) -> tuple[_Seat, int]:
+    """Move descriptors out of the way of 0, 1, 2 and of the numbers that children go by."""
+    lowest = max(2, *(token for token, _ in seat.children), 2) + 1
 
     def move(fd: int) -> int:
-        return fd if fd > 2 else fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
+        return fd if fd >= lowest else fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, lowest)
 
     seat = seat._replace(
         journal=move(seat.journal),
         uffd=move(seat.uffd),
         pidfd=move(seat.pidfd),
         log=move(seat.log),
+        harbour=tuple(map(move, seat.harbour)),
+        children=tuple((token, move(fd)) for token, fd in seat.children),
     )
     return seat, move(ready)
 
@@ -503,11 +567,14 @@ def _page(
                 journal.set_pids(keeper_pid=pid)
             return keeper
 
+        numbers = (journal.facts["uffd_number"], *(journal.facts["harbour_numbers"] or ()))
         server = FaultServer(
             journal,
             seat.uffd,
             seat.pidfd,
             image if fresh else None,
+            inside=list(zip(numbers, (seat.uffd, *seat.harbour), strict=False)),
+            harbour=Harbour(*seat.harbour) if seat.harbour else None,
             open_image=reopen,
             close_descriptor=seat.close_descriptor,
             log=seat.write_log,
@@ -516,10 +583,9 @@ def _page(
         )
         if not fresh:
             # What the dead pager had opened (packs) is of no use to us; its userfaultfds are.
-            ours = (0, 1, 2, seat.journal, seat.uffd, seat.pidfd, seat.log, keeper, own)
-            close_all_but((*ours, *server.descriptors))
+            close_all_but((0, 1, 2, keeper, own, *seat.descriptors, *server.descriptors))
         # Before who started us lets go of it: an open image cannot be removed.
-        server.open_image()
+        server.prepare()
         journal.set_pids(pager_pid=os.getpid(), keeper_pid=os.getppid())
         if fresh and ready >= 0:
             os.write(ready, b"%d" % os.getpid())

@@ -14,6 +14,9 @@ _PIDFD_GETFD = 438
 _CLONE_FILES = 0x400
 _PR_SET_PDEATHSIG = 1
 _PR_SET_NAME = 15
+SO_PEEK_OFF = 42
+"""Socket option (socket(7)): where in the queue MSG_PEEK looks."""
+
 _HIGHEST_DESCRIPTOR = 0x7FFFFFFF
 
 _held = ctypes.PyDLL(None, use_errno=True)

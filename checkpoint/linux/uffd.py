@@ -111,10 +111,10 @@ def same_description(pid: int, number: int, fd: int) -> bool:
         return False
 
 
-def is_userfaultfd(fd: int, pid: int | None = None) -> bool:
-    """Whether descriptor `fd` of process `pid` (ours by default) is a userfaultfd."""
+def is_userfaultfd(fd: int) -> bool:
+    """Whether our descriptor `fd` is a userfaultfd."""
     try:
-        return os.readlink(f"/proc/{pid or 'self'}/fd/{fd}") == "anon_inode:[userfaultfd]"
+        return os.readlink(f"/proc/self/fd/{fd}") == "anon_inode:[userfaultfd]"
     except OSError:
         return False
 

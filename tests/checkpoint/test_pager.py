@@ -22,6 +22,7 @@ from blake3 import blake3
 
 from lzy.checkpoint import proc, stages
 from lzy.checkpoint.errors import Busy, Damaged, NotFound, StoreUnavailable
+from lzy.checkpoint.harbour import Harbour
 from lzy.checkpoint.home import run_directory
 from lzy.checkpoint.journal import journal_path, read_status
 from lzy.checkpoint.linux import PAGE_BYTES, libc
@@ -30,7 +31,7 @@ from lzy.checkpoint.linux.detached import take_descriptor
 from lzy.checkpoint.pager import Plan, list_pagers, log_path, resume_pager, start_pager
 
 BASE = 0x6000_0000_0000
-UFFD_NUMBER = 1000
+UFFD_NUMBER, HARBOUR_NUMBERS = 1000, (1001, 1002)
 PATIENCE_S = float(os.environ.get("LZY_TEST_PATIENCE_S", "60"))
 SEED = int(os.environ.get("LZY_TEST_SEED", "1"))
 
@@ -183,8 +184,16 @@ class Paged:
     """A real process whose memory is paged; `script` runs in it once the pager serves."""
 
     def __init__(
-        self, folder: Path, script: Script, *, pages: int, holes: bool, window_pages: int
+        self,
+        folder: Path,
+        script: Script,
+        *,
+        pages: int,
+        holes: bool,
+        window_pages: int,
+        harbour: bool,
     ) -> None:
+        self.harbour = harbour
         picture = random.Random(SEED * 7919 + pages)
         present = frozenset(
             page
@@ -222,6 +231,11 @@ class Paged:
         fd = kernel.create()
         os.dup2(fd, UFFD_NUMBER, inheritable=False)
         os.close(fd)
+        if self.harbour:
+            ends = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            for end, number in zip(ends, HARBOUR_NUMBERS, strict=True):
+                os.dup2(end.fileno(), number, inheritable=False)
+                end.close()
         kernel.enable(UFFD_NUMBER)
         kernel.register(UFFD_NUMBER, BASE, length)
         channel.say(b"registered")
@@ -243,6 +257,7 @@ class Paged:
             str(self.store),
             "image",
             [(BASE, end)],
+            harbour_numbers=HARBOUR_NUMBERS if self.harbour else None,
         )
 
     def page(self) -> None:
@@ -311,6 +326,23 @@ class Paged:
             assert time.monotonic() < deadline, self.describe()
             time.sleep(0.01)
 
+    def await_harbour(self, children: int) -> None:
+        """The userfaultfds of so many forked children lie in the process's own socket.
+
+        The pager puts them there right after the message of the fork, which lets the fork go on.
+        """
+        ends = [take_descriptor(self.pidfd, number) for number in HARBOUR_NUMBERS]
+        with contextlib.closing(Harbour(*ends)) as harbour:
+            deadline = time.monotonic() + PATIENCE_S
+            found: dict[int, int] = {}
+            while len(found) != children:
+                assert time.monotonic() < deadline, f"{found} instead of {children} children"
+                found = harbour.look()
+                for fd in found.values():
+                    os.close(fd)
+        for end in ends:
+            os.close(end)
+
     def describe(self) -> str:
         text = log_path(self.journal)
         return f"{list_pagers()} {text.read_text() if text.exists() else ''}"
@@ -344,11 +376,23 @@ def paged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MakePaged
     made: list[Paged] = []
 
     def make(
-        script: Script, *, pages: int = 2048, holes: bool = True, window_pages: int = 16
+        script: Script,
+        *,
+        pages: int = 2048,
+        holes: bool = True,
+        window_pages: int = 16,
+        harbour: bool = True,
     ) -> Paged:
         folder = tmp_path / f"store{len(made)}"
         folder.mkdir()
-        process = Paged(folder, script, pages=pages, holes=holes, window_pages=window_pages)
+        process = Paged(
+            folder,
+            script,
+            pages=pages,
+            holes=holes,
+            window_pages=window_pages,
+            harbour=harbour,
+        )
         made.append(process)
         return process
 
@@ -377,8 +421,9 @@ def test_the_pager_leaves_no_trace(paged: MakePaged) -> None:
 
     def script(memory: Memory, channel: Channel) -> None:
         channel.hear()
-        with pytest.raises(OSError, match="Bad file descriptor"):
-            os.fstat(UFFD_NUMBER)
+        for number in (UFFD_NUMBER, *HARBOUR_NUMBERS):
+            with pytest.raises(OSError, match="Bad file descriptor"):
+                os.fstat(number)
         memory.check_all()
 
     process = paged(script)
@@ -547,8 +592,6 @@ CHANGES = [remove, unmap, move, move_over, move_but_keep, protect, fork]
         pytest.param(change, victim, id=f"{change.__name__}-{victim}")
         for change in CHANGES
         for victim in ("none", "pager", "keeper", "both")
-        # A forked child's userfaultfd is held by pager and keeper only (docs/pager.md, Limits).
-        if not (change is fork and victim == "both")
     ],
 )
 def test_a_change_of_layout_outlives_the_pager(
@@ -566,6 +609,8 @@ def test_a_change_of_layout_outlives_the_pager(
     process.away(True)
     process.page()
     assert process.channel.hear() == b"changed"
+    if change is fork:
+        process.await_harbour(1)
     process.kill(victim)
     process.away(False)
     process.channel.say()
@@ -690,7 +735,7 @@ def test_forked_children_end_as_they_like(paged: MakePaged) -> None:
 
 
 def test_lost_children_do_not_keep_the_process_waiting(paged: MakePaged) -> None:
-    """Pager and keeper die while forked children lack memory: the process itself goes on, whole."""
+    """Without a harbour, pager and keeper die while forked children lack memory: it goes on."""
 
     def script(memory: Memory, channel: Channel) -> None:
         reading, writing = os.pipe()
@@ -706,7 +751,7 @@ def test_lost_children_do_not_keep_the_process_waiting(paged: MakePaged) -> None
         for pid in children:
             os.waitpid(pid, 0)
 
-    process = paged(script)
+    process = paged(script, harbour=False)
     process.away(True)
     process.page()
     assert process.channel.hear() == b"forked"
@@ -715,6 +760,49 @@ def test_lost_children_do_not_keep_the_process_waiting(paged: MakePaged) -> None
     process.kill("pager")
     process.away(False)
     process.channel.say()
+    process.expect_done()
+    process.expect_pager_gone()
+
+
+def test_forked_children_outlive_every_pager(paged: MakePaged) -> None:
+    """Children forked at different times; all of lzy dies, again and again: all bytes right."""
+
+    def script(memory: Memory, channel: Channel) -> None:
+        reading, writing = os.pipe()
+        children: list[int] = []
+        for number in range(5):
+            pid = os.fork()
+            if pid == 0:
+                status = 1
+                try:
+                    os.close(writing)
+                    os.read(reading, 1)
+                    if number == 3:
+                        os._exit(0)
+                    if number == 4 and (grandchild := os.fork()):
+                        os.waitpid(grandchild, 0)
+                    memory.check_all(memory.shuffled(number))
+                    status = 0
+                finally:
+                    os._exit(status)
+            children.append(pid)
+            channel.say(b"forked")
+            channel.hear()
+        os.close(writing)
+        memory.check_all(memory.shuffled())
+        for pid in children:
+            assert os.waitpid(pid, 0)[1] == 0
+
+    process = paged(script)
+    process.away(True)
+    process.page()
+    for turn in range(5):
+        assert process.channel.hear() == b"forked"
+        process.await_harbour(turn + 1)
+        process.kill(("both", "pager", "both", "keeper", "both")[turn])
+        process.channel.say()
+    process.away(False)
+    process.kill("both")
     process.expect_done()
     process.expect_pager_gone()
 
@@ -922,8 +1010,9 @@ def test_killed_at_each_stage_of_its_own(
     def script(memory: Memory, channel: Channel) -> None:
         memory.check_all(memory.shuffled())
         channel.hear()
-        with pytest.raises(OSError, match="Bad file descriptor"):
-            os.fstat(UFFD_NUMBER)
+        for number in (UFFD_NUMBER, *HARBOUR_NUMBERS):
+            with pytest.raises(OSError, match="Bad file descriptor"):
+                os.fstat(number)
         memory.check_all()
 
     process = paged(script)

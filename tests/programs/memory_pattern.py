@@ -97,13 +97,16 @@ def main() -> None:
     threading.Thread(target=write_pairs, daemon=True).start()
     busy.wait()
 
-    def survives_changes() -> bool:
-        """Fork, move, shrink, drop and unmap pieces of the big memory; then put them back."""
+    def survives_changes() -> tuple[bool, int]:
+        """Fork, move, drop and unmap pieces of the big memory, then put them back.
+
+        Whether all was right, and how the child, which compares what it inherited, ended.
+        """
         at = PAGES // 4
         middle = big + at * PAGE
         child = os.fork()
         if child == 0:
-            os._exit(wrong_pages(middle, range(at, at + 2048)) != 0)
+            os._exit(1 if wrong_pages(middle, range(at, at + 2048)) else 0)
         moved = call(
             "mremap", ctypes.c_void_p(middle), ctypes.c_size_t(512 * PAGE),
             ctypes.c_size_t(1024 * PAGE), MREMAP_MAYMOVE, restype=ctypes.c_void_p,
@@ -122,10 +125,11 @@ def main() -> None:
         for index in range(at + 600, at + 700):
             ctypes.memmove(big + index * PAGE, page_content(index), PAGE)
         call("munmap", ctypes.c_void_p(moved), ctypes.c_size_t(1024 * PAGE))
-        return good and os.waitpid(child, 0)[1] == 0
+        return good, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
     def prove() -> Proof:
-        proof: Proof = {"after fork, mremap, DONTNEED, munmap": survives_changes()}
+        good, child = survives_changes()
+        proof: Proof = {"after mremap, DONTNEED, munmap": good, "child": child or True}
         proof["wrong pages"] = wrong_pages(big, range(PAGES)) or True
         proof["unequal pairs"] = count_unequal_pairs() == 0
         proof["open"] = wrong_pages(fenced, range(16)) == 0

@@ -12,7 +12,7 @@ from typing import Any
 
 from . import machine, proc
 from .errors import Unsupported
-from .linux import layouts, process, ptrace
+from .linux import layouts, memory, process, ptrace
 from .linux.process import SYS_PRCTL
 from .tracee import Thread, Tracee
 
@@ -174,6 +174,7 @@ def describe_process(tracee: Tracee, timers: list[proc.PosixTimer]) -> dict[str,
         if batch.results[tiles] == 0
         else 0,
         "barriers": max(0, batch.results[barriers]),
+        "future_locks": _future_locks(tracee),
         "parent": _innermost_parent(pid, int(status["PPid"])),
         "group": proc.innermost(status["NSpgid"]),
         "session": proc.innermost(status["NSsid"]),
@@ -182,6 +183,19 @@ def describe_process(tracee: Tracee, timers: list[proc.PosixTimer]) -> dict[str,
         "cwd": os.readlink(f"/proc/{pid}/cwd"),
         "root": os.readlink(f"/proc/{pid}/root"),
     }
+
+
+def _future_locks(tracee: Tracee) -> int:
+    """MCL_FUTURE and MCL_ONFAULT if mlockall(2) holds for memory mapped from now on, else 0.
+
+    No call tells; but the arena, which was mapped just now, is locked then.
+    """
+    if proc.status(tracee.pid)["VmLck"].split()[0] == "0":
+        return 0
+    for vma in proc.mappings(tracee.pid):
+        if vma.start <= tracee.arena < vma.end and "lo" in vma.flags:
+            return memory.MCL_FUTURE | (memory.MCL_ONFAULT if "lf" in vma.flags else 0)
+    return 0
 
 
 def describe_inherited(pid: int) -> dict[str, Any]:

@@ -59,6 +59,8 @@ def add_process(batch: Batch, own: dict[str, Any]) -> None:
         batch.call(SYS_PRCTL, process.PR_SET_THP_DISABLE, own["no_huge_pages"])
     if own["memory_merge"]:
         batch.call(SYS_PRCTL, process.PR_SET_MEMORY_MERGE, 1, tolerate=True)
+    if own.get("future_locks"):
+        batch.call(process.SYS_MLOCKALL, own["future_locks"], what="lock memory to come")
     tiles = layouts.XFEATURE_XTILE_DATA
     if own["tile_permission"] >> tiles & 1:
         batch.call(process.SYS_ARCH_PRCTL, process.ARCH_REQ_XCOMP_PERM, tiles, what="AMX tiles")

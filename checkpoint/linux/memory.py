@@ -45,6 +45,8 @@ MADV_WIPEONFORK: Final = 18
 MADV_GUARD_INSTALL: Final = 102
 
 MLOCK_ONFAULT: Final = 1
+MCL_FUTURE: Final = 2  # mlockall(2)
+MCL_ONFAULT: Final = 4
 
 IOV_MAX: Final = 1024
 

@@ -96,6 +96,16 @@ def test_threads_and_process_tell_what_they_set_up() -> None:
         subject.say("")
 
 
+@pytest.mark.parametrize("flags", [0, 1, 2, 2 | 4, 1 | 2])
+def test_locks_on_memory_to_come(flags: int) -> None:
+    """mlockall(MCL_FUTURE) is known, and told from locks on the memory there is; mlockall(2)."""
+    set_up = f"{flags} and libc.mlockall({flags}) and say('refused')\nsay('ready')\nhear()"
+    with living(set_up) as subject, stopped(subject.pid) as tracee:
+        tracee.prepare()
+        own = interrogate.describe_process(tracee, [])
+    assert own["future_locks"] == flags & (2 | 4)
+
+
 def test_rights_are_those_of_each_thread() -> None:
     """Users, groups, capabilities and no_new_privs differ from thread to thread."""
     if os.getuid():

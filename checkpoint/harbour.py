@@ -12,6 +12,7 @@ from __future__ import annotations
 import _socket  # `socket` itself costs a restore milliseconds of import
 import array
 import contextlib
+import fcntl
 import os
 import struct
 
@@ -19,6 +20,15 @@ from .linux.detached import SO_PEEK_OFF
 
 _TOKEN = struct.Struct("<Q")
 _MOST_IN_QUEUE = 4096
+
+
+def make_harbour(lowest_number: int) -> tuple[int, int]:
+    """Both ends of a new pair, as descriptors from `lowest_number` on that live through an exec."""
+    ends = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_SEQPACKET)
+    first, second = [fcntl.fcntl(end.fileno(), fcntl.F_DUPFD, lowest_number) for end in ends]
+    for end in ends:
+        end.close()
+    return first, second
 
 
 class Harbour:

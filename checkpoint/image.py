@@ -338,6 +338,10 @@ class Image:
                     image=self.name,
                 )
 
+    def descriptors(self) -> list[int]:
+        """What a forked child that closes everything else must keep, so as to read on."""
+        return [d for d in (self._folder, self._lock) if d >= 0] + self._files.descriptors()
+
     def close(self) -> None:
         """Let go of the packs and of the lock that keeps the image from being removed."""
         self._files.close()

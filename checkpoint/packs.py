@@ -256,6 +256,10 @@ class PackFiles:
         self._open[pack] = found
         return found
 
+    def descriptors(self) -> list[int]:
+        """Those of the packs that are open now."""
+        return [opened.descriptor for opened in list(self._open.values())]
+
     def close(self) -> None:
         """Let go of all packs."""
         self._open.clear()

@@ -24,6 +24,7 @@ from . import birth, machine, proc, reinstate, resources
 from .content import windows_of
 from .elf import build_id
 from .errors import Busy, Damaged, Incompatible, KernelError, LzyError, NotFound
+from .harbour import make_harbour
 from .host import check_host
 from .image import Image
 from .interrogate import decode
@@ -118,6 +119,7 @@ class Restorer:
         self.objects: list[int] = []
         self.files: dict[tuple[str, bool], int] = {}
         self.local: dict[int, int] = {}
+        self.harbour: tuple[()] | tuple[int, int] = ()  # numbers in the process
         self.unlike: set[int] = set()  # starts of mappings whose protection is not the last yet
 
     # -- the way ---------------------------------------------------------------------------------
@@ -140,13 +142,13 @@ class Restorer:
             )
             reach("restore.checked")
             # 3. A process with the old pid, stopped in our stub.
-            born = self._give_birth(wanted, new_namespace)
+            lazy = [] if self.eager else self._lazy_vmas()
+            born = self._give_birth(wanted, new_namespace, with_harbour=bool(lazy))
             tracee = self._enter(born.pid)
             # 4. Its memory.
             self._clear_addresses(tracee)
             self._map(tracee)
             reach("restore.mapped")
-            lazy = [] if self.eager else self._lazy_vmas()
             left = self._fill(tracee, lazy)
             reach("restore.filled")
             self._protect(tracee)
@@ -156,7 +158,7 @@ class Restorer:
             if left and faults < 0:
                 left = self._fill(tracee, [])
             # 6. What the process as a whole has; its threads, and what each of them has.
-            self._reinstate_process(tracee)
+            self._reinstate_process(tracee, paging=left > 0)
             new_threads = self._make_threads(tracee, wanted.pid)
             reach("restore.threads")
             self._reinstate_threads(tracee, new_threads, wanted.pid)
@@ -352,7 +354,10 @@ class Restorer:
 
     # -- 3. birth --------------------------------------------------------------------------------
 
-    def _give_birth(self, wanted: birth.Wanted, new_namespace: bool) -> birth.Birth:
+    def _give_birth(
+        self, wanted: birth.Wanted, new_namespace: bool, *, with_harbour: bool
+    ) -> birth.Birth:
+        """The process, stopped in our stub; its harbour is a pair of sockets for its pager."""
         self.hole = self._find_hole()
         executable = os.memfd_create("lzy-stub", os.MFD_CLOEXEC)
         # What the process must inherit besides its own descriptors goes above all their numbers.
@@ -368,7 +373,8 @@ class Restorer:
         stub = fcntl.fcntl(executable, fcntl.F_DUPFD_CLOEXEC, floor)
         os.close(executable)
         os.write(stub, machine.tiny_executable(machine.CODE, self.hole))
-        keep = [*self.inherited.values(), *self.inherited_objects, stub]
+        self.harbour = make_harbour(floor) if with_harbour else ()
+        keep = [*self.inherited.values(), *self.inherited_objects, *self.harbour, stub]
 
         def become() -> None:
             if self.own["root"] != "/":
@@ -649,7 +655,7 @@ class Restorer:
             tracee.adopt(tid)
         return [leader, *[tracee.threads[tid] for tid in born]]
 
-    def _reinstate_process(self, tracee: Tracee) -> None:
+    def _reinstate_process(self, tracee: Tracee, *, paging: bool) -> None:
         """Addresses, signal actions, timers, file locks: what all threads share.
 
         While there is one thread: membarrier registrations, too, then need no grace period.
@@ -667,6 +673,11 @@ class Restorer:
         reinstate.add_process(batch, own)
         for descriptor in [*self.inherited.values(), *self.inherited_objects]:
             batch.call(process.SYS_CLOSE, descriptor)
+        for descriptor in self.harbour:
+            if paging:
+                batch.call(process.SYS_FCNTL, descriptor, process.F_SETFD, fcntl.FD_CLOEXEC)
+            else:
+                batch.call(process.SYS_CLOSE, descriptor)
         # Only now: closing any descriptor of a file gives up the process's locks on it, fcntl(2).
         for number, command, lock in resources.posix_locks(self.document["descriptors"]):
             batch.call(process.SYS_FCNTL, number, command, batch.put(lock), what="file lock")
@@ -809,6 +820,7 @@ class Restorer:
             store=str(self.image.store_path),
             image=self.image.name,
             ranges=[(vma["start"], vma["end"]) for vma in lazy],
+            harbour_numbers=self.harbour or None,
         )
         pidfd = os.pidfd_open(pid)
         try:

@@ -30,6 +30,10 @@ STAGES: Final = (
     "restore.paging",
     "restore.committing",
     "restore.committed",
+    "pager.serving",
+    "pager.loaded",
+    "pager.unregistered",
+    "pager.closed",
 )
 
 _KILL_AT = os.environ.get("LZY_TEST_KILL_AT")

@@ -164,7 +164,13 @@ def _join_session(wanted: Wanted) -> None:
 def _make_namespace(wanted: Wanted, live: Callable[[], NoReturn]) -> int:
     """A new PID and mount namespace with its init, perhaps a stand-in parent, and the process."""
     flags = process.CLONE_NEWPID | process.CLONE_NEWNS
-    init = process.clone3(flags=flags)
+    try:
+        init = process.clone3(flags=flags)
+    except OSError as error:
+        raise LzyError(
+            f"cannot make a PID namespace: {error.strerror}",
+            remedy="run lzy as root (CAP_SYS_ADMIN); `lzy doctor` tells what is missing",
+        ) from error
     if init:
         return init
     try:

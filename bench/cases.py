@@ -14,7 +14,7 @@ from typing import Any
 
 from figures import Figure, Floor
 from floors import measure
-from hosting import Command, Subject, follow_to_the_end
+from hosting import Command, Subject, follow_to_the_end, memory_with_children, watching
 
 MIB = 1 << 20
 
@@ -83,6 +83,22 @@ def freeze(bench: Bench) -> Iterator[Figure]:
     felt.floor = Floor("longest pause in 1 s without lzy", statistics.median(alone))
     yield told
     yield felt
+
+
+def checkpoint_memory(bench: Bench) -> Iterator[Figure]:
+    """What a checkpoint adds to the memory of a process that changes none of its own meanwhile."""
+    grown = Figure(
+        "checkpoint_memory",
+        f"memory that a checkpoint of {named(bench, 512)} adds for its time",
+        "B",
+    )
+    with bench.store() as store, bench.subject("random", 512) as subject:
+        before = memory_with_children(subject.pid)
+        for _ in range(min(bench.repeats, 3)):
+            with watching(subject.pid) as seen:
+                Command("dump", str(subject.pid), "--leave-running", "--store", store)
+            grown.values.append(max(seen) - before)
+    yield grown
 
 
 def dump_random(bench: Bench) -> Iterator[Figure]:
@@ -333,6 +349,7 @@ def _wake_by_command(store: str) -> tuple[int, int]:
 
 CASES: dict[str, Callable[[Bench], Iterator[Figure]]] = {
     "freeze": freeze,
+    "checkpoint-memory": checkpoint_memory,
     "dump-random": dump_random,
     "dump-half": dump_half,
     "dump-frame": dump_frame,

@@ -143,7 +143,14 @@ class Restorer:
             reach("restore.checked")
             # 3. A process with the old pid, stopped in our stub.
             lazy = [] if self.eager else self._lazy_vmas()
-            born = self._give_birth(wanted, new_namespace, with_harbour=bool(lazy))
+            try:
+                born = self._give_birth(wanted, new_namespace, with_harbour=bool(lazy))
+            except Busy:  # the pid was free a moment ago: somebody restores the image, too
+                if new_namespace or pid_namespace != "auto":
+                    raise
+                self.notes.append(_lives_apart(wanted.pid))
+                new_namespace = True
+                born = self._give_birth(wanted, new_namespace, with_harbour=bool(lazy))
             tracee = self._enter(born.pid)
             # 4. Its memory.
             self._clear_addresses(tracee)
@@ -237,7 +244,7 @@ class Restorer:
                 )
                 return True
             return False
-        self.notes.append(f"pid {taken[0]} is taken here: the process lives in a new PID namespace")
+        self.notes.append(_lives_apart(taken[0]))
         return True
 
     def _watches_parent(self) -> bool:
@@ -941,6 +948,10 @@ def _enter_directory(path: str) -> None:
     made = tempfile.mkdtemp(prefix="lzy-")
     os.chdir(made)
     os.rmdir(made)
+
+
+def _lives_apart(taken: int) -> str:
+    return f"pid {taken} is taken here: the process lives in a new PID namespace"
 
 
 def _protection(vma: dict[str, Any]) -> int:

@@ -528,7 +528,8 @@ class FaultServer:
         if self._process_ended():
             self._drop(context)
             return
-        for number, ours in self._inside:
+        # The userfaultfd goes last: who dumps the process waits until it sees none.
+        for number, ours in reversed(self._inside):
             if not kernel.same_description(self._pid, number, ours):
                 continue
             try:

@@ -248,6 +248,12 @@ def refuse_unfit(pid: int) -> None:
             remedy=f"dump process {status['Tgid']}",
             pid=pid,
         )
+    if status["State"].startswith("Z") and int(status["Threads"]) > 1:
+        raise Unsupported(
+            f"the main thread of pid {pid} has ended while others live",
+            remedy="such a process cannot be dumped yet; let its other threads finish",
+            pid=pid,
+        )
     if status["State"].startswith(("Z", "X")):
         raise NotFound(f"process {pid} has ended (a zombie is left of it)", pid=pid)
     if not proc.read_bytes(pid, "cmdline") and "VmSize" not in status:

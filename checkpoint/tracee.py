@@ -10,6 +10,7 @@ All methods must be called by the operating system thread that seized the proces
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import signal
@@ -108,6 +109,7 @@ class Thread:
         self.status: dict[str, str] = {}  # /proc status, read at the first need
         self.in_group_stop = False
         self.left_sequence = False  # registers are those after any restartable sequence
+        self.runs = False  # our code, and is to be waited for
         self.disturbed = False  # registers or mask differ from what was found
 
 
@@ -149,13 +151,17 @@ class Tracee:
         Raises AccessDenied, NotFound, or Unsupported where somebody else traces the process; in
         every case nothing stays stopped.
         """
+        seized: list[int] = []
         try:
             while True:
                 known = self.threads.keys() | self._dead
                 new = [tid for tid in proc.threads(self.pid) if tid not in known]
                 if not new:
                     break
-                seized = [tid for tid in new if self._seize_thread(tid)]
+                seized.clear()
+                for tid in new:
+                    if self._seize_thread(tid):
+                        seized.append(tid)
                 for tid in seized:
                     self._interrupt(tid)
                 for tid in seized:
@@ -170,6 +176,11 @@ class Tracee:
                 )
             self.memory = memory.open_memory(self.pid)
         except BaseException:
+            for tid in seized:  # only who has stopped can be let go
+                if tid not in self.threads:
+                    with contextlib.suppress(LzyError, OSError):
+                        self._interrupt(tid)
+                        self._await_stop(tid, within_s=0.1)
             self.let_go()
             raise
 
@@ -195,13 +206,15 @@ class Tracee:
             if error.errno != errno.ESRCH:
                 raise
 
-    def _await_stop(self, tid: int) -> None:
+    def _await_stop(self, tid: int, within_s: float = _STOP_WITHIN_S) -> None:
         """Wait for the stop we asked for; signals that come in between are given back."""
         while True:
             try:
-                status = self._wait_within(tid, _STOP_WITHIN_S)
+                status = self._wait_within(tid, within_s)
             except ChildProcessError:
                 return
+            if not status:
+                return  # it ended, but is a zombie until the others end
             if not os.WIFSTOPPED(status):
                 return  # it ended
             if status >> 16 == ptrace.PTRACE_EVENT_STOP:
@@ -213,13 +226,19 @@ class Tracee:
             ptrace.resume(tid, os.WSTOPSIG(status))
 
     def _wait_within(self, tid: int, timeout_s: float) -> int:
-        """waitpid with an end: a thread in an uninterruptible wait stops only when that is over."""
+        """waitpid with an end: a thread in an uninterruptible wait stops only when that is over.
+
+        0 for a main thread that has ended: its end is reported after that of all others, ptrace(2).
+        """
         deadline = time.monotonic() + timeout_s
         pause_s = 0.0
         while True:
             waited, status = os.waitpid(tid, ptrace.WALL | os.WNOHANG)
             if waited:
                 return status
+            if tid == self.pid and pause_s and proc.stat(tid, tid)[2] == "Z":
+                self._dead.add(tid)
+                return 0
             if time.monotonic() > deadline:
                 raise Busy(
                     f"thread {tid} of pid {self.pid} does not stop: it waits inside the kernel "
@@ -236,6 +255,7 @@ class Tracee:
         Quiet about a process that was killed meanwhile.
         """
         killed: list[int] = []
+        self._await_runners()
         try:
             self.unmap_arena()
         finally:
@@ -250,15 +270,21 @@ class Tracee:
             self.close()
             self._release(killed)
 
+    def _await_runners(self) -> None:
+        """After an error: wait for threads still in our code, before it is taken out."""
+        for thread in self.threads.values():
+            if thread.runs:
+                with contextlib.suppress(LzyError, OSError):
+                    self._await_notice(thread)
+
     def _release(self, killed: list[int]) -> None:
         """Wait for threads that ended under our trace: before that, their parent hears nothing."""
-        for tid in sorted(killed, key=self.pid.__eq__):  # the main thread last, ptrace(2)
-            try:
+        # The main thread last, ptrace(2); of one that others survive there is nothing to hear.
+        for tid in sorted({*killed, *self._dead}, key=self.pid.__eq__):
+            with contextlib.suppress(ChildProcessError, NotFound):
                 if tid == self.pid and int(proc.status(tid)["PPid"]) == os.getpid():
                     continue  # our own child: whoever started it here waits for it
-                os.waitpid(tid, ptrace.WALL)
-            except (ChildProcessError, NotFound):
-                continue
+                os.waitpid(tid, ptrace.WALL | (0 if tid in killed else os.WNOHANG))
 
     def close(self) -> None:
         """Close what lzy holds open of the process."""
@@ -443,12 +469,14 @@ class Tracee:
         ptrace.write_register_set(thread.tid, ptrace.NT_PRSTATUS, machine.pack_registers(registers))
         ptrace.write_signal_mask(thread.tid, ALL_SIGNALS & ~(1 << (self._signal - 1)))
         ptrace.resume(thread.tid)
+        thread.runs = True
 
     def _await_notice(self, thread: Thread) -> dict[str, int]:
         """Wait for the code's own signal; registers then."""
         while True:
             _, status = os.waitpid(thread.tid, ptrace.WALL)
             if not os.WIFSTOPPED(status):
+                thread.runs = False
                 raise NotFound(f"process {self.pid} ended while lzy worked in it", pid=self.pid)
             if status >> 16 == ptrace.PTRACE_EVENT_CLONE:
                 self.on_clone(ptrace.event_message(thread.tid))
@@ -464,10 +492,12 @@ class Tracee:
             if number == self._signal:
                 inside = registers["rip"] - self.code
                 if machine.NOTIFY < inside < len(machine.CODE):
+                    thread.runs = False
                     return registers
                 ptrace.resume(thread.tid)  # somebody else's; the process ignores it anyway
                 continue
             if number in (signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGTRAP):
+                thread.runs = False
                 raise LzyError(
                     f"injected code stopped with {signal.Signals(number).name} at "
                     f"{registers['rip']:#x} in thread {thread.tid}",

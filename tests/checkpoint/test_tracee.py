@@ -17,11 +17,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 from subjects import Subject, in_child, kill_at_every_step, living
 
 from lzy.checkpoint import interrogate, machine, proc
-from lzy.checkpoint.errors import AccessDenied, LzyError, NotFound, Unsupported
+from lzy.checkpoint.errors import AccessDenied, KernelError, LzyError, NotFound, Unsupported
 from lzy.checkpoint.linux import memory, ptrace
 from lzy.checkpoint.machine import Call
 from lzy.checkpoint.tracee import Tracee, stopped
 
+SYS_CLOSE = 3
 SYS_GETPID = 39
 SYS_GETTID = 186
 
@@ -189,10 +190,12 @@ def vdso(pid: int) -> bytes:
 
 def test_no_trace_is_left() -> None:
     """Mappings, vDSO, masks, descriptors and tracer are as before."""
-    with living(SLEEPERS + GOING_ON, str(LIMIT_S)) as subject:
+    with living(SLEEPERS + GOING_ON, "1000") as subject:
         tids = await_sleepers(subject)
 
         def facts() -> list[object]:
+            # Inside sigwait(3) the signals waited for are not blocked: it must be there again.
+            subject.await_calls({tid: NUMBERS[name] for name, tid in tids.items()})
             folder = Path(f"/proc/{subject.pid}")
             return [
                 (folder / "maps").read_bytes(),
@@ -209,7 +212,6 @@ def test_no_trace_is_left() -> None:
                 interrogate.describe_threads(tracee)
         assert facts() == before
         assert sorted(os.listdir("/proc/self/fd")) == ours
-        check_answers(subject, tids)
 
 
 # -- the death of the tracer ---------------------------------------------------------------------
@@ -596,6 +598,55 @@ libc.syscall(60, 0)
 
         assert in_child(refuse, timeout_s=10) == 0
         assert subject.ask("hello") == "hello"
+
+
+def test_main_thread_ends_while_it_is_seized() -> None:
+    """It ends after it was seized and before it stopped: refused at once, and the others go on."""
+    code = """
+def serve():
+    while (line := hear()) != "end": say(line)
+    os._exit(0)
+say("ready")
+hear()
+threading.Thread(target=serve).start()
+libc.syscall(60, 0)
+"""
+    with living(code) as subject:
+        interrupt = ptrace.interrupt
+
+        def wait_and_interrupt(tid: int) -> None:
+            if tid == subject.pid:
+                subject.say("go")
+                subject.await_state("Z")
+            interrupt(tid)
+
+        def refuse() -> None:
+            ptrace.interrupt = wait_and_interrupt
+            began = time.monotonic()
+            with pytest.raises(Unsupported, match="main thread"):
+                Tracee(subject.pid).seize()
+            assert time.monotonic() < began + 5
+
+        assert in_child(refuse) == 0
+        assert subject.ask("hello") == "hello"
+
+
+def test_error_in_one_thread_while_another_still_works() -> None:
+    """Letting go after an error waits for the threads that are still in our code."""
+    with living(LIVELY, "3") as subject:
+        assert subject.hear() == "begun"
+        for _ in range(5):
+            with stopped(subject.pid) as tracee:
+                tracee.prepare()
+                leader, other, *_ = tracee.threads.values()
+                failing, long = tracee.batch(0, 2), tracee.batch(1, 2)
+                failing.call(SYS_CLOSE, 999)
+                while not long.full:
+                    long.call(SYS_GETPID)
+                tracee.start(other, long)
+                with pytest.raises(KernelError):
+                    tracee.run(leader, failing)
+            assert subject.ask("prove") == "[0, [], []]"
 
 
 def test_killed_while_stopped() -> None:

@@ -30,7 +30,10 @@ def _obstacle(vma: Vma) -> tuple[str, str] | None:
     if "ht" in vma.flags:
         return "huge-page (hugetlbfs)", "use transparent huge pages instead"
     if path.startswith("anon_inode:[io_uring]"):
-        return "io_uring", "end what uses io_uring (with uvloop: UV_USE_IO_URING=0)"
+        return "io_uring", (
+            "run it without: asyncio's own loop for uvloop, or `sysctl kernel.io_uring_disabled=2` "
+            "before it starts"
+        )
     if path.startswith("/[aio]"):
         return "asynchronous I/O (io_setup)", "end what uses it"
     if path.startswith("/SYSV"):

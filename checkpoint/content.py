@@ -115,29 +115,38 @@ def guard_ranges(pid: int, vmas: Iterable[Vma]) -> list[tuple[int, int]]:
 
 
 class ProcessPages:
-    """A `PageSource` over a stopped process (or its snapshot)."""
+    """A `PageSource` over a stopped process, or over its snapshot (`shares_pages`).
 
-    def __init__(self, pid: int) -> None:
+    process_vm_readv(2) pins what it reads, and to pin a page that is shared copy-on-write the
+    kernel copies it first (gup_must_unshare, Linux 5.19): a snapshot read that way grows to its
+    full size, huge pages are split, and it takes three times as long. /proc/PID/mem only looks.
+    """
+
+    def __init__(self, pid: int, *, shares_pages: bool = False) -> None:
         self.pid = pid
+        self._shares_pages = shares_pages
         self._memory = memory.open_memory(pid)
 
     def read_runs(self, runs: Sequence[tuple[int, int]], into: memoryview) -> None:
         """Fill `into` with the runs; pages that the process itself may not read are read too."""
-        try:
-            memory.read_process(self.pid, runs, into)
-        except OSError as error:
-            if error.errno != errno.EFAULT:
-                raise
-            position = 0  # PROT_NONE somewhere: /proc/PID/mem reads it all the same (FOLL_FORCE)
-            for address, length in runs:
-                done = 0
-                while done < length:
-                    part = into[position + done : position + length]
-                    count = os.preadv(self._memory, [part], address + done)
-                    if count == 0:
-                        raise
-                    done += count
-                position += length
+        if not self._shares_pages:
+            try:
+                memory.read_process(self.pid, runs, into)
+                return
+            except OSError as error:
+                if error.errno != errno.EFAULT:
+                    raise
+                # PROT_NONE somewhere: /proc/PID/mem reads it all the same (FOLL_FORCE)
+        position = 0
+        for address, length in runs:
+            done = 0
+            while done < length:
+                part = into[position + done : position + length]
+                count = os.preadv(self._memory, [part], address + done)
+                if count == 0:
+                    raise OSError(errno.EFAULT, f"no memory at {address + done:#x} of {self.pid}")
+                done += count
+            position += length
 
     def close(self) -> None:
         os.close(self._memory)

@@ -156,7 +156,7 @@ def dump(
             host = describe_host(source_pid, vmas, interrogate.decode(threads[0]["xstate"]))
             total = sum(end - start for start, end in ranges) + objects.total_bytes
             reach("dump.writing")
-            source = ProcessPages(source_pid)
+            source = ProcessPages(source_pid, shares_pages=bool(snapshot))
             try:
                 with _reporting(progress, "writing", writer, total):
                     writer.add_space(source, windows_of(ranges, window_pages), space=0)

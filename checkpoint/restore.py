@@ -21,6 +21,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import birth, machine, proc, reinstate, resources
+from .buffers import page_aligned
 from .content import windows_of
 from .elf import build_id
 from .errors import Busy, Damaged, Incompatible, KernelError, LzyError, NotFound
@@ -338,7 +339,7 @@ class Restorer:
     def _make_objects(self) -> None:
         """Make a memory file for each unnamed file, and fill it."""
         size = self.image.window_pages * PAGE_BYTES
-        buffer = memoryview(bytearray(size))
+        buffer = page_aligned(size)[2]
         for described in self.document["objects"]:
             name = os.path.basename(described["name"].removesuffix(" (deleted)"))
             name = name.removeprefix("memfd:")[:200] or "lzy"
@@ -913,7 +914,7 @@ class Filler:
 
     def _fill_part(self, indexes: list[int] | range) -> None:
         size = self.image.window_pages * PAGE_BYTES
-        buffer = memoryview(bytearray(size))
+        buffer = page_aligned(size)[2]
         total = len(indexes) * 2 * size
         try:
             for count, index in enumerate(indexes):

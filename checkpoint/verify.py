@@ -6,6 +6,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
+from .buffers import page_aligned
 from .codec import MOST_CHUNK_BYTES
 from .errors import Damaged
 from .linux import PAGE_BYTES
@@ -37,7 +38,7 @@ def verify_image(image: Image, progress: Progress | None = None, workers: int = 
     failures: list[BaseException] = []
 
     def read(worker: int) -> None:
-        buffer = memoryview(bytearray(MOST_CHUNK_BYTES))
+        buffer = page_aligned(MOST_CHUNK_BYTES)[2]
         try:
             # Alternating runs of chunks: both readers stay near each other in the same packs.
             for start in range(worker * 16, len(order), workers * 16):

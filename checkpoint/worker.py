@@ -11,6 +11,7 @@ from array import array
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
+from .buffers import page_aligned
 from .codec import RAW, ZSTD, Decoder, Encoder
 from .errors import Damaged, LzyError
 from .keys import StoreKeys, keyed_digest
@@ -69,10 +70,9 @@ class Worker:
         self._chunk_key = shared.keys.chunk
         self._encoder = Encoder()
         self._decoder = Decoder()
-        self._buffer = bytearray(batch_bytes + window_bytes)
-        self._view = memoryview(self._buffer)
-        self._readback_bytes = bytearray(batch_bytes + window_bytes)
-        self._readback = memoryview(self._readback_bytes)
+        most_bytes = batch_bytes + window_bytes
+        self._buffer, self._start, self._view = page_aligned(most_bytes)
+        self._readback_bytes, self._readback_start, self._readback = page_aligned(most_bytes)
         self._content_bytes = bytearray(window_bytes)
         self._content = memoryview(self._content_bytes)
         self._pack: PackWriter | None = None
@@ -94,7 +94,7 @@ class Worker:
             pages = mask.bit_count()
             first = page * PAGE_BYTES
             length_bytes = pages * PAGE_BYTES
-            zeros = zero_pages(self._buffer, first, words[page : page + pages])
+            zeros = zero_pages(self._buffer, self._start + first, words[page : page + pages])
             page += pages
             content: bytes | memoryview
             if zeros is False:
@@ -200,7 +200,7 @@ class Worker:
                 raise Damaged(f"pack {pack.name} reads back {got} of {length_bytes} bytes")
             blob = self._readback[at : at + place.stored_bytes]
             if place.encoding == RAW:
-                same = self._readback_bytes.startswith(content, at)
+                same = self._readback_bytes.startswith(content, self._readback_start + at)
             elif place.encoding == ZSTD:  # compared where it is, without another copy
                 same = self._decoder.decompress(blob, place.raw_bytes).startswith(content)
             else:

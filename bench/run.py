@@ -1,6 +1,6 @@
 """`make bench`: measures what docs/performance.md claims, beside floors of the same run.
 
-python bench/run.py                    everything, some minutes, up to 5 GiB of memory
+python bench/run.py                    everything, some five minutes, up to 5 GiB of memory
 python bench/run.py --quick            sizes divided by eight: to see that it works
 python bench/run.py faults eager       some cases
 python bench/run.py --write            and put the table into docs/performance.md

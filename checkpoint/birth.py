@@ -8,6 +8,7 @@ their child and end as it ended.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import signal
@@ -48,6 +49,23 @@ def taken_numbers(wanted: Wanted) -> list[int]:
     return [n for n in sorted({wanted.pid, *wanted.tids}) if os.path.exists(f"/proc/{n}")]
 
 
+def await_free_numbers(wanted: Wanted, timeout_s: float = 0.5) -> list[int]:
+    """As `taken_numbers`; but zombies that their parent is about to wait for get a moment to go."""
+    deadline = time.monotonic() + timeout_s
+    while taken := taken_numbers(wanted):
+        if time.monotonic() > deadline or not all(map(_is_zombie, taken)):
+            break
+        time.sleep(0.01)
+    return taken
+
+
+def _is_zombie(pid: int) -> bool:
+    try:
+        return proc.stat(pid)[2] == "Z"
+    except NotFound:
+        return True
+
+
 def give_birth(
     wanted: Wanted,
     executable: int,
@@ -82,7 +100,7 @@ def give_birth(
             os.write(ready_in, f"{type(error).__name__}: {error}".encode())
             os._exit(1)
 
-    init = 0
+    init = child = 0
     try:
         if new_namespace:
             init = _make_namespace(wanted, live)
@@ -100,14 +118,18 @@ def give_birth(
             raise LzyError(f"the new process could not start: {answer.decode() or 'it ended'}")
         pid = _youngest(init) if init else wanted.pid
         ptrace.seize(pid, _TRACE_OPTIONS)
-        os.write(go_in, b"g")
+        with contextlib.suppress(BrokenPipeError):  # it ended: `_await_exec` tells how
+            os.write(go_in, b"g")
         os.close(go_in)
         go_in = -1
         _await_exec(pid, ready_out)
         return Birth(pid, init)
     except BaseException:
-        if init:
-            os.kill(init, signal.SIGKILL)
+        for victim in filter(None, (init, child)):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(victim, signal.SIGKILL)
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(victim, ptrace.WALL)
         raise
     finally:
         for descriptor in (ready_out, ready_in, go_out, go_in):
@@ -230,10 +252,9 @@ def _await_exec(pid: int, ready: int) -> None:
     is stopped once more on its way out.
     """
     executed = False
-    deadline = time.monotonic() + 60
     while True:
-        waited, status = os.waitpid(pid, ptrace.WALL)
-        if not waited or not os.WIFSTOPPED(status):
+        _, status = os.waitpid(pid, ptrace.WALL)
+        if not os.WIFSTOPPED(status):
             said = os.read(ready, 4096).decode()
             raise LzyError(f"the new process could not become the old one: {said or status}")
         if executed and status >> 16 == ptrace.PTRACE_EVENT_STOP:
@@ -241,7 +262,5 @@ def _await_exec(pid: int, ready: int) -> None:
         if status >> 16 == ptrace.PTRACE_EVENT_EXEC:
             executed = True
             ptrace.interrupt(pid)
-        if time.monotonic() > deadline:
-            raise LzyError(f"the new process {pid} does not reach its stub")
         event = status >> 16
         ptrace.resume(pid, 0 if event else os.WSTOPSIG(status))

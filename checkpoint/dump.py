@@ -31,15 +31,17 @@ from .content import (
     windows_of,
 )
 from .errors import Busy, KernelError, LzyError, NotFound, StoreUnavailable, Unsupported
+from .home import run_directory
 from .host import describe_host
 from .interrupts import Deferred
+from .journal import is_held, journal_path
 from .linux import process, ptrace
 from .machine import Call
 from .mapped import Mappings, refuse_mappings
 from .proc import Vma
 from .resources.kind import all_kinds
 from .stages import reach
-from .tracee import Tracee
+from .tracee import Tracee, traced_by
 
 if TYPE_CHECKING:
     from .store import Store
@@ -96,6 +98,9 @@ def dump(
     name = name or default_name(comm, pid, taken)
     own_start = proc.start_time(pid)
 
+    if not leave_running and not process.may_choose_pids():
+        notes.append("to restore it here you will need root (CAP_CHECKPOINT_RESTORE)")
+
     tracee = Tracee(pid)
     snapshot = 0
     objects = Objects()
@@ -109,6 +114,7 @@ def dump(
                 reach("dump.seized")
                 interrogate.refuse_foreign_registers(tracee)
                 refuse_children(pid)
+                refuse_separate_threads(tracee)
 
                 # 3. Ask what only the process itself can tell, by system calls made inside it.
                 tracee.prepare(vmas=vmas)
@@ -149,7 +155,7 @@ def dump(
 
             # 6. Its memory, and what the snapshot knows as well as the process did.
             own |= interrogate.describe_inherited(source_pid)
-            mappings.renew_flags(proc.mappings(source_pid))
+            mappings.renew_flags(proc.mappings(source_pid), of_snapshot=bool(snapshot))
             vmas = mappings.vmas
             ranges = own_page_ranges(source_pid, vmas)
             guards = guard_ranges(source_pid, vmas)
@@ -258,25 +264,20 @@ def refuse_unfit(pid: int) -> None:
         raise NotFound(f"process {pid} has ended (a zombie is left of it)", pid=pid)
     if not proc.read_bytes(pid, "cmdline") and "VmSize" not in status:
         raise Unsupported(f"pid {pid} is a kernel thread", remedy="choose a program", pid=pid)
-    if int(status["TracerPid"]) and not _is_pager(int(status["TracerPid"])):
-        raise Unsupported(
-            f"pid {pid} is being traced by pid {status['TracerPid']}",
-            remedy="end the debugger or tracer and try again",
-            pid=pid,
-            tracer=int(status["TracerPid"]),
-        )
+    if (tracer := int(status["TracerPid"])) and not _is_pager(tracer):
+        raise traced_by(pid, tracer)
     if int(status.get("Seccomp", "0")):
         raise Unsupported(
             f"pid {pid} runs under a seccomp filter, which would refuse injected system calls",
             remedy="start the program without the filter",
             pid=pid,
         )
-    for namespace in ("mnt", "net", "ipc", "uts", "user"):
+    for namespace in ("user", "net", "ipc", "uts"):
         try:
             theirs = os.stat(f"/proc/{pid}/ns/{namespace}").st_ino
         except PermissionError:
             continue
-        if namespace in ("user", "net") and theirs != os.stat(f"/proc/self/ns/{namespace}").st_ino:
+        if theirs != os.stat(f"/proc/self/ns/{namespace}").st_ino:
             raise Unsupported(
                 f"pid {pid} lives in another {namespace} namespace (a container?)",
                 remedy="run lzy inside that container",
@@ -286,8 +287,12 @@ def refuse_unfit(pid: int) -> None:
 
 
 def refuse_children(pid: int) -> None:
-    """Raise Unsupported if the process has living children."""
-    living = []
+    """Raise Unsupported if the process has children, or children whose end it has yet to hear of.
+
+    A clone that a killed lzy left behind does not count: it has no exit signal, field 38 of
+    proc_pid_stat(5), and nobody waits for it.
+    """
+    living, ended = [], []
     for child in proc.children(pid):
         try:
             stat = proc.stat(child)
@@ -295,6 +300,8 @@ def refuse_children(pid: int) -> None:
             continue
         if stat[2] not in "ZX":
             living.append(f"{child} ({stat[1]})")
+        elif int(stat[37]):
+            ended.append(f"{child} ({stat[1]})")
     if living:
         raise Unsupported(
             f"pid {pid} has living child processes: {', '.join(living)}",
@@ -302,6 +309,28 @@ def refuse_children(pid: int) -> None:
             pid=pid,
             children=living,
         )
+    if ended:
+        raise Unsupported(
+            f"pid {pid} has ended children it has not waited for: {', '.join(ended)}",
+            remedy="have it wait for them (Popen.wait), so that their exit status is not lost",
+            pid=pid,
+            children=ended,
+        )
+
+
+def refuse_separate_threads(tracee: Tracee) -> None:
+    """Raise Unsupported if threads have descriptors or a directory of their own, unshare(2)."""
+    for tid in tracee.threads:
+        for what, name in (
+            (process.KCMP_FILES, "descriptors"),
+            (process.KCMP_FS, "a working directory"),
+        ):
+            if tid != tracee.pid and not process.is_shared(tracee.pid, tid, what):
+                raise Unsupported(
+                    f"thread {tid} of pid {tracee.pid} has {name} of its own (unshare)",
+                    remedy="such a thread cannot be made again yet; end it and try again",
+                    pid=tracee.pid,
+                )
 
 
 def wait_for_pager(pid: int, progress: Progress | None) -> tuple[bytes, list[Vma]]:
@@ -324,6 +353,13 @@ def wait_for_pager(pid: int, progress: Progress | None) -> tuple[bytes, list[Vma
         if not missing:
             agree = [vma[:4] for vma in proc.parse_mappings(places)] == [vma[:4] for vma in vmas]
             return places if agree else b"", vmas
+        journal = journal_path(run_directory(), pid)
+        if journal.exists() and not is_held(journal):
+            raise Busy(
+                f"memory of pid {pid} is not all there, and its pager has died",
+                remedy=f"run: lzy pager --resume {pid}",
+                pid=pid,
+            )
         present = int(proc.status(pid).get("RssAnon", "0").split()[0])
         now = time.monotonic()
         leaves_until = now + _PAGER_LEAVES_S

@@ -9,7 +9,7 @@ from pathlib import Path
 def home() -> Path:
     """`$LZY_HOME`, else `$XDG_STATE_HOME/lzy`, else `~/.local/state/lzy` (XDG base directories)."""
     if given := os.environ.get("LZY_HOME"):
-        return Path(given)
+        return Path(given).absolute()  # a pager leaves the folder it was started in
     state = os.environ.get("XDG_STATE_HOME")
     return (Path(state) if state else Path.home() / ".local" / "state") / "lzy"
 

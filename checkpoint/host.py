@@ -17,14 +17,17 @@ from .linux import PAGE_BYTES, memory
 
 def describe_host(pid: int, vmas: list[proc.Vma], xstate: bytes) -> dict[str, Any]:
     """This machine as the stopped process `pid` knows it: kernel, clocks, vDSO, CPU features."""
+    offsets, own = proc.clock_offsets(pid), proc.clock_offsets(os.getpid())
+    ahead = {clock: offsets[clock] - own[clock] for clock in offsets}
     return {
         "architecture": machine.ARCHITECTURE,
         "page_bytes": PAGE_BYTES,
         "kernel": platform.release(),
         "node": platform.node(),
         "boot_id": proc.boot_id(),
-        "monotonic_ns": time.clock_gettime_ns(time.CLOCK_MONOTONIC),
-        "boottime_ns": time.clock_gettime_ns(time.CLOCK_BOOTTIME),
+        "monotonic_ns": time.clock_gettime_ns(time.CLOCK_MONOTONIC) + ahead["monotonic"],
+        "boottime_ns": time.clock_gettime_ns(time.CLOCK_BOOTTIME) + ahead["boottime"],
+        "clock_offsets": offsets,
         "cpu_features": proc.cpu_features(),
         "xstate_bytes": len(xstate),
         "xstate_features": machine.enabled_features(xstate),

@@ -94,7 +94,7 @@ def _describe_thread(tracee: Tracee, thread: Thread, inside: dict[str, Any]) -> 
         "comm": proc.read_bytes(tracee.pid, f"task/{tid}/comm").decode("utf-8", "surrogateescape")[
             :-1
         ],
-        "registers": thread.registers,
+        "registers": name_restarted_call(tracee, thread.registers),
         "xstate": encode(ptrace.read_register_set(tid, ptrace.NT_X86_XSTATE)),
         "signal_mask": thread.mask,
         "pending": [encode(i) for i in ptrace.pending_signals(tid, shared=False)],
@@ -108,6 +108,25 @@ def _describe_thread(tracee: Tracee, thread: Thread, inside: dict[str, Any]) -> 
         "no_new_privileges": int(status["NoNewPrivs"]),
         **inside,
     }
+
+
+def name_restarted_call(tracee: Tracee, registers: dict[str, int]) -> dict[str, int]:
+    """Registers that name the call a thread waits in by its own number, for its new life.
+
+    After a stop the kernel goes on with a timed call as restart_syscall(2), with what is left of
+    the time; that block does not travel. The arguments still stand in the registers, and the number
+    in the code before the call, `mov eax, N`. Where it does not, the call will answer EINTR.
+    """
+    if registers["orig_rax"] != process.SYS_RESTART_SYSCALL:
+        return registers
+    before = bytearray(5)
+    try:
+        place = registers["rip"] - machine.SYSCALL_BYTES - len(before)
+        memory.read_process(tracee.pid, [(place, len(before))], memoryview(before))
+    except OSError:
+        return registers
+    number = machine.loaded_number(bytes(before))
+    return {**registers, "orig_rax": number} if number in process.RESTARTED_CALLS else registers
 
 
 def describe_process(tracee: Tracee, timers: list[proc.PosixTimer]) -> dict[str, Any]:

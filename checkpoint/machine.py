@@ -135,6 +135,14 @@ def pack_registers(registers: dict[str, int]) -> bytes:
     return _LAYOUT.pack(*[registers[name] & _U64 for name in REGISTER_NAMES])
 
 
+SYSCALL_BYTES: Final = 2  # of the instruction
+
+
+def loaded_number(code: bytes) -> int:
+    """N where the five bytes before a system call are `mov eax, N` (b8 imm32); else -1."""
+    return int.from_bytes(code[1:5], "little") if code[0] == 0xB8 else -1
+
+
 def signed(value: int) -> int:
     """A u64 register as the signed number a system call returned."""
     return value - (1 << 64) if value >> 63 else value

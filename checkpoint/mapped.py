@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from typing import Any
 
@@ -42,6 +43,8 @@ def _obstacle(vma: Vma) -> tuple[str, str] | None:
         return "GPU", "free the GPU first; GPU processes are not supported yet"
     if path.startswith("/dev/") and not path.startswith(("/dev/shm/", "/dev/zero")):
         return "device", "have the program unmap it"
+    if "pk" in vma.flags:
+        return "protection-key (pkey_mprotect)", "have the program give its keys back"
     if "ss" in vma.flags:
         return "shadow stack", "start it with GLIBC_TUNABLES=glibc.cpu.x86_shstk=off"
     if vma.flags & {"io", "pf"}:
@@ -58,18 +61,23 @@ class Mappings:
         self.pid = pid
         self.vmas = vmas
         self._objects: dict[Vma, int] = {}
+        self._statuses: dict[str, os.stat_result] = {}
+        for path in {vma.path for vma in vmas if vma.kind == "file"}:
+            with contextlib.suppress(OSError):  # `describe` tells what is wrong with it
+                self._statuses[path] = os.stat(f"/proc/{pid}/root{path}")
         self._files: dict[tuple[int, str], dict[str, Any]] = {}
 
-    def renew_flags(self, seen: list[Vma]) -> None:
+    def renew_flags(self, seen: list[Vma], *, of_snapshot: bool) -> None:
         """Take the flags of `seen`, the mappings of the stopped process or of its snapshot.
 
         Those known until now may have been read before the stop; but a fork unlocks memory.
-        Raises Busy if a mapping is missing: it was made uninheritable in between.
+        Raises Busy if the snapshot lacks a mapping: it was made uninheritable in between.
         """
         flags = {vma.start: vma.flags for vma in seen}
         renewed = []
         for vma in self.vmas:
-            if vma.start not in flags and vma.kind != "vsyscall":
+            wiped = of_snapshot and "wf" in flags.get(vma.start, ())
+            if (vma.start not in flags or wiped) and vma.kind != "vsyscall":
                 raise Busy(
                     f"pid {self.pid} changed its mapping at {vma.start:#x} while it was stopped",
                     remedy="try again",
@@ -151,8 +159,9 @@ class Mappings:
                 path=vma.path,
             ) from error
         try:
-            status = os.fstat(descriptor)
-            if status.st_ino != vma.inode:
+            # As it was when the process stood still: its memory is of that moment, too.
+            status = self._statuses.get(vma.path) or os.fstat(descriptor)
+            if os.fstat(descriptor).st_ino != vma.inode:
                 raise Unsupported(
                     f"{vma.path} was replaced since pid {self.pid} mapped it",
                     remedy="put the old file back or restart the program",

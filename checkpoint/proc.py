@@ -14,7 +14,7 @@ from .errors import AccessDenied, NotFound
 _HEADER = re.compile(
     rb"^([0-9a-f]+)-([0-9a-f]+) (....) ([0-9a-f]+) ([0-9a-f]+):([0-9a-f]+) (\d+) *(.*)$"
 )
-_SMAPS = re.compile(rb"^(?:[0-9a-f]+-[0-9a-f]+ .*|VmFlags: .*)$", re.M)
+_SMAPS = re.compile(rb"^(?:[0-9a-f]+-[0-9a-f]+ .*|VmFlags: .*|ProtectionKey: +[1-9]\d*)$", re.M)
 _SPECIAL = {
     b"[vdso]": "vdso",
     b"[vvar]": "vvar",
@@ -63,11 +63,16 @@ def parse_mappings(text: bytes) -> list[Vma]:
     """The VMAs of /proc/PID/maps or, with flags, of /proc/PID/smaps."""
     found: list[Vma] = []
     pending: re.Match[bytes] | None = None
+    keyed = False  # the line of a protection key comes before that of the flags
     for line in _SMAPS.findall(text):
+        if line.startswith(b"ProtectionKey:"):
+            keyed = True
+            continue
         if line.startswith(b"VmFlags:"):
             if pending:
-                found.append(_vma(pending, frozenset(line[8:].decode().split())))
-                pending = None
+                flags = line[8:].decode().split() + ["pk"] * keyed
+                found.append(_vma(pending, frozenset(flags)))
+                pending, keyed = None, False
             continue
         if pending:
             found.append(_vma(pending, frozenset()))
@@ -264,6 +269,16 @@ def limits(pid: int) -> dict[int, tuple[int, int]]:
 def boot_id() -> str:
     """A name for this boot of the kernel."""
     return read_file("/proc/sys/kernel/random/boot_id").decode().strip()
+
+
+def clock_offsets(pid: int) -> dict[str, int]:
+    """How far a process's clocks are ahead of the machine's, in ns; time_namespaces(7)."""
+    try:
+        lines = read_bytes(pid, "timens_offsets").decode().splitlines()
+    except NotFound:  # a kernel without time namespaces
+        return {"monotonic": 0, "boottime": 0}
+    parts = (line.split() for line in lines)
+    return {name: int(seconds) * 10**9 + int(ns) for name, seconds, ns in parts}
 
 
 def cpu_features() -> list[str]:

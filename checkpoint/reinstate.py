@@ -55,8 +55,6 @@ def add_process(batch: Batch, own: dict[str, Any]) -> None:
     batch.call(process.SYS_UMASK, own["umask"])
     if own["child_subreaper"]:
         batch.call(SYS_PRCTL, process.PR_SET_CHILD_SUBREAPER, 1)
-    if own["no_huge_pages"]:
-        batch.call(SYS_PRCTL, process.PR_SET_THP_DISABLE, own["no_huge_pages"])
     if own["memory_merge"]:
         batch.call(SYS_PRCTL, process.PR_SET_MEMORY_MERGE, 1, tolerate=True)
     if own.get("future_locks"):

@@ -128,6 +128,9 @@ class Restorer:
     def restore(self, pid_namespace: str, options: resources.RestoreOptions) -> RestoreReport:
         """All steps; see the module."""
         born: birth.Birth | None = None
+        tracee: Tracee | None = None
+        pager: PagerStart | None = None
+        faults = -1
         try:
             # 1. Refuse what cannot succeed before anything is made.
             if self.document.get("format") != 1:
@@ -157,22 +160,21 @@ class Restorer:
             self._clear_addresses(tracee)
             self._map(tracee)
             reach("restore.mapped")
-            left = self._fill(tracee, lazy)
+            # 5. The descriptor by which missing pages will be heard of, before there are threads:
+            #    the kernel takes a grace period (10 ms) to enlarge a table that they share.
+            faults, number = self._make_faults(tracee) if lazy else (-1, -1)
+            left = self._fill(tracee, lazy if faults >= 0 else [])
             reach("restore.filled")
             self._protect(tracee)
-            # 5. The descriptor by which missing pages will be heard of: a table of descriptors that
-            #    threads share takes the kernel a grace period (10 ms) to enlarge.
-            faults, number = self._make_faults(tracee) if left else (-1, -1)
-            if left and faults < 0:
-                left = self._fill(tracee, [])
             # 6. What the process as a whole has; its threads, and what each of them has.
-            self._reinstate_process(tracee, paging=left > 0)
+            self._reinstate_process(tracee, [] if left or number < 0 else [number], paging=left > 0)
             new_threads = self._make_threads(tracee, wanted.pid)
             reach("restore.threads")
             self._reinstate_threads(tracee, new_threads, wanted.pid)
             for vma in lazy if left else []:
                 uffd.register(faults, vma["start"], vma["end"] - vma["start"])
-            pager = self._begin_pager(born.pid, faults, number, lazy) if left else None
+            if left:
+                pager = self._begin_pager(born.pid, faults, number, lazy)
             reach("restore.registered")
             resources.finish_descriptors(
                 self.document["descriptors"],
@@ -189,13 +191,21 @@ class Restorer:
         except BaseException:
             if born:
                 _undo(born)
+            if pager:  # it leaves, now that the process is gone
+                with contextlib.suppress(LzyError):
+                    pager.wait()
             raise
         finally:
+            if tracee:
+                tracee.close()
             resources.close_descriptors(self.local)
-            for descriptor in [*self.objects, *self.files.values()]:
+            for descriptor in [*self.objects, *self.files.values(), *([faults] * (faults >= 0))]:
                 os.close(descriptor)
         try:
             pager_pid = pager.wait() if pager else None
+        except KeyboardInterrupt:
+            pager_pid = None
+            self.notes.append("interrupted while its pager got ready; see lzy pager --status")
         except LzyError as error:
             raise LzyError(
                 f"process {born.pid} is restored, but {error.message}",
@@ -206,7 +216,7 @@ class Restorer:
             image=self.image.name,
             pid=born.pid,
             pid_in_namespace=wanted.pid,
-            lazy=pager_pid is not None,
+            lazy=pager is not None,
             namespace="new" if new_namespace else "host",
             first_instruction_s=first_instruction_s,
             total_s=time.monotonic() - self.began,
@@ -228,7 +238,7 @@ class Restorer:
 
     def _choose_namespace(self, choice: str, wanted: birth.Wanted) -> bool:
         """Whether a new PID namespace is needed. Raises Busy if `host` is asked for and taken."""
-        taken = birth.taken_numbers(wanted)
+        taken = birth.await_free_numbers(wanted)
         if choice == "new":
             return True
         if choice == "host" or not taken:
@@ -238,18 +248,30 @@ class Restorer:
                     remedy="wait until it ends, or restore with --pid-namespace new",
                     pid=taken[0],
                 )
-            if choice == "auto" and self._watches_parent() and os.getppid() != wanted.parent:
+            if os.getppid() == wanted.parent:
+                return False
+            if choice == "auto" and self._watches_parent():
                 self.notes.append(
                     f"the process watches its parent (pid {wanted.parent}), which did not start "
                     "this restore: it lives in a new PID namespace with a stand-in for it"
                 )
                 return True
+            if self._has_death_signal():
+                # Its parent would be this command, whose end would bring the signal at once.
+                self.notes.append("it is not signalled when its parent ends any more (PDEATHSIG)")
+                for thread in self.threads:
+                    thread["death_signal"] = 0
             return False
         self.notes.append(_lives_apart(taken[0]))
         return True
 
+    def _has_death_signal(self) -> bool:
+        return any(thread["death_signal"] for thread in self.threads)
+
     def _watches_parent(self) -> bool:
-        """Whether the process ends itself when its parent changes, as Jupyter kernels do."""
+        """Whether the process ends, or acts, when its parent changes, as Jupyter kernels do."""
+        if self._has_death_signal():
+            return True
         layout = self.own["layout"]
         text = self._read_image(layout["env_start"], layout["env_end"] - layout["env_start"])
         return b"JPY_PARENT_PID=" in text
@@ -381,8 +403,19 @@ class Restorer:
         stub = fcntl.fcntl(executable, fcntl.F_DUPFD_CLOEXEC, floor)
         os.close(executable)
         os.write(stub, machine.tiny_executable(machine.CODE, self.hole))
+        # Memory that may not be written (a sealed memfd) can only be mapped from such a descriptor.
+        self.inherited_readonly = {
+            number: fcntl.fcntl(descriptor, fcntl.F_DUPFD, floor)
+            for number, descriptor in self._open_readonly().items()
+        }
         self.harbour = make_harbour(floor) if with_harbour else ()
-        keep = [*self.inherited.values(), *self.inherited_objects, *self.harbour, stub]
+        keep = [
+            *self.inherited.values(),
+            *self.inherited_objects,
+            *self.inherited_readonly.values(),
+            *self.harbour,
+            stub,
+        ]
 
         def become() -> None:
             if self.own["root"] != "/":
@@ -404,15 +437,36 @@ class Restorer:
         reach("restore.created")
         return born
 
+    def _open_readonly(self) -> dict[int, int]:
+        """For each object that is mapped without leave to write: a read-only descriptor of it."""
+        opened: dict[int, int] = {}
+        for vma in self.vmas:
+            if _is_readonly(vma) and vma["object"] not in opened:
+                path = f"/proc/self/fd/{self.objects[vma['object'] - 1]}"
+                descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                self.files[f"object {vma['object']}", False] = descriptor  # closed at the end
+                opened[vma["object"]] = descriptor
+        return opened
+
     def _clock_offsets(self) -> dict[str, int] | None:
-        """How far ahead the process's clocks are, if it comes from another boot or machine."""
+        """How far the process's clocks are ahead of the machine's, if otherwise than ours.
+
+        They are when it comes from another boot or machine, or came from one when it was restored.
+        """
         host = self.document["host"]
+        own = proc.clock_offsets(os.getpid())
         if host["boot_id"] == proc.boot_id():
-            return None
-        return {
-            "monotonic": host["monotonic_ns"] - time.clock_gettime_ns(time.CLOCK_MONOTONIC),
-            "boottime": host["boottime_ns"] - time.clock_gettime_ns(time.CLOCK_BOOTTIME),
-        }
+            wanted = host["clock_offsets"]
+        else:
+            now = (
+                time.clock_gettime_ns(time.CLOCK_MONOTONIC),
+                time.clock_gettime_ns(time.CLOCK_BOOTTIME),
+            )
+            wanted = {
+                "monotonic": host["monotonic_ns"] - now[0] + own["monotonic"],
+                "boottime": host["boottime_ns"] - now[1] + own["boottime"],
+            }
+        return None if wanted == own else wanted
 
     def _find_hole(self) -> int:
         """Addresses that neither the image nor a fresh program uses, for our code."""
@@ -512,7 +566,9 @@ class Restorer:
                 protection = _protection(vma)
         else:
             offset = vma["offset"]
-            if vma["kind"] == "memory":
+            if _is_readonly(vma):
+                descriptor = self.inherited_readonly[vma["object"]]
+            elif vma["kind"] == "memory":
                 descriptor = self.inherited_objects[vma["object"] - 1]
             else:
                 descriptor = self.inherited[self._file_key(vma)]
@@ -536,8 +592,16 @@ class Restorer:
 
     def _has_pages(self, vma: dict[str, Any]) -> bool:
         """Whether the image holds pages of this mapping."""
+        if vma["permissions"][3] == "s":
+            return False
         first, last = self._runs_of(vma)
-        return first < last and vma["permissions"][3] != "s"
+        if last - first > 2:
+            return True
+        return any(  # the windows at its ends may hold pages of neighbours only
+            start < vma["end"] and start + length > vma["start"]
+            for index in range(first, last)
+            for start, length in page_runs([self.image.run(index)[:2]])
+        )
 
     def _has_changes(self, vma: dict[str, Any]) -> bool:
         """Whether pages over the file's are to be written, be they only zeros."""
@@ -634,7 +698,11 @@ class Restorer:
                 reinstate.add_memory_policy(batch, start, length, policy)
             if "lo" in flags:
                 on_fault = memory.MLOCK_ONFAULT if "lf" in flags else 0
-                batch.call(process.SYS_MLOCK2, start, length, on_fault, what="lock memory")
+                # On PROT_NONE memory the kernel locks, and then answers ENOMEM.
+                batch.call(
+                    process.SYS_MLOCK2, start, length, on_fault,
+                    tolerate=not _protection(vma), what="lock memory",
+                )  # fmt: skip
         for start, end in self.document["guards"]:
             batch.call(process.SYS_MADVISE, start, end - start, memory.MADV_GUARD_INSTALL)
         tracee.run(leader, batch)
@@ -663,7 +731,7 @@ class Restorer:
             tracee.adopt(tid)
         return [leader, *[tracee.threads[tid] for tid in born]]
 
-    def _reinstate_process(self, tracee: Tracee, *, paging: bool) -> None:
+    def _reinstate_process(self, tracee: Tracee, superfluous: list[int], *, paging: bool) -> None:
         """Addresses, signal actions, timers, file locks: what all threads share.
 
         While there is one thread: membarrier registrations, too, then need no grace period.
@@ -679,7 +747,12 @@ class Restorer:
         )
         reinstate.add_addresses(batch, own, executable)
         reinstate.add_process(batch, own)
-        for descriptor in [*self.inherited.values(), *self.inherited_objects]:
+        for descriptor in [
+            *self.inherited.values(),
+            *self.inherited_objects,
+            *self.inherited_readonly.values(),
+            *superfluous,
+        ]:
             batch.call(process.SYS_CLOSE, descriptor)
         for descriptor in self.harbour:
             if paging:
@@ -813,6 +886,10 @@ class Restorer:
         finally:
             os.close(pidfd)
         uffd.enable(faults)
+        # Until the mappings are registered no huge page may come and fill what is missing there.
+        batch = tracee.batch()
+        batch.call(SYS_PRCTL, process.PR_SET_THP_DISABLE, 1)
+        tracee.run(leader, batch)
         return faults, number
 
     def _begin_pager(
@@ -835,7 +912,6 @@ class Restorer:
             return begin_pager(plan, faults, pidfd, self.image)
         finally:
             os.close(pidfd)
-            os.close(faults)
 
     # -- 7. the end ------------------------------------------------------------------------------
 
@@ -843,6 +919,7 @@ class Restorer:
         """Limits and timers, then unmap our own code, then the registers and masks of all."""
         leader = threads[0]
         batch = tracee.batch()
+        batch.call(SYS_PRCTL, process.PR_SET_THP_DISABLE, self.own["no_huge_pages"])
         reinstate.add_limits(batch, self.own)
         reinstate.add_timer_settings(batch, self.own)
         tracee.run(leader, batch)
@@ -920,6 +997,8 @@ class Filler:
             for count, index in enumerate(indexes):
                 address, mask, chunk = self.image.run(index)
                 length = self.image.read_chunk(chunk, buffer)
+                if length != mask.bit_count() * PAGE_BYTES:
+                    raise Damaged(f"chunk {chunk} of image {self.image.name} does not fit its mask")
                 memory.write_process(self.pid, page_runs([(address, mask)]), buffer[:length])
                 if self._failure:
                     return
@@ -953,6 +1032,11 @@ def _enter_directory(path: str) -> None:
 
 def _lives_apart(taken: int) -> str:
     return f"pid {taken} is taken here: the process lives in a new PID namespace"
+
+
+def _is_readonly(vma: dict[str, Any]) -> bool:
+    """Whether it maps an unnamed file shared, without leave ever to write (VM_MAYWRITE)."""
+    return vma["kind"] == "memory" and vma["permissions"][3] == "s" and "mw" not in vma["flags"]
 
 
 def _protection(vma: dict[str, Any]) -> int:

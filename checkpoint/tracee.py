@@ -249,6 +249,22 @@ class Tracee:
             time.sleep(pause_s)
             pause_s = min(pause_s + 0.00005, 0.005)
 
+    def _wait_for(self, tid: int) -> int:
+        """waitpid, however long it takes; 0 for a main thread that was killed with its process.
+
+        The end of a main thread is reported after that of all others, and while we trace those
+        only we can wait for them: a blocking wait would be for ever.
+        """
+        pause_s = 0.0
+        while True:
+            waited, status = os.waitpid(tid, ptrace.WALL | os.WNOHANG)
+            if waited:
+                return status
+            if tid == self.pid and pause_s and proc.stat(tid, tid)[2] in "ZX":
+                return 0
+            time.sleep(pause_s)
+            pause_s = min(pause_s + 0.00005, 0.002)
+
     def let_go(self) -> None:
         """Put everything back and detach from every thread; the process runs on.
 
@@ -312,6 +328,14 @@ class Tracee:
 
         `vmas` may have been read before the process was stopped: what is used of them is checked.
         """
+        for thread in self.threads.values():
+            if int(self.status(thread).get("Seccomp", "0")):
+                raise Unsupported(
+                    f"thread {thread.tid} of pid {self.pid} runs under a seccomp filter, which "
+                    "might end it for an injected system call",
+                    remedy="start the program without the filter",
+                    pid=self.pid,
+                )
         leader = self.threads[self.pid]
         self._signal = self._choose_signal()
         place = self._find_unused_text(vmas or proc.mappings(self.pid, with_flags=False))
@@ -463,8 +487,7 @@ class Tracee:
             "rbp": context,
             "orig_rax": ALL_SIGNALS,
         }
-        # The mask first: a thread that is let go with it by our death has no handler to miss it
-        # for longer than the few instructions until the code puts it back.
+        # Registers before the mask: should we die in between, the code puts both back.
         thread.disturbed = True
         ptrace.write_register_set(thread.tid, ptrace.NT_PRSTATUS, machine.pack_registers(registers))
         ptrace.write_signal_mask(thread.tid, ALL_SIGNALS & ~(1 << (self._signal - 1)))
@@ -474,7 +497,7 @@ class Tracee:
     def _await_notice(self, thread: Thread) -> dict[str, int]:
         """Wait for the code's own signal; registers then."""
         while True:
-            _, status = os.waitpid(thread.tid, ptrace.WALL)
+            status = self._wait_for(thread.tid)
             if not os.WIFSTOPPED(status):
                 thread.runs = False
                 raise NotFound(f"process {self.pid} ended while lzy worked in it", pid=self.pid)
@@ -508,16 +531,32 @@ class Tracee:
     on_clone: Callable[[int], None] = staticmethod(lambda tid: None)
 
 
+def traced_by(pid: int, tracer: int) -> LzyError:
+    """Why a process that `tracer` traces is refused: a debugger, or another lzy at work."""
+    try:
+        command = proc.read_bytes(tracer, "cmdline")
+    except LzyError:
+        command = b""
+    if any(os.path.basename(word) == b"lzy" for word in command.split(b"\0")[:3]):
+        return Busy(
+            f"another lzy (pid {tracer}) is at work on pid {pid}",
+            remedy="try again when it is done",
+            pid=pid,
+            tracer=tracer,
+        )
+    return Unsupported(
+        f"pid {pid} is being traced by pid {tracer}",
+        remedy=f"end the debugger or tracer (pid {tracer}) and try again",
+        pid=pid,
+        tracer=tracer,
+    )
+
+
 def refusal_to_trace(pid: int, error: OSError) -> LzyError:
     """Why a process may not be traced, in words."""
     tracer = int(proc.status(pid).get("TracerPid", "0"))
     if tracer:
-        return Unsupported(
-            f"cannot seize pid {pid}: pid {tracer} is tracing it",
-            remedy=f"end the debugger or tracer (pid {tracer}) and try again",
-            pid=pid,
-            tracer=tracer,
-        )
+        return traced_by(pid, tracer)
     hint = "lzy looks after your own processes; run it as their owner or as root"
     try:
         with open("/proc/sys/kernel/yama/ptrace_scope") as file:

@@ -69,6 +69,9 @@ SYS_MSEAL: Final = 462
 SYS_UNSHARE: Final = 272
 SYS_RESTART_SYSCALL: Final = 219
 
+RESTARTED_CALLS: Final = frozenset({7, 35, 202, 230})
+"""poll, nanosleep, futex, clock_nanosleep: what restart_syscall(2) goes on with."""
+
 CLONE_VM: Final = 0x100
 CLONE_FS: Final = 0x200
 CLONE_FILES: Final = 0x400
@@ -208,9 +211,25 @@ def get_limits(pid: int) -> dict[int, tuple[int, int]] | None:
     return limits
 
 
-def open_pidfd(pid: int) -> int:
-    """A descriptor for the process, pidfd_open(2)."""
-    return os.pidfd_open(pid)
+_CAP_SYS_ADMIN: Final = 21
+_CAP_CHECKPOINT_RESTORE: Final = 40
+
+
+def may_choose_pids() -> bool:
+    """Whether we may make processes with chosen pids, clone3(2): capabilities(7)."""
+    with open("/proc/self/status", encoding="ascii", errors="replace") as file:
+        found = next(line for line in file if line.startswith("CapEff:"))
+    effective = int(found.split()[1], 16)
+    return bool(effective & (1 << _CAP_CHECKPOINT_RESTORE | 1 << _CAP_SYS_ADMIN))
+
+
+KCMP_FILES: Final = 2
+KCMP_FS: Final = 3
+
+
+def is_shared(first: int, second: int, what: int) -> bool:
+    """Whether two tasks share their descriptors (KCMP_FILES) or directory (KCMP_FS); kcmp(2)."""
+    return syscall(SYS_KCMP, first, second, what, 0, 0) == 0
 
 
 def unshare(flags: int) -> None:

@@ -141,7 +141,7 @@ def test_without_rights(store: Store) -> None:
 
 @pytest.mark.parametrize("leave_running", [False, True])
 def test_living_children(store: Store, leave_running: bool) -> None:
-    """A living child is named; both live on. An ended one is no obstacle."""
+    """A living child is named, so is an ended one nobody waited for; the process lives on."""
     code = """
 actions = [(os.POSIX_SPAWN_OPEN, 0, sys.argv[1], 0, 0)]
 child = os.posix_spawn("/bin/cat", ["cat"], {}, file_actions=actions)
@@ -149,6 +149,8 @@ say("ready"); say(child)
 while (line := hear()):
     if line == "kill":
         os.kill(child, 9); os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+    if line == "wait":
+        os.waitpid(child, 0)
     say(line)
 """
     fifo = str(store.path) + ".fifo"
@@ -163,10 +165,13 @@ while (line := hear()):
             assert caught.value.remedy
             assert facts(subject.pid) == before
             assert subject.ask("kill") == "kill"
+            with pytest.raises(Unsupported, match=rf"not waited for: {child} \(cat\)"):
+                dump(subject.pid, store, leave_running=leave_running)
+            assert subject.ask("wait") == "wait"
             report = dump(subject.pid, store, leave_running=True)
             assert report.left_running
             assert subject.ask("hello") == "hello"
-            assert proc.children(subject.pid) == [int(child)]
+            assert proc.children(subject.pid) == []
     finally:
         os.close(holder)
 

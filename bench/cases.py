@@ -303,7 +303,7 @@ def kernel(bench: Bench) -> Iterator[Figure]:
                 stored.values.append(command.report["stored_bytes"])
                 notebook.process.wait()
                 began = time.monotonic()
-                report = Command("restore", "--store", store).report
+                report = Command("restore", "--store", store, "--pid-namespace", "host").report
                 if notebook.run("print(frame.a.sum())") != "499500":
                     raise RuntimeError("the kernel is not what it was")
                 reply.values.append(time.monotonic() - began)
@@ -335,7 +335,7 @@ def _wake_here(store: str, *, eager: bool = False) -> tuple[int, int]:
     began_ns = time.monotonic_ns()
     opened: Any = Store.open(Path(store))
     image = opened.load()
-    report = restore(image, eager=eager)
+    report = restore(image, eager=eager, pid_namespace="host")
     image.close()
     opened.close()
     return began_ns, report.pager_pid or 0
@@ -343,7 +343,7 @@ def _wake_here(store: str, *, eager: bool = False) -> tuple[int, int]:
 
 def _wake_by_command(store: str) -> tuple[int, int]:
     """Restore by the command; (moment before its start, pager)."""
-    command = Command("restore", "--store", store)
+    command = Command("restore", "--store", store, "--pid-namespace", "host")
     return command.began_ns, command.report["pager_pid"] or 0
 
 

@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import platform
+import re
 import shutil
 import signal
 import subprocess
@@ -53,6 +54,7 @@ class Notebook:
         provisioner: Any = self.manager.provisioner
         self.process: subprocess.Popen[bytes] = provisioner.process
         self.pid = self.process.pid
+        self.seen_as = self.pid  # another number if it had to come back in a namespace of its own
         self.client = BlockingKernelClient(connection_file=self.manager.connection_file)
         self.client.load_connection_file()
         self.client.start_channels()
@@ -66,7 +68,7 @@ class Notebook:
             try:
                 message = self.client.get_iopub_msg(timeout=1)
             except Exception as error:  # queue.Empty, or a zmq error
-                if not is_alive(self.pid):
+                if not is_alive(self.seen_as):
                     raise DemoFailed(f"the kernel (pid {self.pid}) is gone") from error
                 if time.monotonic() > deadline:
                     raise DemoFailed(f"no answer within {CELL_TIMEOUT_S} s") from error
@@ -84,6 +86,9 @@ class Notebook:
     def close(self) -> None:
         """End the kernel, whether it is the one we started or the one that came back."""
         self.client.stop_channels()
+        if self.seen_as != self.pid:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.seen_as, signal.SIGKILL)
         end_child(self.pid)
         self.process.returncode = 0  # reaped above; Popen must not wait for that pid any more
         self.manager.cleanup_resources()
@@ -224,6 +229,7 @@ def show(lzy: Lzy, folder: Path, rows: int) -> dict[str, float]:
         with step("Bring it back, and have the same client run the next cell"):
             began = time.monotonic()
             printed, figures["restore_s"] = lzy.call("restore", "notebook")
+            notebook.seen_as = pid_of(printed)
             answer = notebook.run(session.FIRST)
             figures["first_reply_s"] = time.monotonic() - began
             say(f"first reply   {answer}")
@@ -243,9 +249,9 @@ def show(lzy: Lzy, folder: Path, rows: int) -> dict[str, float]:
 
         with step("Once more, letting it run: a checkpoint"):
             report = json.loads(
-                lzy.call("dump", str(notebook.pid), "--leave-running", "--json", shown=False)[0]
+                lzy.call("dump", str(notebook.seen_as), "--leave-running", "--json", shown=False)[0]
             )
-            print(paint(f"    $ lzy dump {notebook.pid} --leave-running", "bold"))
+            print(paint(f"    $ lzy dump {notebook.seen_as} --leave-running", "bold"))
             say(
                 f"stopped for {duration(report['freeze_s'])}; {size(report['stored_bytes'])} newly "
                 f"stored of {size(report['raw_bytes'])}, the rest was in the store already"
@@ -262,6 +268,14 @@ def show(lzy: Lzy, folder: Path, rows: int) -> dict[str, float]:
             with contextlib.suppress(DemoFailed):
                 wait_until_gone(pager, 10)
     return figures
+
+
+def pid_of(printed: str) -> int:
+    """The process's pid, as it is seen from here, in what `lzy restore` printed."""
+    found = re.search(r"^process +(\d+)", printed, re.MULTILINE)
+    if not found:
+        raise DemoFailed("lzy restore did not say which process it made")
+    return int(found[1])
 
 
 def pager_of(printed: str) -> int:

@@ -140,7 +140,7 @@ def test_memory_that_was_hard_to_map(
 
 
 def test_timed_calls_after_two_stops(start: Start, lzy: CommandLine) -> None:
-    """poll and nanosleep in C, checkpointed first and moved then, come to their end, not to EINTR."""
+    """poll and nanosleep in C, checkpointed first and moved then, come to their end."""
     code = """
 class Timespec(ctypes.Structure): _fields_ = [("s", ctypes.c_long), ("ns", ctypes.c_long)]
 results = {}

@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -151,6 +152,14 @@ def test_failure_in_the_child_is_told(new_namespace: bool) -> None:
     assert sorted(os.listdir("/proc/self/fd")) == before
 
 
+def await_program(pid: int, name: str) -> None:
+    """Wait until the process, which nobody waits for otherwise, has become that program."""
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{pid}/cmdline").read_bytes() != name.encode() + b"\0":
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
 def test_new_namespace_has_all_the_numbers() -> None:
     """In a PID namespace of its own it has its number, and its parent that of the old one.
 
@@ -167,6 +176,7 @@ def test_new_namespace_has_all_the_numbers() -> None:
         assert proc.innermost(proc.status(made.init)["NSpid"]) == 1
         assert int(proc.status(stand_in)["PPid"]) == made.init
         assert os.readlink(f"/proc/{made.pid}/ns/pid") != os.readlink("/proc/self/ns/pid")
+        await_program(made.init, "lzy-init")
         held = {os.readlink(f"/proc/{made.init}/fd/{fd}")
                 for fd in os.listdir(f"/proc/{made.init}/fd")}  # fmt: skip
         assert held == {"/dev/null"}

@@ -11,6 +11,7 @@ every byte of it has been read back from the store and authenticated; only then 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import signal
@@ -383,12 +384,11 @@ def _pager_is_leaving(pid: int) -> bool:
     """
     if _is_pager(int(proc.status(pid)["TracerPid"])):
         return True
-    try:
+    with contextlib.suppress(OSError):  # not ours to look at: the dump tells
         for number in os.listdir(f"/proc/{pid}/fd"):
-            if os.readlink(f"/proc/{pid}/fd/{number}") == "anon_inode:[userfaultfd]":
-                return True
-    except OSError:  # it closed one, or is not ours to look at: the next look, or the dump, tells
-        pass
+            with contextlib.suppress(FileNotFoundError):  # it has closed that one
+                if os.readlink(f"/proc/{pid}/fd/{number}") == "anon_inode:[userfaultfd]":
+                    return True
     return False
 
 

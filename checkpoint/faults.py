@@ -243,7 +243,8 @@ class FaultServer:
             heard = False
             for context in list(self._contexts.values()):
                 heard |= self._attend(context)
-            if heard:
+            # Also what was noted elsewhere: a fault heard of while the end was being prepared.
+            if heard or self._asked:
                 while self._asked:
                     self._answer(*self._asked.popleft())
                 linger_until = clock() + _LINGER_S

@@ -41,15 +41,14 @@ def test_a_filtered_thread(store: Store) -> None:
     code = """
 import struct
 def confined():
-    # BPF: load the number; pause(34) and exit(60) pass, all else ends the process
-    code = [(0x20, 0, 0, 0), (0x15, 1, 0, 34), (6, 0, 0, 0x80000000), (6, 0, 0, 0x7fff0000)]
+    # BPF: load the number; sigaltstack(131), which we would inject, ends the process
+    code = [(0x20, 0, 0, 0), (0x15, 0, 1, 131), (6, 0, 0, 0x80000000), (6, 0, 0, 0x7fff0000)]
     steps = b"".join(struct.pack("<HBBI", *step) for step in code)
     kept = ctypes.create_string_buffer(steps)
     program = struct.pack("<HxxxxxxQ", len(code), ctypes.addressof(kept))
     assert libc.prctl(38, 1, 0, 0, 0) == 0
+    assert libc.prctl(22, 2, ctypes.c_char_p(program), 0, 0) == 0
     tids.append(threading.get_native_id())
-    wait = ctypes.PyDLL(None).prctl
-    libc.prctl(22, 2, ctypes.c_char_p(program), 0, 0)
     libc.pause()
 tids = []
 threading.Thread(target=confined, daemon=True).start()

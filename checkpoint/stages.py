@@ -1,6 +1,6 @@
 """The stages of a dump, a restore and a pager, so that tests can end lzy at each of them.
 
-`LZY_TEST_KILL_AT=dump.stopped lzy dump …` makes lzy kill itself (SIGKILL) on reaching that stage.
+`LZY_TEST_KILL_AT=dump.seized lzy dump …` makes lzy kill itself (SIGKILL) on reaching that stage.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 
 from . import machine, proc
 from .errors import AccessDenied, Busy, KernelError, LzyError, NotFound, Unsupported
-from .linux import PAGE_BYTES, memory, process, ptrace
+from .linux import memory, process, ptrace
 from .machine import Call
 from .rseq import leave_sequence
 
@@ -576,8 +576,3 @@ def stopped(pid: int) -> Iterator[Tracee]:
         yield tracee
     finally:
         tracee.let_go()
-
-
-def page_floor(address: int) -> int:
-    """The start of the page that holds `address`."""
-    return address & -PAGE_BYTES

@@ -44,9 +44,7 @@ SYS_SET_TID_ADDRESS: Final = 218
 SYS_TIMER_CREATE: Final = 222
 SYS_TIMER_SETTIME: Final = 223
 SYS_TIMER_GETTIME: Final = 224
-SYS_TIMER_GETOVERRUN: Final = 225
 SYS_TIMER_DELETE: Final = 226
-SYS_TGKILL: Final = 234
 SYS_MBIND: Final = 237
 SYS_SET_MEMPOLICY: Final = 238
 SYS_GET_MEMPOLICY: Final = 239
@@ -105,7 +103,6 @@ PR_SET_THP_DISABLE: Final = 41
 PR_GET_THP_DISABLE: Final = 42
 PR_CAP_AMBIENT: Final = 47
 PR_CAP_AMBIENT_RAISE: Final = 2
-PR_SET_IO_FLUSHER: Final = 57
 PR_SET_MDWE: Final = 65
 PR_GET_MDWE: Final = 66
 PR_SET_MEMORY_MERGE: Final = 67
@@ -196,19 +193,6 @@ def robust_list(tid: int) -> tuple[int, int]:
     length = ctypes.c_uint64()
     syscall(SYS_GET_ROBUST_LIST, tid, ctypes.addressof(head), ctypes.addressof(length))
     return head.value, length.value
-
-
-def get_limits(pid: int) -> dict[int, tuple[int, int]] | None:
-    """Resource limits {resource: (soft, hard)} by prlimit(2); None where that needs more rights."""
-    limits: dict[int, tuple[int, int]] = {}
-    buffer = (ctypes.c_uint64 * 2)()
-    for resource in range(16):
-        try:
-            syscall(SYS_PRLIMIT64, pid, resource, 0, ctypes.addressof(buffer))
-        except OSError:
-            return None
-        limits[resource] = (buffer[0], buffer[1])
-    return limits
 
 
 _CAP_SYS_ADMIN: Final = 21

@@ -18,7 +18,6 @@ PTRACE_SINGLESTEP: Final = 9
 PTRACE_DETACH: Final = 17
 PTRACE_SETOPTIONS: Final = 0x4200
 PTRACE_GETEVENTMSG: Final = 0x4201
-PTRACE_GETSIGINFO: Final = 0x4202
 PTRACE_GETREGSET: Final = 0x4204
 PTRACE_SETREGSET: Final = 0x4205
 PTRACE_SEIZE: Final = 0x4206
@@ -32,7 +31,6 @@ PTRACE_GET_RSEQ_CONFIGURATION: Final = 0x420F
 PTRACE_O_TRACECLONE: Final = 1 << 3
 PTRACE_O_TRACEEXEC: Final = 1 << 4
 PTRACE_O_EXITKILL: Final = 1 << 20
-PTRACE_O_SUSPEND_SECCOMP: Final = 1 << 21
 
 PTRACE_EVENT_CLONE: Final = 3
 PTRACE_EVENT_EXEC: Final = 4
@@ -133,14 +131,6 @@ def write_signal_mask(tid: int, mask: int) -> None:
     """Set the blocked signals."""
     value = ctypes.c_uint64(mask)
     _call(PTRACE_SETSIGMASK, tid, 8, ctypes.addressof(value))
-
-
-def stop_signal_info(tid: int) -> tuple[int, int]:
-    """(si_signo, si_code) of the present stop; raises EINVAL in a group-stop."""
-    buffer = ctypes.create_string_buffer(SIGINFO_BYTES)
-    _call(PTRACE_GETSIGINFO, tid, 0, ctypes.addressof(buffer))
-    number, _, code = struct.unpack_from("<iii", buffer)
-    return number, code
 
 
 def pending_signals(tid: int, *, shared: bool) -> list[bytes]:

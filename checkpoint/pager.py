@@ -222,6 +222,20 @@ def list_pagers() -> list[PagerReport]:
     return sorted(reports)
 
 
+def who_waits(store: Path, image: str) -> list[int]:
+    """Processes whose memory still comes from that image, whether their pagers live or not."""
+    found = []
+    for path in run_directory().glob("*.pager"):
+        with contextlib.suppress(NotFound, Damaged):
+            facts, _ = read_status(path)
+            same = facts["image"] == image and os.path.realpath(facts["store"]) == str(
+                store.resolve()
+            )
+            if same and _is_alive(facts):
+                found.append(int(facts["pid"]))
+    return sorted(found)
+
+
 def log_path(journal: Path) -> Path:
     """The pager's log, beside its journal."""
     return journal.with_suffix(".log")

@@ -232,11 +232,20 @@ class Store:
     def remove(self, name: str) -> None:
         """Remove an image, damaged or not; what only it needed goes with the next collection.
 
-        Raises NotFound, Busy while it is in use (a pager still serves from it).
+        Raises NotFound, Busy while it is in use: a pager serves from it, or a process waits for
+        one to, its own having died.
         """
+        from .pager import who_waits  # most who open a store remove nothing
+
         descriptor = self._open_manifest(check_name(name))
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if waiting := who_waits(self.path, name):
+                raise Busy(
+                    f"process {waiting[0]} still waits for memory from image {name}",
+                    remedy=f"run: lzy pager --resume {waiting[0]}",
+                    pid=waiting[0],
+                )
             os.unlink(name + _SUFFIX, dir_fd=self.manifests)
             os.fsync(self.manifests)
         except BlockingIOError as error:

@@ -246,6 +246,8 @@ def test_pager_and_keeper_killed_stall_only(start: Start, lzy: CommandLine) -> N
     program = start("memory_pattern", "16").await_ready()
     lzy.dump(program)
     restore_without_pager(program, lzy, signal.SIGKILL)
+    refusal = lzy.run("rm", "image", "--store", str(lzy.store))
+    assert refusal.returncode == 8, refusal  # Busy: what it waits for is not thrown away.
     program.say("prove")
     resumed = lzy.run("pager", "--resume", str(program.pid))
     proof = json.loads(program.hear(60))

@@ -163,6 +163,7 @@ class Journal:
         """Let go of mapping and descriptor; the lock goes with the last inherited descriptor."""
         self._words.release()
         self._bytes.release()
+        self._mapping.close()
         os.close(self.fd)
 
     def delete(self) -> None:

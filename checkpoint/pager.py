@@ -483,6 +483,7 @@ def _detach(seat: _Seat, image: ChunkSource | None, ready: int) -> NoReturn:
             os._exit(0)
         os.chdir("/")
         forget_signals()
+        signal.signal(signal.SIGPIPE, signal.SIG_IGN)
         seat, ready = _move_aside(seat, ready)
         null = os.open("/dev/null", os.O_RDWR)
         for number in (0, 1, 2):
@@ -563,6 +564,10 @@ def _page(
     try:
         set_name("lzy-pager")
         own = os.pidfd_open(os.getpid())
+        if not fresh:
+            # What the dead pager had opened (packs) is of no use to us; its userfaultfds are. This
+            # comes before anything that owns a descriptor: a mapping of the journal has one, too.
+            close_all_but((0, 1, 2, keeper, own, *seat.descriptors, *_children(seat)))
         journal = Journal(seat.journal, seat.path)
         open_image = seat.open_image
 
@@ -595,14 +600,12 @@ def _page(
             look_around=look_around,
             reach=reach if fresh else lambda stage: None,  # else none would ever get past a stage
         )
-        if not fresh:
-            # What the dead pager had opened (packs) is of no use to us; its userfaultfds are.
-            close_all_but((0, 1, 2, keeper, own, *seat.descriptors, *server.descriptors))
         # Before who started us lets go of it: an open image cannot be removed.
         server.prepare()
         journal.set_pids(pager_pid=os.getpid(), keeper_pid=os.getppid())
         if fresh and ready >= 0:
-            os.write(ready, b"%d" % os.getpid())
+            with contextlib.suppress(BrokenPipeError):  # who started us was killed meanwhile
+                os.write(ready, b"%d" % os.getpid())
             os.close(ready)
         if fresh:
             reach("pager.serving")
@@ -616,6 +619,15 @@ def _page(
         _say_why(seat, "the pager failed", error)
     finally:
         os._exit(1)
+
+
+def _children(seat: _Seat) -> set[int]:
+    """The descriptors of forked children in the table that the dead pager has left."""
+    journal = Journal(os.dup(seat.journal), seat.path)
+    try:
+        return journal.children()
+    finally:
+        journal.close()
 
 
 def _say_why(seat: _Seat, what: str, error: BaseException) -> None:

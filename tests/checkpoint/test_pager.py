@@ -28,7 +28,14 @@ from lzy.checkpoint.journal import journal_path, read_status
 from lzy.checkpoint.linux import PAGE_BYTES, libc
 from lzy.checkpoint.linux import uffd as kernel
 from lzy.checkpoint.linux.detached import take_descriptor
-from lzy.checkpoint.pager import Plan, list_pagers, log_path, resume_pager, start_pager
+from lzy.checkpoint.pager import (
+    Plan,
+    begin_pager,
+    list_pagers,
+    log_path,
+    resume_pager,
+    start_pager,
+)
 
 BASE = 0x6000_0000_0000
 UFFD_NUMBER, HARBOUR_NUMBERS = 1000, (1001, 1002)
@@ -302,9 +309,16 @@ class Paged:
             resumed = resume_pager(self.pid, open_image=open_file_image)
             assert list(resumed) == [self.pid]
 
+    def hear(self) -> bytes:
+        """What the script says next; with the pager's log when it says nothing."""
+        try:
+            return self.channel.hear()
+        except TimeoutError as error:
+            raise TimeoutError(self.describe()) from error
+
     def expect_done(self) -> None:
         """The script has ended without an error."""
-        heard = self.channel.hear()
+        heard = self.hear()
         assert heard == b"done", heard.decode()
 
     @property
@@ -529,8 +543,8 @@ def protect(memory: Memory) -> Callable[[], None]:
     return lambda: memory.check_all(memory.shuffled())
 
 
-def fork(memory: Memory) -> Callable[[], None]:
-    """fork: the child has all of it too, whatever becomes of the parent's."""
+def fork_reader(memory: Memory) -> Callable[[], None]:
+    """A forked child that looks at all of the memory when it is told to."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
@@ -545,16 +559,26 @@ def fork(memory: Memory) -> Callable[[], None]:
         finally:
             os._exit(status)
     os.close(reading)
-    assert libc.madvise(page_at(FIRST), (LAST - FIRST) * PAGE_BYTES, mmap.MADV_DONTNEED) == 0
 
     def check() -> None:
         os.write(writing, b".")
+        assert os.waitpid(child, 0)[1] == 0, "the forked child saw something else"
+
+    return check
+
+
+def fork(memory: Memory) -> Callable[[], None]:
+    """fork: the child has all of it too, whatever becomes of the parent's."""
+    check_child = fork_reader(memory)
+    assert libc.madvise(page_at(FIRST), (LAST - FIRST) * PAGE_BYTES, mmap.MADV_DONTNEED) == 0
+
+    def check() -> None:
         for page in memory.shuffled():
             if FIRST <= page < LAST:
                 assert memory.seen(page) == ZERO_PAGE
             else:
                 memory.check(page)
-        assert os.waitpid(child, 0)[1] == 0, "the forked child saw something else"
+        check_child()
 
     return check
 
@@ -975,6 +999,66 @@ def test_the_journal_stays_small(paged: MakePaged, victim: str) -> None:
     process.away(False)
     process.channel.say()
     process.expect_done()
+
+
+def test_a_pager_that_follows_another_writes_the_journal_anew(paged: MakePaged) -> None:
+    """What it closes then is its own: no forked child's userfaultfd is among it."""
+
+    def script(memory: Memory, channel: Channel) -> None:
+        channel.hear()
+        checks = [fork_reader(memory) for _ in range(12)]
+        for _ in range(10000):  # twice what there is room for
+            libc.madvise(page_at(FIRST), PAGE_BYTES, mmap.MADV_DONTNEED)
+        channel.say(b"changed")
+        for check in checks:
+            check()
+
+    process = paged(script)
+    process.away(True)
+    process.page()
+    process.kill("pager")
+    deadline = time.monotonic() + PATIENCE_S
+    while process.lzy_pids()[0] == process.pager_pid:
+        assert time.monotonic() < deadline, process.describe()
+    process.channel.say()
+    assert process.hear() == b"changed"
+    process.away(False)
+    process.expect_done()
+
+
+def test_the_pager_serves_though_its_starter_was_killed(paged: MakePaged) -> None:
+    """Nobody is there any more to hear that it serves: that is no reason to end."""
+    ready, go = os.pipe()
+
+    class SlowToOpen(FileImage):
+        def space_extent(self, space: int) -> tuple[int, int]:
+            os.read(ready, 1)
+            return super().space_extent(space)
+
+        def descriptors(self) -> list[int]:
+            return [*super().descriptors(), ready]
+
+    process = paged(lambda memory, channel: memory.check_all(memory.shuffled()))
+    image = SlowToOpen(process.image.path)
+    starter = os.fork()
+    if starter == 0:
+        begin_pager(process.plan(), process.uffd, process.pidfd, image, open_image=open_file_image)
+        os._exit(0)
+    os.close(ready)
+    os.waitpid(starter, 0)
+    log = log_path(process.journal)
+    assert log.read_text() == ""
+    os.write(go, bytes(8))
+    os.close(go)
+    image.close()
+    end = os.open(log, os.O_RDONLY)
+    os.close(process.uffd)
+    process.uffd = -1
+    process.channel.say()
+    process.expect_done()
+    process.expect_pager_gone()
+    assert os.read(end, 1000) == b"", "a second pager was needed"
+    os.close(end)
 
 
 @pytest.mark.parametrize("victim", ["none", "keeper", "pager"])

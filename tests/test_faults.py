@@ -127,8 +127,13 @@ def test_dump_killed_at_any_moment(
         killed = kill_after(lzy.start("dump", str(program.pid), *where, *options), delay_s)
         if not killed or not program.is_alive:
             break
+        try:
+            assert program.ask("ping") == "pong"
+        except AssertionError:
+            if program.is_alive:
+                raise
+            break  # lzy had just ended it: then the image is whole, which is seen below
         kills += 1
-        assert program.ask("ping") == "pong"
         if kills % 4 == 0:
             prove_untouched(program, original)
         delay_s += step_s

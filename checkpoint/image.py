@@ -1,6 +1,6 @@
 """An image: the manifest that says what a dumped process's memory consists of, and reads of it.
 
-The manifest is one authenticated file: header, run table, chunk table, pack list, document.
+The manifest is one authenticated file: header, run table, pieces, chunk table, pack list, document.
 Loading it reads and authenticates it all at once and makes no object per entry; the tables stay
 as they lie and are searched in place. The layout is told byte by byte in docs/format.md.
 """
@@ -16,13 +16,15 @@ from typing import Any, NamedTuple
 import zstandard
 from blake3 import blake3
 
+from .buffers import page_aligned
 from .codec import RAW, SUITE_NONE, Decoder
 from .errors import Damaged, StoreUnavailable
 from .keys import StoreKeys, keyed_digest, same_digest
 from .linux import PAGE_BYTES
 from .packs import PackFiles, Stored, pack_file, read_trailer
+from .patchwork import PIECE_RECORD, Piece, PieceTable, mask_of, place
 
-MANIFEST_VERSION = 1
+MANIFEST_VERSION = 2
 MOST_NAME_BYTES = 128
 MOST_MANIFEST_BYTES = 4 << 30
 MOST_DOCUMENT_BYTES = 256 << 20
@@ -30,7 +32,7 @@ MOST_CHUNKS = 1 << 26
 MOST_PACKS = 1 << 20
 
 _MAGIC = b"LZYIMAGE"
-_FIELDS = struct.Struct("<8sIIII16sQQQQQQQQQQ128s")
+_FIELDS = struct.Struct("<8sIIII16sQQQQQQQQQQQ128s")
 _MAC_BYTES = 32
 HEADER_BYTES = _FIELDS.size + _MAC_BYTES
 RUN_BYTES = 24
@@ -51,6 +53,7 @@ class Header(NamedTuple):
     stored_bytes: int
     reused_bytes: int
     run_count: int
+    piece_count: int
     chunk_count: int
     pack_count: int
     document_stored_bytes: int
@@ -62,6 +65,7 @@ class Header(NamedTuple):
         return (
             HEADER_BYTES
             + self.run_count * RUN_BYTES
+            + self.piece_count * PIECE_RECORD.size
             + self.chunk_count * CHUNK_RECORD.size
             + self.pack_count * _PACK_RECORD.size
             + self.document_stored_bytes
@@ -74,6 +78,7 @@ def encode_manifest(
     keys: StoreKeys,
     *,
     runs: bytes,
+    pieces: bytes,
     chunks: bytes | bytearray,
     packs: bytes,
     document: bytes,
@@ -90,7 +95,7 @@ def encode_manifest(
         header.name.encode("ascii"),
     )
     head = fields + keyed_digest(keys.manifest, b"header", fields)
-    whole = b"".join((head, runs, chunks, packs, document))
+    whole = b"".join((head, runs, pieces, chunks, packs, document))
     whole += keyed_digest(keys.manifest, b"image", whole)
     if len(whole) != header.manifest_bytes:
         raise ValueError("the sections of the manifest do not have the lengths of its header")
@@ -137,6 +142,7 @@ def parse_header(head: bytes | memoryview, keys: StoreKeys, *, name: str) -> Hea
         or window_pages & (window_pages - 1)
         or header.chunk_count > MOST_CHUNKS
         or header.run_count > MOST_CHUNKS
+        or header.piece_count > MOST_CHUNKS
         or header.pack_count > MOST_PACKS
         or header.document_bytes > MOST_DOCUMENT_BYTES
         or header.document_stored_bytes > MOST_DOCUMENT_BYTES + (1 << 20)
@@ -180,13 +186,16 @@ class Image:
         start = HEADER_BYTES
         end = start + header.run_count * RUN_BYTES
         self.runs = whole[start:end].cast("Q")
+        start, end = end, end + header.piece_count * PIECE_RECORD.size
+        self._pieces = PieceTable(whole[start:end])
         start, end = end, end + header.chunk_count * CHUNK_RECORD.size
         self._chunks = whole[start:end]
         start, end = end, end + header.pack_count * _PACK_RECORD.size
-        self._packs = [
-            (pack, length_bytes)
-            for pack, length_bytes, _ in _PACK_RECORD.iter_unpack(whole[start:end])
-        ]
+        self._packs: list[tuple[bytes, int]] = []
+        self.pack_chunk_counts: list[int] = []
+        for pack, length_bytes, chunk_count in _PACK_RECORD.iter_unpack(whole[start:end]):
+            self._packs.append((pack, length_bytes))
+            self.pack_chunk_counts.append(chunk_count)
         self._document_bytes = whole[end : end + header.document_stored_bytes]
         self._document: dict[str, Any] | None = None
         self._addresses = self.runs[0::3]
@@ -195,6 +204,7 @@ class Image:
         self._chunk_key = keys.chunk
         self._files = PackFiles(packs)
         self._decoders: list[Decoder] = []
+        self._buffers: list[memoryview] = []
         self._window_bytes = header.window_pages * PAGE_BYTES
         self.window_pages = header.window_pages
         self.run_count = header.run_count
@@ -247,7 +257,10 @@ class Image:
         return -1
 
     def run(self, index: int) -> tuple[int, int, int]:
-        """(address, mask of stored pages, chunk number) of record `index`; IndexError if none."""
+        """(address, mask of stored pages, chunk number) of record `index`; IndexError if none.
+
+        A number from `chunk_count` on is that of a patchwork (`lzy.checkpoint.patchwork`).
+        """
         at = index * 3
         runs = self.runs
         return runs[at], runs[at + 1], runs[at + 2] & 0xFFFFFFFF
@@ -255,6 +268,36 @@ class Image:
     def run_space(self, index: int) -> int:
         """The space that record `index` belongs to."""
         return self.runs[index * 3 + 2] >> 32
+
+    def pieces(self, chunk: int, mask: int) -> list[Piece]:
+        """What makes up the pages `mask` that a run record finds in `chunk`: one piece or several.
+
+        Damaged when that chunk is a patchwork that is not one of these pages.
+        """
+        if chunk < self.chunk_count:
+            return [Piece(mask, mask, chunk)]
+        pieces = self._pieces.pieces(chunk - self.chunk_count)
+        try:
+            sound = mask_of(pieces) == mask and all(p.chunk < self.chunk_count for p in pieces)
+        except ValueError:
+            sound = False
+        if not sound:
+            raise Damaged(f"patchwork {chunk} of image {self.name} is impossible", image=self.name)
+        return pieces
+
+    @property
+    def patchwork_count(self) -> int:
+        """How many numbers behind those of the chunks are patchworks."""
+        return self._pieces.count
+
+    def content_key(self, chunk: int) -> bytes:
+        """Equal for equal contents of the same mask, as a rule: chunks have one key per content."""
+        if chunk < self.chunk_count:
+            return self.chunk_place(chunk)[0]
+        return b"".join(
+            self.chunk_place(piece.chunk)[0] + piece.held.to_bytes(8) + piece.taken.to_bytes(8)
+            for piece in self._pieces.pieces(chunk - self.chunk_count)
+        )
 
     def chunk_place(self, chunk: int) -> tuple[bytes, int, Stored]:
         """(id, pack number, place in the pack) of a chunk; IndexError when there is no such."""
@@ -271,6 +314,8 @@ class Image:
         Raises Damaged when the content is not what was written (`into` is then undefined),
         StoreUnavailable when the store cannot be read, ValueError when `into` is too small.
         """
+        if chunk >= self.chunk_count:
+            return self._read_patchwork(chunk, into)
         if not 0 <= chunk < self.chunk_count:
             raise IndexError(f"image {self.name} has no chunk {chunk}")
         content_id, pack, stored_bytes, offset, raw_bytes, encoding = CHUNK_RECORD.unpack_from(
@@ -322,6 +367,35 @@ class Image:
                 pack=pack_name,
             ) from error
         return int(raw_bytes)
+
+    def _read_patchwork(self, number: int, into: memoryview) -> int:
+        pieces = self._pieces.pieces(number - self.chunk_count)
+        if not pieces:
+            raise IndexError(f"image {self.name} has no chunk {number}")
+        try:
+            mask = mask_of(pieces)
+        except ValueError as error:
+            raise Damaged(f"patchwork {number} of image {self.name}: {error}") from error
+        length_bytes = mask.bit_count() * PAGE_BYTES
+        if mask >> self.window_pages:
+            raise Damaged(f"patchwork {number} of image {self.name} is larger than a window")
+        if len(into) < length_bytes:
+            raise ValueError(f"{length_bytes} bytes do not fit into {len(into)}")
+        try:
+            buffer = self._buffers.pop()
+        except IndexError:
+            buffer = page_aligned(self._window_bytes)[2]
+        try:
+            for piece in pieces:
+                if piece.chunk >= self.chunk_count:
+                    raise Damaged(f"patchwork {number} of image {self.name} names no chunk")
+                got = self.read_chunk(piece.chunk, buffer)
+                if got != piece.held.bit_count() * PAGE_BYTES:
+                    raise Damaged(f"chunk {piece.chunk} of image {self.name} has {got} bytes")
+                place(mask, piece, buffer, into)
+        finally:
+            self._buffers.append(buffer)
+        return length_bytes
 
     def check_packs(self) -> None:
         """Check that each pack is there, has its size, header and trailer. Damaged if not."""

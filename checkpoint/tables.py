@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import struct
 import threading
+from typing import Any
 
 from .image import CHUNK_RECORD, encode_pack
 from .packs import Stored
+from .patchwork import Piece, encode_pieces
 
 _EMPTY_RECORD = bytes(CHUNK_RECORD.size)
 
@@ -36,6 +38,7 @@ class ImageTables:
         self._packs: dict[bytes, int] = {}
         self._pack_sizes: list[tuple[int, int]] = []
         self._runs: dict[int, bytes] = {}
+        self._kept: dict[int, list[Piece]] = {}
 
     def number_chunk(self, content_id: bytes) -> tuple[int, bool]:
         """The number of a content, and whether it is new here and now the caller's to store."""
@@ -105,18 +108,45 @@ class ImageTables:
             encode_pack(pack, *self._pack_sizes[number]) for pack, number in self._packs.items()
         )
 
-    def encode_runs(self, *, ordered: bool) -> bytes:
-        """The run table, sorted unless the batches were `ordered` by (space, address) already.
+    def keep(self, address: int, pieces: list[Piece]) -> None:
+        """Take pages of the window at `address` of space 0 from chunks that are there already."""
+        self._kept[address] = pieces
 
-        ValueError when a window was given twice.
+    def encode_runs(self, *, ordered: bool) -> tuple[bytes, bytes]:
+        """The run table and the pieces; call it last, when all chunks have their numbers.
+
+        The batches were `ordered` by (space, address), or are sorted now. ValueError when a window
+        was given twice.
         """
         runs = b"".join(self._runs[number] for number in sorted(self._runs))
-        if ordered:
-            return runs
+        if ordered and not self._kept:
+            return runs, b""
         records = sorted(struct.iter_unpack("<QQQ", runs), key=lambda run: (run[2] >> 32, run[0]))
         last = (-1, -1)
         for address, _, owner in records:
             if (owner >> 32, address) == last:
                 raise ValueError(f"window {address:#x} of space {owner >> 32} was given twice")
             last = (owner >> 32, address)
-        return b"".join(struct.pack("<QQQ", *record) for record in records)
+        pieces = b""
+        if self._kept:
+            records, pieces = self._join(records)
+        return b"".join(struct.pack("<QQQ", *record) for record in records), pieces
+
+    def _join(self, records: list[Any]) -> tuple[list[tuple[int, int, int]], bytes]:
+        """Put what was kept and what was written of the windows of space 0 together."""
+        fresh = {address: (mask, chunk) for address, mask, chunk in records if not chunk >> 32}
+        joined: list[tuple[int, int, int]] = []
+        patchworks: list[list[Piece]] = []
+        for address in sorted(fresh.keys() | self._kept.keys()):
+            pieces = list(self._kept.get(address, ()))
+            if address in fresh:
+                mask, chunk = fresh[address]
+                pieces.append(Piece(mask, mask, chunk))
+            mask = sum(piece.taken for piece in pieces)
+            if len(pieces) == 1 and pieces[0].held == mask:
+                joined.append((address, mask, pieces[0].chunk))
+            elif pieces:
+                joined.append((address, mask, self.chunk_count + len(patchworks)))
+                patchworks.append(pieces)
+        joined += [record for record in records if record[2] >> 32]
+        return joined, encode_pieces(patchworks)

@@ -82,8 +82,11 @@ def _check_runs(image: Image, lengths: list[int]) -> None:
             place <= last
             or address % window_bytes
             or mask >> image.window_pages
-            or chunk >= len(lengths)
-            or mask.bit_count() * PAGE_BYTES != lengths[chunk]
+            or chunk >= len(lengths) + image.patchwork_count
+            or any(
+                held.bit_count() * PAGE_BYTES != lengths[number] or held >> image.window_pages
+                for held, _, number in image.pieces(chunk, mask)
+            )
         ):
             raise Damaged(f"record {index} of image {image.name} ({address:#x}) is impossible")
         last = place

@@ -37,6 +37,7 @@ from .image import (
 from .linux import PAGE_BYTES
 from .packs import PackFiles
 from .pages import MOST_WINDOW_PAGES
+from .patchwork import PIECE_RECORD, Piece, renew
 from .pending import PendingPacks, Progress
 from .tables import ImageTables
 from .unavailable import unavailable
@@ -108,6 +109,49 @@ class ImageWriter:
     def stored_bytes(self) -> int:
         """Bytes written to packs so far."""
         return self._tables.stored_bytes
+
+    def keep(self, base: Image, windows: Iterable[tuple[int, int]]) -> None:
+        """Take these pages of space 0, (window address, mask), from `base` as they are.
+
+        What `base` does not have of them is zero pages. They were verified when they were written,
+        and are not read again. Damaged when `base` cannot be made sense of.
+        """
+        tables = self._tables
+        numbers: dict[int, int] = {}
+        packs = base.packs
+        raw_pages = kept_pages = reused_bytes = 0
+        for address, mask in windows:
+            raw_pages += mask.bit_count()
+            index = base.find_run(0, address)
+            if index < 0:
+                continue
+            _, stored, chunk = base.run(index)
+            pieces = []
+            for held, taken, old in renew(base.pieces(chunk, stored), mask):
+                number = numbers.get(old)
+                if number is None:
+                    content_id, pack, place = base.chunk_place(old)
+                    number, ours = tables.number_chunk(content_id)
+                    numbers[old] = number
+                    if ours:
+                        pack_id, length_bytes = packs[pack]
+                        tables.record_chunk(number, content_id, pack_id, place)
+                        tables.record_pack(pack_id, length_bytes, base.pack_chunk_counts[pack])
+                        reused_bytes += place.stored_bytes
+                pieces.append(Piece(held, taken, number))
+                kept_pages += taken.bit_count()
+            if pieces:
+                tables.keep(address, pieces)
+        tables.record_batch(
+            self._batches,
+            b"",
+            raw_bytes=raw_pages * PAGE_BYTES,
+            zero_bytes=(raw_pages - kept_pages) * PAGE_BYTES,
+            repeated_bytes=0,
+            reused_bytes=reused_bytes,
+            stored_bytes=0,
+        )
+        self._batches += 1
 
     def add_space(
         self, source: PageSource, windows: Iterable[tuple[int, int]], *, space: int
@@ -233,7 +277,7 @@ class ImageWriter:
         stored_document, document_bytes = encode_document(document)
         tables = self._tables
         chunks, packs = tables.encode_chunks(), tables.encode_packs()
-        runs = tables.encode_runs(ordered=self._ordered)
+        runs, pieces = tables.encode_runs(ordered=self._ordered)
         header = Header(
             name=self.name,
             store=self._store.identity,
@@ -244,13 +288,20 @@ class ImageWriter:
             stored_bytes=tables.stored_bytes,
             reused_bytes=tables.reused_bytes,
             run_count=len(runs) // RUN_BYTES,
+            piece_count=len(pieces) // PIECE_RECORD.size,
             chunk_count=tables.chunk_count,
             pack_count=len(packs) // PACK_RECORD_BYTES,
             document_stored_bytes=len(stored_document),
             document_bytes=document_bytes,
         )
         return encode_manifest(
-            header, self._keys, runs=runs, chunks=chunks, packs=packs, document=stored_document
+            header,
+            self._keys,
+            runs=runs,
+            pieces=pieces,
+            chunks=chunks,
+            packs=packs,
+            document=stored_document,
         )
 
     def _write_manifest(self, manifest: bytes) -> None:

@@ -32,9 +32,9 @@ class _Held:
     raw_bytes: int = field(default=0, init=False)
     stored_bytes: float = field(default=0.0, init=False)
 
-    def hold(self, pages: int, stored_per_page: float) -> None:
+    def hold(self, pages: int, stored_bytes: float) -> None:
         self.raw_bytes += pages * _PAGE_BYTES
-        self.stored_bytes += pages * stored_per_page
+        self.stored_bytes += stored_bytes
 
 
 @dataclass
@@ -103,7 +103,7 @@ def weigh(image: Image) -> tuple[list[Mapping], list[Object]]:
         if not first <= index < last:
             space = image.runs[3 * index + 2] >> 32
             held = objects.setdefault(space, Object(space))
-            held.hold(mask.bit_count(), stored_per_page[chunk])
+            held.hold(mask.bit_count(), _stored(image, chunk, mask, mask, stored_per_page))
             continue
         while here < len(mappings) and mappings[here].end <= address:
             here += 1
@@ -112,7 +112,8 @@ def weigh(image: Image) -> tuple[list[Mapping], list[Object]]:
             low = max(mappings[at].start - address, 0) // _PAGE_BYTES
             high = min(mappings[at].end - address, window_bytes) // _PAGE_BYTES
             within = mask >> low & ((1 << (high - low)) - 1)
-            mappings[at].hold(within.bit_count(), stored_per_page[chunk])
+            stored_bytes = _stored(image, chunk, mask, within << low, stored_per_page)
+            mappings[at].hold(within.bit_count(), stored_bytes)
             at += 1
     return mappings, list(objects.values())
 
@@ -122,11 +123,20 @@ def _stored_per_page(image: Image) -> list[float]:
     pages = [0] * image.chunk_count
     for index in range(image.run_count):
         _, mask, chunk = image.run(index)
-        pages[chunk] += mask.bit_count()
+        for _, taken, number in image.pieces(chunk, mask):
+            pages[number] += taken.bit_count()
     return [
         image.chunk_place(chunk)[2].stored_bytes / max(number, 1)
         for chunk, number in enumerate(pages)
     ]
+
+
+def _stored(image: Image, chunk: int, mask: int, pages: int, stored_per_page: list[float]) -> float:
+    """Stored bytes of `pages` among the pages `mask` that a run record finds in `chunk`."""
+    return sum(
+        (piece.taken & pages).bit_count() * stored_per_page[piece.chunk]
+        for piece in image.pieces(chunk, mask)
+    )
 
 
 def _read_mapping(vma: dict[str, Any]) -> Mapping:

@@ -52,6 +52,7 @@ def made_up(made_in: Store, windows: int, pages: int, **changes: object) -> byte
         stored_bytes=0,
         reused_bytes=0,
         run_count=windows,
+        piece_count=0,
         chunk_count=1,
         pack_count=1,
         document_stored_bytes=len(document),
@@ -62,6 +63,7 @@ def made_up(made_in: Store, windows: int, pages: int, **changes: object) -> byte
         header,
         made_in.keys,
         runs=runs,
+        pieces=b"",
         chunks=chunk,
         packs=encode_pack(bytes(16), 4096, 1),
         document=document,
@@ -114,7 +116,7 @@ def test_impossible_headers_are_refused(store: Store, changes: dict[str, object]
         Image(manifest, store.keys, -1, name="made-up")
 
 
-@pytest.mark.parametrize(("offset", "value"), [(8, 2), (8, 0), (12, 1), (12, 0xFFFFFFFF)])
+@pytest.mark.parametrize(("offset", "value"), [(8, 1), (8, 3), (12, 1), (12, 0xFFFFFFFF)])
 def test_unknown_versions_are_refused(store: Store, offset: int, value: int) -> None:
     """Another version or encryption suite is named as such, not called damage."""
     manifest = bytearray(made_up(store, 4, 16))

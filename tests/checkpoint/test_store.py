@@ -533,14 +533,14 @@ def test_chunk_records_are_as_documented(store: Store) -> None:
     manifest = (store.path / "images" / "one.image").read_bytes()
     assert manifest[:8] == b"LZYIMAGE"
     version, suite, window_pages = struct.unpack_from("<III", manifest, 8)
-    assert (version, suite, window_pages) == (1, 0, 16)
-    run_count, chunk_count, pack_count = struct.unpack_from("<QQQ", manifest, 80)
-    assert (run_count, chunk_count, pack_count) == (1, 1, 1)
-    address, mask, owner = struct.unpack_from("<QQQ", manifest, 280)
+    assert (version, suite, window_pages) == (2, 0, 16)
+    counts = struct.unpack_from("<QQQQ", manifest, 80)
+    assert counts == (1, 0, 1, 1)  # runs, pieces, chunks, packs
+    address, mask, owner = struct.unpack_from("<QQQ", manifest, 288)
     assert (address, mask, owner) == (0, 0xFFFF, 0)
-    _, pack, stored, offset, raw, encoding = struct.unpack_from("<32sIIQII", manifest, 304)
+    _, pack, stored, offset, raw, encoding = struct.unpack_from("<32sIIQII", manifest, 312)
     assert (pack, stored, offset, raw, encoding) == (0, 65536, 32, 65536, 0)
-    pack_id, pack_bytes, chunks = struct.unpack_from("<16sQQ", manifest, 360)
+    pack_id, pack_bytes, chunks = struct.unpack_from("<16sQQ", manifest, 368)
     path = store.path / "packs" / f"{pack_id.hex()}.pack"
     assert (path.stat().st_size, chunks) == (pack_bytes, 1)
     assert path.read_bytes()[offset : offset + stored] == content

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from lzy.checkpoint.patchwork import Piece
 from lzy.cli.show import as_document, describe, weigh
 
 PAGE = 4096
@@ -34,6 +35,9 @@ class Image:
 
     def run(self, index: int) -> tuple[int, int, int]:
         return self._runs[index][1:]
+
+    def pieces(self, chunk: int, mask: int) -> list[Piece]:
+        return [Piece(mask, mask, chunk)]
 
     def space_extent(self, space: int) -> tuple[int, int]:
         inside = [i for i, run in enumerate(self._runs) if run[0] == space]

@@ -1,0 +1,52 @@
+"""What an incremental checkpoint takes from the image before it, and what it stores anew.
+
+Everything here is arithmetic on masks of windows: no memory is read, nothing is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from .image import Image
+from .patchwork import is_worth_it, renew
+
+Window = tuple[int, int]
+"""(window-aligned address, mask of pages)"""
+
+
+class Increment(NamedTuple):
+    """`kept`: pages that are as the base image has them; `fresh`: pages to be read and stored.
+
+    Both ascend by address; together they are the pages that there are, each once.
+    """
+
+    kept: list[Window]
+    fresh: list[Window]
+
+
+def plan_increment(base: Image, present: Iterable[Window], written: Iterable[Window]) -> Increment:
+    """How to make a checkpoint of the pages `present`, of which `written` may differ from `base`.
+
+    A window of which too little is left in the chunks of `base` is stored anew, whole
+    (`lzy.checkpoint.patchwork.is_worth_it`).
+    """
+    dirty = dict(written)
+    kept: list[Window] = []
+    fresh: list[Window] = []
+    for address, mask in present:
+        fresh_mask = dirty.get(address, 0) & mask
+        kept_mask = mask & ~fresh_mask
+        if kept_mask:
+            index = base.find_run(0, address)
+            if index >= 0:
+                _, stored, chunk = base.run(index)
+                if fresh_mask or stored & ~kept_mask or chunk >= base.chunk_count:
+                    pieces = renew(base.pieces(chunk, stored), kept_mask)
+                    if pieces and not is_worth_it(pieces, fresh_mask):
+                        kept_mask, fresh_mask = 0, mask
+        if kept_mask:
+            kept.append((address, kept_mask))
+        if fresh_mask:
+            fresh.append((address, fresh_mask))
+    return Increment(kept, fresh)

@@ -32,10 +32,12 @@ from .content import (
     windows_of,
 )
 from .errors import Busy, KernelError, LzyError, NotFound, StoreUnavailable, Unsupported
+from .history import ASKED, next_checkpoint, remember
 from .home import run_directory
 from .host import describe_host
 from .interrupts import Deferred
 from .journal import is_held, journal_path
+from .lineage import forget_lineage
 from .linux import process, ptrace
 from .machine import Call
 from .mapped import Mappings, refuse_mappings
@@ -78,9 +80,13 @@ def dump(
     name: str | None = None,
     leave_running: bool = False,
     window_pages: int = 64,
+    why: str = ASKED,
     progress: Progress | None = None,
 ) -> DumpReport:
     """Write an image of process `pid` into `store`; end the process unless `leave_running`.
+
+    `name` is that of a session: the image is its next checkpoint (see `history`). `why` it is
+    taken stands in the image.
 
     Raises NotFound, AccessDenied, Unsupported (naming what cannot be kept), Busy,
     StoreUnavailable; the process then runs on as before.
@@ -96,7 +102,9 @@ def dump(
     obstacle = _why_no_snapshot(vmas) if leave_running else "the process ends"
     comm = proc.stat(pid)[1]
     taken = time.time()
-    name = name or default_name(comm, pid, taken)
+    name, session = next_checkpoint(
+        store, pid, name, why=why, unnamed=lambda: default_name(comm, pid, taken)
+    )
     own_start = proc.start_time(pid)
 
     if not leave_running and not process.may_choose_pids():
@@ -179,6 +187,7 @@ def dump(
                 "taken_unix_s": taken,
                 "comm": comm,
                 "pid": threads[0]["tid"],
+                "session": session,
                 "host": host,
                 "process": own,
                 "threads": threads,
@@ -197,10 +206,12 @@ def dump(
             if not snapshot:
                 tracee.let_go()
                 freeze_s = time.monotonic() - frozen_at
+            remember(store, pid, session, notes)
         else:
             freeze_s = time.monotonic() - frozen_at
             with Deferred():
                 _end(tracee, pidfd, descriptors)
+            forget_lineage(pid)
         reach("dump.ended")
     except ProcessLookupError as error:
         raise NotFound(f"process {pid} ended while it was dumped", pid=pid) from error

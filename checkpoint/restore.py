@@ -26,6 +26,7 @@ from .content import windows_of
 from .elf import build_id
 from .errors import Busy, Damaged, Incompatible, KernelError, LzyError, NotFound
 from .harbour import make_harbour
+from .history import remember_restored
 from .host import check_host
 from .image import Image
 from .interrogate import decode
@@ -84,9 +85,12 @@ def restore(
     stdout: str | None = None,
     stderr: str | None = None,
     accept_changed_files: bool = False,
+    session: str | None = None,
     progress: Progress | None = None,
 ) -> RestoreReport:
     """Make the process of `image` again and let it run, detached.
+
+    Its next checkpoint continues the session that `image` is of, or begins `session`.
 
     `pid_namespace` is host (its old pid here), new (a namespace of its own) or auto. A mapped or
     open file that changed is refused unless `accept_changed_files`. Raises
@@ -95,16 +99,19 @@ def restore(
     options = resources.RestoreOptions(
         stdin=stdin, stdout=stdout, stderr=stderr, accept_changed_files=accept_changed_files
     )
-    return Restorer(image, eager, progress).restore(pid_namespace, options)
+    return Restorer(image, eager, session, progress).restore(pid_namespace, options)
 
 
 class Restorer:
     """One restore; its methods are its steps, in order."""
 
-    def __init__(self, image: Image, eager: bool, progress: Progress | None) -> None:
+    def __init__(
+        self, image: Image, eager: bool, session: str | None, progress: Progress | None
+    ) -> None:
         self.began = time.monotonic()
         self.image = image
         self.eager = eager
+        self.session = session
         self.progress = progress
         self.document: dict[str, Any] = image.document
         self.own: dict[str, Any] = self.document["process"]
@@ -182,6 +189,7 @@ class Restorer:
                 pid=born.pid,
                 tids={t["tid"]: new.tid for t, new in zip(self.threads, new_threads, strict=True)},
             )
+            remember_restored(self.image, born.pid, self.session, self.notes)
             self._leave(tracee, new_threads)
             # 7. The process runs, whether its pager is ready or not: a fault waits for it.
             reach("restore.paging")

@@ -133,7 +133,7 @@ def test_every_answer_to_programs_is_documented(lzy: Run, program: Program) -> N
     kept = ask("dump", str(program.pid), "--leave-running", "--name", "kept")
     assert kept["left_running"] is True
     assert program.tell("one") == "one"
-    dumped = ask("dump", str(program.pid), "--window-size", "64K")
+    dumped = ask("dump", str(program.pid), "--window-size", "64K", "--name", "last")
     assert dumped["pid"] == program.pid
     program.reap()
     shown = ask("show")

@@ -127,8 +127,11 @@ def resolve(store: Store, asked: str | None) -> str | None:
 
     A session's name alone means its newest checkpoint. Raises NotFound, which says what there is.
     """
-    if asked is None:
-        return None
+    return None if asked is None else require_image(store, asked)
+
+
+def require_image(store: Store, asked: str) -> str:
+    """`resolve` for a name that was given."""
     session, number = split_name(asked)
     if number == 1:
         numbers = list_numbers(store, session)

@@ -39,22 +39,46 @@ def json_option(function: F) -> F:
 
 
 def complete_image(ctx: click.Context, _: click.Parameter, typed: str) -> list[CompletionItem]:
-    """Names of images in the store that begin with what was typed, newest first."""
+    """Names in the store that begin with what was typed, newest first.
+
+    A session once, by its name; its checkpoints one by one as soon as only they are left.
+    """
     from click.shell_completion import CompletionItem
 
     from ..checkpoint.errors import LzyError
-    from .layout import size
+    from ..checkpoint.history import list_sessions, split_name
+    from .layout import count, size
 
     try:
-        images = open_store(ctx.params.get("store")).images()
+        store = open_store(ctx.params.get("store"))
+        images = store.images()
+        sessions = list_sessions(store)
     except (LzyError, OSError):
         return []  # a shell waiting for a completion has no place to show an error
     given = ctx.params.get("images") or ()
+    found: dict[str, str] = {}
+    for image in images:
+        session, number = split_name(image.name)
+        several = len(sessions.get(session, [])) > 1
+        if several:
+            found.setdefault(session, count(len(sessions[session]), "checkpoint"))
+        if several and typed.startswith(session):
+            found[f"{session}@{number}"] = size(image.raw_bytes)
+        elif not several:
+            found[image.name] = size(image.raw_bytes)
     return [
-        CompletionItem(image.name, help=size(image.raw_bytes))
-        for image in images
-        if image.name.startswith(typed) and image.name not in given
+        CompletionItem(name, help=words)
+        for name, words in found.items()
+        if name.startswith(typed) and name not in given
     ]
+
+
+def complete_session(ctx: click.Context, _: click.Parameter, typed: str) -> list[CompletionItem]:
+    """Names of sessions that begin with what was typed, newest first."""
+    from ..checkpoint.history import split_name
+
+    offered = complete_image(ctx, _, typed)
+    return [item for item in offered if split_name(item.value) == (item.value, 1)]
 
 
 def complete_pid(_: click.Context, __: click.Parameter, typed: str) -> list[CompletionItem]:

@@ -30,12 +30,18 @@ def images(store: str | None, as_json: bool) -> None:
     `memory` is what the process had; `stored` is what its image added to the store: zeros are not
     stored, nor is content that the store already has (`shared`).
     """
-    found = open_store(store).images()
+    from ..checkpoint.history import list_sessions, split_name
+
+    opened = open_store(store)
+    sessions = list_sessions(opened)
+    found = [_named(image, sessions) for image in opened.images()]
     path = store_path(store)
     if as_json:
         rows = [
             {
                 "name": image.name,
+                "session": split_name(image.name)[0],
+                "number": split_name(image.name)[1],
                 "created_unix_s": image.created_unix_s,
                 "raw_bytes": image.raw_bytes,
                 "zero_bytes": image.zero_bytes,
@@ -60,6 +66,12 @@ def images(store: str | None, as_json: bool) -> None:
     )
     stored = size(sum(image.stored_bytes for image in found))
     say([*lines, paint(f"{count(len(found), 'image')}, {stored} in {path}", "dim")])
+
+
+def _named(image: ImageSummary, sessions: dict[str, list[int]]) -> ImageSummary:
+    """By a name that other commands take for that image: the first of several has a number too."""
+    several = len(sessions.get(image.name, [])) > 1
+    return image._replace(name=f"{image.name}@1") if several else image
 
 
 def _row(image: ImageSummary, now_s: float) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from .edge import Interrupted
-from .stores import open_store
+from .stores import load_image
 
 if TYPE_CHECKING:
     from ..checkpoint.restore import Progress, RestoreReport
@@ -32,7 +32,7 @@ def restore_image(
     try:
         with _progress(eager) as update:
             report = engine.restore(
-                open_store(store).load(image),
+                load_image(store, image),
                 eager=eager,
                 pid_namespace=pid_namespace,
                 stdin=stdin,

@@ -16,7 +16,7 @@ import click
 
 from .arguments import image_argument, json_option, store_option
 from .layout import age, bar, count, facts, paint, say, say_json, share, size, table
-from .stores import open_store
+from .stores import load_image
 
 if TYPE_CHECKING:
     from ..checkpoint.image import Image
@@ -77,7 +77,7 @@ def show(image: str | None, store: str | None, everything: bool, as_json: bool) 
     Threads, mappings by size, descriptors; for each mapping how much of it is in the image.
     Pages of zeros and unchanged pages of files are not.
     """
-    loaded = open_store(store).load(image)
+    loaded = load_image(store, image)
     try:
         mappings, objects = weigh(loaded)
         if as_json:

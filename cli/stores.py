@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from ..checkpoint.home import default_store
 
 if TYPE_CHECKING:
+    from ..checkpoint.image import Image
     from ..checkpoint.store import Store
 
 
@@ -21,3 +22,11 @@ def open_store(given: str | None, *, create: bool = False) -> Store:
     from ..checkpoint.store import Store
 
     return Store.open(store_path(given), create=create)
+
+
+def load_image(given: str | None, asked: str | None) -> Image:
+    """The image that `asked` means in that store: NAME, NAME@NUMBER, or None for the latest."""
+    from ..checkpoint.history import resolve
+
+    store = open_store(given)
+    return store.load(resolve(store, asked))

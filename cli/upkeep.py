@@ -13,27 +13,45 @@ from .stores import open_store
     epilog="""\b
     Examples:
       lzy rm before-training after-training
+      lzy rm analysis@3                     one checkpoint of many
+      lzy rm analysis --all                 the session with all its checkpoints
       lzy rm before-training && lzy gc
     """
 )
-@click.argument(
-    "images", metavar="IMAGE...", nargs=-1, required=True, shell_complete=complete_image
-)
+@click.argument("images", metavar="NAME...", nargs=-1, required=True, shell_complete=complete_image)
 @store_option
+@click.option("--all", "everything", is_flag=True, help="Remove every checkpoint of a session.")
 @json_option
-def rm(images: tuple[str, ...], store: str | None, as_json: bool) -> None:
-    """Remove images.
+def rm(images: tuple[str, ...], store: str | None, everything: bool, as_json: bool) -> None:
+    """Remove images: NAME@NUMBER is one checkpoint, NAME a session.
 
-    Their space is given back by `lzy gc`, except what other images share. When a name is not
-    known, those before it are removed all the same.
+    A session of several checkpoints goes only with --all. Space is given back by `lzy gc`, except
+    what other images share. All names are looked up before anything is removed.
     """
+    from ..checkpoint.history import has_number, image_name, require_image, require_session, spell
+
     opened = open_store(store)
-    for name in images:
-        opened.remove(name)
+    chosen: dict[str, str] = {}  # image: what it is called here
+    for asked in images:
+        numbers = [] if has_number(asked) else require_session(opened, asked)
+        if len(numbers) > 1 and not everything:
+            newest, oldest = f"{asked}@{numbers[-1]}", f"{asked}@{numbers[0]}"
+            raise click.UsageError(
+                f"{asked} is a session of {count(len(numbers), 'checkpoint')} ({oldest} to "
+                f"{newest}). Name one of them, or give --all; lzy forget thins them out."
+            )
+        if has_number(asked):
+            chosen[require_image(opened, asked)] = asked
+        else:
+            for number in numbers:
+                image = image_name(asked, number)
+                chosen[image] = asked if len(numbers) == 1 else spell(image)
+    for image, called in chosen.items():
+        opened.remove(image)
         if not as_json:
-            say([f"removed {paint(name, 'bold')}"])
+            say([f"removed {paint(called, 'bold')}"])
     if as_json:
-        say_json({"removed": list(images)})
+        say_json({"removed": list(chosen.values())})
 
 
 @click.command(

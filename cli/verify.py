@@ -12,7 +12,8 @@ from .stores import open_store
 @click.command(
     epilog="""\b
     Examples:
-      lzy verify before-training
+      lzy verify before-training            its newest checkpoint
+      lzy verify before-training@3          the third
       lzy verify before-training && lzy rm other
     """
 )
@@ -25,10 +26,12 @@ def verify(image: str, store: str | None, as_json: bool) -> None:
     The manifest's seal, every chunk's address and every pack's size are checked against the
     store's key. Exit status 6 when anything is not what was written.
     """
+    from ..checkpoint.history import require_image
     from .progress import ProgressLine
 
+    opened = open_store(store)
     with ProgressLine() as line:
-        report = open_store(store).verify(image, line.update)
+        report = opened.verify(require_image(opened, image), line.update)
     if as_json:
         say_json(
             {

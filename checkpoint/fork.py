@@ -1,0 +1,179 @@
+"""A second life beside the first: an image restored while its process may still be running.
+
+The copy lives in a PID namespace of its own, where it has the pids it knows, and begins a session
+of its own. Nothing is done to the original: what only one of two can have (an address, a socket's
+name, a lock) is refused, and what both then share is told.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from .errors import Busy
+from .history import check_free, check_session_name, free_session_name, split_name
+from .home import run_directory
+from .linux import sockets
+from .restore import Progress, RestoreReport, restore
+
+if TYPE_CHECKING:
+    from .image import Image
+    from .store import Store
+
+_NAMED_AT_MOST = 3
+_RANDOM = (
+    "both lives go on with the same random numbers (random, numpy, OpenSSL, keys made from them): "
+    "seed one anew where that matters"
+)
+
+
+def fork(
+    store: Store,
+    image: Image,
+    *,
+    name: str | None = None,
+    eager: bool = False,
+    stdin: str | None = None,
+    stdout: str | None = None,
+    stderr: str | None = None,
+    accept_changed_files: bool = False,
+    enter_network: Callable[[], None] | None = None,
+    progress: Progress | None = None,
+) -> tuple[str, RestoreReport]:
+    """Make the process of `image` once more; (the name of its session, the restore's report).
+
+    Its session is called `name`, else after the one it comes from. `enter_network` is called
+    before anything of the process is made, to put it into a network of its own. Raises Busy when
+    the name is taken, or something that the original holds; what `restore` raises besides.
+    """
+    with _names_chosen_alone():
+        if name is None:
+            name = free_session_name(store, split_name(image.name)[0])
+        check_free(store, check_session_name(name))
+        if taken := next(_taken_socket_files(image.document), None):
+            raise Busy(
+                f"{image.name} cannot have a second life now: another process, probably the "
+                f"original, serves its socket {taken}",
+                remedy="let the original close that socket, or dump and end it first",
+                path=taken,
+            )
+        if enter_network is not None:
+            enter_network()
+        try:
+            report = restore(
+                image,
+                eager=eager,
+                pid_namespace="new",
+                stdin=stdin,
+                stdout=stdout,
+                stderr=stderr,
+                accept_changed_files=accept_changed_files,
+                session=name,
+                progress=progress,
+            )
+        except Busy as error:
+            if "address" not in error.facts:
+                raise
+            raise Busy(
+                f"{image.name} cannot have a second life in the same network: the address "
+                f"{_spelled(error.facts['address'])} is taken, probably by the original",
+                remedy="give the copy a network of its own (lzy fork --network new), or dump and "
+                "end the original first",
+                address=error.facts["address"],
+            ) from error
+    notes = [*report.notes, *shared_things(image.document, stdin, stdout, stderr), _RANDOM]
+    return name, report._replace(notes=notes)
+
+
+def shared_things(document: dict[str, Any], *replaced: str | None) -> list[str]:
+    """What a copy would share with a living original, a sentence each.
+
+    `replaced`: files in place of standard input, output and error, None where it stays.
+    """
+    table = document["descriptors"]
+    elsewhere = {str(number) for number, path in enumerate(replaced) if path is not None}
+    held = {
+        place["description"]
+        for number, place in table["descriptors"].items()
+        if number not in elsewhere
+    }
+    entries = [entry for index, entry in enumerate(table["descriptions"]) if index in held]
+    written = [
+        entry["path"]
+        for entry in entries
+        if entry.get("form") == "regular" and entry["flags"] & os.O_ACCMODE != os.O_RDONLY
+    ]
+    pipes = [entry["path"] for entry in entries if entry["kind"] == "pipe" and entry.get("path")]
+    mapped = [
+        vma["path"]
+        for vma in document["vmas"]
+        if vma["kind"] == "file" and vma["permissions"][1] == "w" and vma["permissions"][3] == "s"
+    ]
+    said = []
+    if written:
+        said.append(f"both may write {_listed(written)}, each from its own position")
+    if mapped:
+        said.append(f"both share the memory that maps {_listed(mapped)}")
+    if pipes:
+        said.append(f"both are at the named pipe {_listed(pipes)}: who reads first gets it")
+    return said
+
+
+def _taken_socket_files(document: dict[str, Any]) -> Iterator[str]:
+    """Names in the file system that sockets of the image had and a living socket has now.
+
+    Looked up, not tried: a connection that came and went would be seen by whoever listens there.
+    """
+    wanted: dict[str, str] = {}
+    for entry in document["descriptors"]["descriptions"]:
+        name = entry.get("name")
+        if entry["kind"] == "unix_socket" and isinstance(name, str) and entry.get("file"):
+            wanted[name] = os.path.join(entry["folder"], name)
+    if not wanted:
+        return
+    with open("/proc/net/unix", encoding="utf-8", errors="surrogateescape") as file:
+        for line in file:
+            words = line.split(None, 7)  # proc_net_unix(5): the inode is the 7th, the path the 8th
+            if len(words) < 8 or (path := wanted.get(words[7].rstrip("\n"))) is None:
+                continue
+            try:
+                found = os.stat(path).st_ino
+                if sockets.unix_state(int(words[6])).file_inode == found & 0xFFFFFFFF:
+                    yield path
+            except OSError:
+                continue  # it has gone meanwhile
+
+
+@contextmanager
+def _names_chosen_alone() -> Iterator[None]:
+    """Two forks at once do not choose the same name: the second waits until the first has it.
+
+    A lock of this process's own (fcntl(2)): the pager that is started meanwhile has no part in it.
+    """
+    folder = run_directory()
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+    descriptor = os.open(folder / "forks.lock", flags, 0o600)
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _spelled(address: Any) -> str:
+    """`127.0.0.1:8888`."""
+    if isinstance(address, bytes):
+        return address.decode(errors="replace").replace("\0", "@")
+    host, port = address[0], address[1]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _listed(paths: list[str]) -> str:
+    names = list(dict.fromkeys(paths))
+    rest = len(names) - _NAMED_AT_MOST
+    shown = ", ".join(names[:_NAMED_AT_MOST])
+    return f"{shown} and {rest} more" if rest > 0 else shown

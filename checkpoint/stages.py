@@ -14,6 +14,7 @@ STAGES: Final = (
     "dump.prepared",
     "dump.asked",
     "dump.described",
+    "dump.tracked",
     "dump.split",
     "dump.resumed",
     "dump.writing",
@@ -34,6 +35,14 @@ STAGES: Final = (
     "pager.loaded",
     "pager.unregistered",
     "pager.closed",
+    "door.prepared",
+    "door.mapped",
+    "door.borrowed",
+    "door.returned",
+    "door.entered",
+    "door.cancelled",
+    "door.answered",
+    "door.cleared",
 )
 
 _KILL_AT = os.environ.get("LZY_TEST_KILL_AT")

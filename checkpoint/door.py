@@ -1,0 +1,545 @@
+"""A door into a running CPython: have it run a text of ours, as one more thread of its own would.
+
+How it goes:
+
+1. *Is it idle?* The main thread must wait in a system call in which nothing of libc is held
+   (`WAITS`): to read, to be woken, to sleep. Who computes is busy, and is not even stopped.
+2. All threads are stopped for a moment. One region is mapped: stacks, a mailbox, code. All threads
+   but the main one are let go; the main one is borrowed for a single `pthread_create`, on a stack
+   that is not its own, and goes on waiting as if nothing had been.
+3. The new thread asks for the GIL as any thread does (`PyGILState_Ensure`), runs the text in a
+   namespace that is thrown away, copies the answer, and ends. If the GIL does not come in time it
+   is told not to begin: whoever sees the mailbox's state first decides.
+4. When its thread is gone, the region is unmapped.
+
+Why this is safe, and other ways are not (docs/decisions.md has more):
+
+- glibc holds the locks that pthread_create needs (of malloc, of the list of stacks, of
+  thread-local storage) only across mmap, munmap, mprotect, madvise, brk, clone and the plain futex
+  wait of another such lock. None of these is in `WAITS`, and a thread in the midst of a signal
+  handler, which may have interrupted anything, is refused. What *other* threads hold, they give
+  back: they run.
+- The text runs as a thread may run whenever the main thread has let go of the GIL. It is not run on
+  top of what the main thread was doing, where a finalizer could meet a lock of its own thread.
+- All that is borrowed is put back by the process itself, so lzy may be killed at any line: a
+  borrowed thread finds its way back without us (see `machine`), the new thread ends without us.
+  What may then be left is the region, of which the next visit gets rid.
+
+*Guarantees*: the text runs whole or not at all; the program sees no name, no output, no signal. It
+may see that garbage was collected, if that was asked for.
+
+All functions must be called by one operating system thread: they trace.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+from . import door_machine, machine, proc
+from .door_machine import FUNCTIONS, OF_LIBC, OF_PYTHON, Stacks
+from .errors import Busy, LzyError, NotFound, Unsupported
+from .linux import PAGE_BYTES, memory, process, ptrace
+from .linux.visit import WAITS, is_condition_wait, name_range_arguments
+from .machine import Call
+from .proc import Vma
+from .stages import reach
+from .symbols import Library, file_name, libraries, read_memory
+from .tracee import Thread, Tracee
+
+REGION_NAME: Final = "lzy-door"
+_STACK_BYTES: Final = 8 << 20  # what a main thread has; untouched pages cost nothing
+_BORROWED_STACK_BYTES: Final = 256 << 10
+_ANSWER_BYTES: Final = 1 << 20
+_POLL_S: Final = 0.0005
+_RESTORERS: Final = (bytes.fromhex("48c7c00f0000000f05"), bytes.fromhex("b80f0000000f05"))
+_OPTIONAL: Final = ("malloc_trim",)
+
+
+class Patience(NamedTuple):
+    """How long to wait, in seconds: for the main thread to idle, for the GIL, for the answer."""
+
+    idle_s: float = 0.5
+    begin_s: float = 2.0
+    end_s: float = 60.0
+
+
+_PATIENCE: Final = Patience()
+
+
+class _Region(NamedTuple):
+    """Addresses within what is mapped into the process for one visit."""
+
+    start: int
+
+    @property
+    def stack(self) -> int:
+        return self.start + PAGE_BYTES  # below it a guard, that whoever runs over it faults
+
+    @property
+    def borrowed_stack(self) -> int:
+        return self.stack + _STACK_BYTES + PAGE_BYTES
+
+    @property
+    def mailbox(self) -> int:
+        return self.borrowed_stack + _BORROWED_STACK_BYTES
+
+    @property
+    def answer(self) -> int:
+        return self.mailbox + -(-door_machine.MAILBOX_BYTES // PAGE_BYTES) * PAGE_BYTES
+
+    @property
+    def code(self) -> int:
+        return self.answer + _ANSWER_BYTES
+
+    @property
+    def guards(self) -> tuple[int, int]:
+        return self.start, self.stack + _STACK_BYTES
+
+    @property
+    def end(self) -> int:
+        return self.code + PAGE_BYTES
+
+
+_REGION_BYTES: Final = _Region(0).end
+_OUR_CODE: Final = 512  # behind `machine.CODE`, in the region's page of code
+
+
+def ask(
+    pid: int,
+    question: dict[str, int],
+    *,
+    trim_allocator: bool = False,
+    patience: Patience = _PATIENCE,
+) -> dict[str, Any]:
+    """What the interpreter in process `pid` answers to `door_inside.answer_to(question)`.
+
+    With `trim_allocator` malloc_trim(3) runs behind it, where libc has it. Raises Unsupported (no
+    CPython from 3.8 on), Busy (its main thread computes, or the GIL did not come in time; nothing
+    has run), NotFound, AccessDenied; LzyError if the interpreter could not answer.
+    """
+    text = _text_for(question)
+    functions = find_functions(pid)
+    if not trim_allocator:
+        functions.pop("malloc_trim", None)
+    _await_idle(pid, patience.idle_s)
+    region = _enter(pid, text, functions, patience)
+    reach("door.entered")
+    outcome, content = _await_answer(pid, region, patience)
+    reach("door.answered")
+    with contextlib.suppress(Busy, NotFound):
+        _clear(pid, region, patience)
+    reach("door.cleared")
+    if outcome != door_machine.ANSWERED:
+        why = {
+            door_machine.NO_INTERPRETER: "its interpreter is not running yet, or no more",
+            door_machine.TOO_LONG: "its answer is too long",
+        }
+        raise LzyError(
+            f"the interpreter in pid {pid} did not answer: {why.get(outcome, 'it failed')}",
+            remedy="it runs on as before; try again later",
+            pid=pid,
+        )
+    return _read_answer(pid, content)
+
+
+def _text_for(question: dict[str, int]) -> bytes:
+    inside = Path(__file__).with_name("door_inside.py").read_text(encoding="utf-8")
+    return f"{inside}\nanswer = answer_to({question!r})\n".encode()
+
+
+def _read_answer(pid: int, content: bytes) -> dict[str, Any]:
+    """The literal the process gave; it is another's, and believed to be nothing but a literal."""
+    try:
+        told = ast.literal_eval(content.decode())
+    except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
+        raise LzyError(f"the interpreter in pid {pid} answered gibberish", pid=pid) from error
+    if not isinstance(told, dict) or "error" in told:
+        words = told.get("error") if isinstance(told, dict) else "no table"
+        raise LzyError(f"the interpreter in pid {pid} could not answer: {words}", pid=pid)
+    return told
+
+
+# -- what is called, and when --------------------------------------------------------------------
+
+
+def find_functions(pid: int) -> dict[str, int]:
+    """Addresses of the functions called inside; Unsupported for what is no CPython from 3.8 on."""
+    vmas = proc.mappings(pid, with_flags=False)
+    loaded = sorted(
+        libraries(pid, vmas), key=lambda library: "python" not in file_name(library.path)
+    )
+    python = next((library for library in loaded if library.function(OF_PYTHON[1])), None)
+    if python is None:
+        raise Unsupported(
+            f"pid {pid} ({proc.stat(pid)[1]}) runs no CPython that lzy could ask",
+            remedy="only interpreters that export the C interface of Python can be asked",
+            pid=pid,
+        )
+    if not python.function("PyConfig_InitPythonConfig"):  # came with Python 3.8
+        raise Unsupported(
+            f"pid {pid} runs a Python before 3.8 ({file_name(python.path)})",
+            remedy="lzy asks Python 3.8 and later",
+            pid=pid,
+        )
+    found = _look_up(OF_PYTHON, [python])
+    found |= _look_up(OF_LIBC, [library for library in loaded if _is_libc(library.path)])
+    missing = [name for name in FUNCTIONS if not found.get(name) and name not in _OPTIONAL]
+    if missing:
+        raise Unsupported(
+            f"pid {pid} has no {', '.join(missing)} in its libraries",
+            remedy="only dynamically linked interpreters can be asked",
+            pid=pid,
+        )
+    if "xsave" not in proc.cpu_features():
+        raise Unsupported("this processor has no XSAVE", remedy="use a newer machine", pid=pid)
+    return found
+
+
+def _look_up(names: tuple[str, ...], places: list[Library]) -> dict[str, int]:
+    return {
+        name: next(filter(None, (library.function(name) for library in places)), 0)
+        for name in names
+    }
+
+
+def _is_libc(path: str) -> bool:
+    name = file_name(path)
+    return name.startswith(("libc.so", "libc-", "libpthread", "ld-musl"))
+
+
+def _await_idle(pid: int, within_s: float) -> None:
+    """Wait until the main thread waits; looks from outside and stops nobody."""
+    deadline = time.monotonic() + within_s
+    while True:
+        words = proc.read_bytes(pid, f"task/{pid}/syscall").split()
+        if len(words) > 2 and _may_borrow(int(words[0]), int(words[2], 16)):
+            return
+        if time.monotonic() > deadline:
+            raise _busy(pid, words[0].decode() if words else "")
+        time.sleep(0.01)
+
+
+def _may_borrow(number: int, second_argument: int) -> bool:
+    """Whether a thread in that system call holds nothing of libc; see the top of this page."""
+    return number in WAITS or is_condition_wait(number, second_argument)
+
+
+def _busy(pid: int, where: str) -> Busy:
+    doing = "computes" if where in ("", "running") else f"is in system call {where}"
+    return Busy(
+        f"pid {pid} is busy: its main thread {doing}",
+        remedy="try again when it waits for something: input, a timer, a request",
+        pid=pid,
+    )
+
+
+# -- going in ------------------------------------------------------------------------------------
+
+
+class _Visited(Tracee):
+    """A tracee of which one wait may have an end, so that no lock can hold lzy up."""
+
+    deadline_s = float("inf")
+
+    def _wait_for(self, tid: int) -> int:
+        pause_s = 0.0
+        while True:
+            waited, status = os.waitpid(tid, ptrace.WALL | os.WNOHANG)
+            if waited:
+                return status
+            if tid == self.pid and pause_s and proc.stat(tid, tid)[2] in "ZX":
+                return 0
+            if time.monotonic() > self.deadline_s:
+                raise TimeoutError
+            time.sleep(pause_s)
+            pause_s = min(pause_s + 0.00005, 0.002)
+
+    def release_others(self) -> None:
+        """Let all threads but the main one go on: what they hold, it may have to wait for."""
+        for tid in [tid for tid in self.threads if tid != self.pid]:
+            thread = self.threads.pop(tid)
+            with contextlib.suppress(ProcessLookupError):
+                self._put_back(thread)
+                ptrace.detach(tid)
+
+    def borrow(self, thread: Thread, code: int, context: int, mailbox: int, within_s: float) -> int:
+        """Run `door_machine.BORROW` on a thread; the result of pthread_create.
+
+        TimeoutError: it is not done in time, and finds its way back without us.
+        """
+        engine, self.code = self.code, code
+        content = bytearray(self._context(thread))
+        memory.write_process(self.pid, [(context, len(content))], memoryview(content))
+        self.deadline_s = time.monotonic() + within_s
+        try:
+            self._launch(thread, _OUR_CODE + door_machine.BORROW, context, {"rbx": mailbox})
+            reach("door.borrowed")
+            after = self._await_notice(thread)
+            self._put_back(thread)
+            return machine.signed(after["r12"])
+        except TimeoutError:
+            self.deadline_s = time.monotonic() + within_s
+            if not self._leave_to_itself(thread):
+                raise
+            self._put_back(thread)
+            registers = ptrace.read_register_set(thread.tid, ptrace.NT_PRSTATUS)
+            return machine.signed(machine.unpack_registers(registers)["r12"])
+        finally:
+            self.deadline_s = float("inf")
+            self.code = engine
+
+    def _leave_to_itself(self, thread: Thread) -> bool:
+        """Detach from a thread in our code; True if it came back just now and was not."""
+        thread.runs = False
+        ptrace.interrupt(thread.tid)
+        status = self._wait_for(thread.tid)
+        if os.WIFSTOPPED(status) and not status >> 16 and os.WSTOPSIG(status) == self._signal:
+            return True
+        del self.threads[thread.tid]
+        ptrace.detach(thread.tid, 0 if status >> 16 else os.WSTOPSIG(status))
+        return False
+
+
+@contextlib.contextmanager
+def _visited(pid: int) -> Iterator[_Visited]:
+    """The process with all threads stopped; it runs on when the block is left."""
+    tracee = _Visited(pid)
+    tracee.seize()
+    try:
+        yield tracee
+    finally:
+        tracee.let_go()
+
+
+def _enter(pid: int, text: bytes, functions: dict[str, int], patience: Patience) -> _Region:
+    """Have the process start a thread that runs `text`; where its mailbox is."""
+    deadline = time.monotonic() + patience.idle_s
+    vmas = proc.mappings(pid, with_flags=False)
+    restorers = _restorers(pid, vmas)
+    while True:
+        with _visited(pid) as tracee:
+            leader = tracee.threads[pid]
+            try:
+                _refuse_busy(tracee, leader, vmas, restorers)
+            except Busy:
+                if time.monotonic() > deadline:
+                    raise
+            else:
+                return _start_thread(tracee, leader, text, functions, patience)
+        time.sleep(0.02)  # it had just been woken
+
+
+def _refuse_busy(tracee: Tracee, leader: Thread, vmas: list[Vma], restorers: list[int]) -> None:
+    """Raise Busy unless the stopped main thread waits where it may be borrowed."""
+    registers = leader.registers
+    if registers["cs"] != machine.USER_CS_64:
+        raise Unsupported(f"pid {tracee.pid} runs 32-bit code", pid=tracee.pid)
+    if any(thread.in_group_stop for thread in tracee.threads.values()):
+        raise Busy(
+            f"pid {tracee.pid} is stopped (SIGSTOP or Ctrl-Z)",
+            remedy="let it go on with SIGCONT (`fg`) first",
+            pid=tracee.pid,
+        )
+    number = machine.signed(registers["orig_rax"])
+    result = machine.signed(registers["rax"])
+    interrupted = -516 <= result <= -512 or result == machine.EINTR
+    if number < 0 or not interrupted or not _may_borrow(number, registers["rsi"]):
+        raise _busy(tracee.pid, str(number) if number >= 0 else "running")
+    top = next((v.end for v in vmas if v.path == "[stack]" and v.start <= registers["rsp"]), 0)
+    if not registers["rsp"] < top:
+        raise Busy(
+            f"pid {tracee.pid} is busy: its main thread runs on a stack of its own making",
+            remedy="try again when it has come back from there",
+            pid=tracee.pid,
+        )
+    stack = read_memory(tracee.pid, registers["rsp"] & ~7, top - (registers["rsp"] & ~7))
+    for restorer in restorers:
+        word = restorer.to_bytes(8, "little")
+        place = stack.find(word)
+        while place >= 0 and place % 8:
+            place = stack.find(word, place + 1)
+        if place >= 0:
+            raise Busy(
+                f"pid {tracee.pid} is busy: its main thread handles a signal",
+                remedy="try again when it has done so",
+                pid=tracee.pid,
+            )
+
+
+def _restorers(pid: int, vmas: list[Vma]) -> list[int]:
+    """Where handlers of signals return to, in libc: what stands on a stack that one runs on."""
+    found: list[int] = []
+    for vma in vmas:
+        if "x" not in vma.permissions or not _is_libc(vma.path):
+            continue
+        with contextlib.suppress(OSError):
+            text = read_memory(pid, vma.start, vma.length)
+            for pattern in _RESTORERS:
+                place = text.find(pattern)
+                while place >= 0:
+                    found.append(vma.start + place)
+                    place = text.find(pattern, place + 1)
+    return found
+
+
+def _start_thread(
+    tracee: _Visited, leader: Thread, text: bytes, functions: dict[str, int], patience: Patience
+) -> _Region:
+    pid = tracee.pid
+    tracee.prepare(arena_bytes=_REGION_BYTES)
+    reach("door.prepared")
+    region = _Region(tracee.arena)
+    _unmap_unused(tracee, set())
+    calls = [
+        *(Call(process.SYS_MPROTECT, (guard, PAGE_BYTES, 0)) for guard in region.guards),
+        Call(
+            process.SYS_MMAP,
+            (
+                region.code,
+                PAGE_BYTES,
+                memory.PROT_READ | memory.PROT_EXEC,
+                memory.MAP_PRIVATE | memory.MAP_ANONYMOUS | memory.MAP_FIXED,
+                -1,
+                0,
+            ),
+        ),
+    ]
+    for call in calls:
+        if -4095 <= (result := tracee.run_one(leader, call)) < 0:
+            raise Unsupported(
+                f"pid {pid} may not map code ({os.strerror(-result)})",
+                remedy="a security module forbids it; nothing was run",
+                pid=pid,
+            )
+    code = machine.CODE.ljust(_OUR_CODE, b"\0") + door_machine.CODE
+    os.pwrite(tracee.memory, code, region.code)
+    content = door_machine.pack_mailbox(
+        region.mailbox,
+        text,
+        functions,
+        Stacks(region.stack, _STACK_BYTES, region.mailbox),
+        (region.answer, _ANSWER_BYTES),
+        region.code + _OUR_CODE + door_machine.VISIT,
+        region.code + machine.NOTIFY,
+    )
+    os.pwrite(tracee.memory, content, region.mailbox)
+    _name(tracee, leader, region)
+    reach("door.mapped")
+    context = region.borrowed_stack  # the stack grows down to here, and is far from using it up
+    tracee.release_others()
+    try:
+        result = tracee.borrow(leader, region.code, context, region.mailbox, patience.begin_s)
+    except TimeoutError:
+        tracee.arena = 0  # in use, whatever becomes of it: the mailbox will tell
+        return region
+    reach("door.returned")
+    if result:
+        raise Busy(
+            f"pid {pid} could not start a thread: {os.strerror(abs(result))}",
+            remedy="see its limits (ulimit -u, -v; pids.max of its cgroup)",
+            pid=pid,
+        )
+    tracee.arena = 0  # stays when the block is left
+    return region
+
+
+def _name(tracee: Tracee, leader: Thread, region: _Region) -> None:
+    """Name the region in /proc/PID/maps, by which a later visit knows it (Linux 5.17)."""
+    place = region.answer
+    os.pwrite(tracee.memory, REGION_NAME.encode() + b"\0", place)
+    arguments = name_range_arguments(region.start, _REGION_BYTES, place)
+    tracee.run_one(leader, Call(process.SYS_PRCTL, arguments))
+
+
+# -- the answer, and going out -------------------------------------------------------------------
+
+
+def _await_answer(pid: int, region: _Region, patience: Patience) -> tuple[int, bytes]:
+    """(outcome, answer); Busy if it did not begin in time and never will, or does not end."""
+    began = time.monotonic()
+    while True:
+        state, outcome, length_bytes = _read_state(pid, region)
+        if state == door_machine.DONE:
+            good = outcome == door_machine.ANSWERED and length_bytes <= _ANSWER_BYTES
+            return outcome, read_memory(pid, region.answer, length_bytes) if good else b""
+        waited_s = time.monotonic() - began
+        if state == door_machine.WAITING and waited_s > patience.begin_s:
+            if _cancel(pid, region):
+                raise Busy(
+                    f"pid {pid} is busy: another thread keeps the interpreter (its GIL) "
+                    f"for more than {patience.begin_s:g} s",
+                    remedy="try again later; nothing was run in it",
+                    pid=pid,
+                )
+        elif waited_s > patience.begin_s + patience.end_s:
+            raise Busy(
+                f"the interpreter in pid {pid} has not answered after {waited_s:.0f} s",
+                remedy="it goes on, and ends what it was asked for by itself",
+                pid=pid,
+            )
+        time.sleep(_POLL_S if waited_s < 0.05 else 10 * _POLL_S)
+
+
+def _read_state(pid: int, region: _Region) -> tuple[int, int, int]:
+    try:
+        return door_machine.unpack_state(read_memory(pid, region.mailbox, door_machine.STATE_BYTES))
+    except OSError as error:
+        raise NotFound(f"process {pid} ended while lzy asked it", pid=pid) from error
+
+
+def _cancel(pid: int, region: _Region) -> bool:
+    """Tell the visitor not to begin; False if it has begun. All stand still, so one comes first."""
+    with _visited(pid):
+        if _read_state(pid, region)[0] != door_machine.WAITING:
+            return False
+        content = door_machine.pack_cancelled()
+        memory.write_process(pid, [(region.mailbox, len(content))], memoryview(content))
+        reach("door.cancelled")
+    return True
+
+
+def _clear(pid: int, region: _Region, patience: Patience) -> None:
+    """Unmap the region once the visitor's thread is gone, which it is a moment after it is done."""
+    deadline = time.monotonic() + patience.begin_s
+    while True:
+        with _visited(pid) as tracee:
+            tracee.prepare(arena_bytes=PAGE_BYTES)
+            if not _unmap_unused(tracee, {region.start}) or time.monotonic() > deadline:
+                return
+        time.sleep(_POLL_S)
+
+
+def _unmap_unused(tracee: Tracee, known: set[int]) -> int:
+    """Unmap regions of visits that no thread is in any more; how many are still in use.
+
+    Those that start at `known`, and others that have the name: of visits whose lzy was killed.
+    """
+    in_use = 0
+    places = [t.registers[name] for t in tracee.threads.values() for name in ("rsp", "rip")]
+    for start in known | set(leftovers(proc.mappings(tracee.pid, with_flags=False))):
+        if any(start <= place < start + _REGION_BYTES for place in places):
+            in_use += 1
+            continue
+        call = Call(process.SYS_MUNMAP, (start, _REGION_BYTES))
+        tracee.run_one(tracee.threads[tracee.pid], call)
+    return in_use
+
+
+def leftovers(vmas: list[Vma]) -> list[int]:
+    """Where regions of visits start: by name, and by the length of what adjoins."""
+    found: list[int] = []
+    start = end = 0
+    for vma in [v for v in vmas if v.path == f"[anon:{REGION_NAME}]"]:
+        if vma.start != end:
+            start = vma.start
+        end = vma.end
+        while end - start >= _REGION_BYTES:
+            found.append(start)
+            start += _REGION_BYTES
+    return found

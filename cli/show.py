@@ -64,19 +64,32 @@ class Mapping(_Held):
     Examples:
       lzy show                              the latest image
       lzy show before-training --all        every mapping and descriptor
+      lzy show 4121 --variables             what the session in process 4121 is made of
       lzy show --json | jq '.mappings | max_by(.raw_bytes)'
     """
 )
 @image_argument
 @store_option
 @click.option("--all", "everything", is_flag=True, help="Show every row, not only the largest.")
+@click.option(
+    "--variables",
+    is_flag=True,
+    help="The largest variables instead, of an image or of a living PID.",
+)
 @json_option
-def show(image: str | None, store: str | None, everything: bool, as_json: bool) -> None:
+def show(
+    image: str | None, store: str | None, everything: bool, variables: bool, as_json: bool
+) -> None:
     """Tell what is in IMAGE (the latest without it) and what takes the space.
 
     Threads, mappings by size, descriptors; for each mapping how much of it is in the image.
     Pages of zeros and unchanged pages of files are not.
     """
+    if variables:
+        from .variables import show_variables
+
+        show_variables(image, store, everything, as_json)
+        return
     loaded = load_image(store, image)
     try:
         mappings, objects = weigh(loaded)

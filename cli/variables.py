@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .layout import age, bar, count, facts, paint, say, say_json, share, size, table
-from .stores import open_store
+from .stores import load_image, open_store
 
 if TYPE_CHECKING:
     from ..checkpoint.belongings import Belongings, Variable
@@ -49,7 +49,7 @@ def living_pid(name: str | None, store: str | None) -> int | None:
     if not name or not name.isdecimal():
         return None
     try:
-        if any(image.name == name for image in open_store(store).images()):
+        if any(image.name.partition("@")[0] == name for image in open_store(store).images()):
             return None
     except LzyError:
         pass  # no store, no such image
@@ -61,7 +61,7 @@ def recorded(name: str | None, store: str | None) -> tuple[Belongings, dict[str,
     from ..checkpoint.belongings import read_belongings
     from ..checkpoint.errors import NotFound
 
-    with open_store(store).load(name) as image:
+    with load_image(store, name) as image:
         document = image.document
         if not document.get("variables"):
             raise NotFound(

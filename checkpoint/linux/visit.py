@@ -20,6 +20,7 @@ WAITS: Final = frozenset(
         61,  # wait4
         128,  # rt_sigtimedwait
         130,  # rt_sigsuspend
+        219,  # restart_syscall: goes on with poll, nanosleep, or a futex wait that has a timeout
         230,  # clock_nanosleep
         232,  # epoll_wait
         247,  # waitid

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from . import interrogate, machine, proc, resources
+from . import interrogate, machine, proc, resources, tracking
 from .content import (
     FilePages,
     Objects,
@@ -35,10 +35,12 @@ from .errors import Busy, KernelError, LzyError, NotFound, StoreUnavailable, Uns
 from .history import ASKED, next_checkpoint, remember
 from .home import run_directory
 from .host import describe_host
+from .increment import plan_increment
 from .interrupts import Deferred
 from .journal import is_held, journal_path
 from .lineage import forget_lineage
-from .linux import process, ptrace
+from .linux import PAGE_BYTES, process, ptrace
+from .linux.uffd import keeps_account
 from .machine import Call
 from .mapped import Mappings, refuse_mappings
 from .proc import Vma
@@ -47,6 +49,7 @@ from .stages import reach
 from .tracee import Tracee, traced_by
 
 if TYPE_CHECKING:
+    from .image import Image
     from .store import Store
     from .writer import ImageWriter
 
@@ -70,6 +73,10 @@ class DumpReport(NamedTuple):
     threads: int
     left_running: bool
     snapshot: bool
+    base: str | None
+    """The image that unwritten pages were taken from; None when all were read."""
+    written_bytes: int
+    """Memory that was read, because it may have changed since `base`."""
     notes: list[str]
 
 
@@ -81,12 +88,17 @@ def dump(
     leave_running: bool = False,
     window_pages: int = 64,
     why: str = ASKED,
+    track: bool = True,
     progress: Progress | None = None,
 ) -> DumpReport:
     """Write an image of process `pid` into `store`; end the process unless `leave_running`.
 
     `name` is that of a session: the image is its next checkpoint (see `history`). `why` it is
     taken stands in the image.
+
+    If the kernel has kept account of what was written since an image in `store` was taken of the
+    process, only that is read and stored. One that is left running is put under account, unless
+    `track` is false.
 
     Raises NotFound, AccessDenied, Unsupported (naming what cannot be kept), Busy,
     StoreUnavailable; the process then runs on as before.
@@ -114,7 +126,11 @@ def dump(
     snapshot = 0
     objects = Objects()
     pidfd = os.pidfd_open(pid)
+    account = tracking.find_account(pid)
+    base = _open_base(account, store, window_pages)
     try:
+        if base and not leave_running:
+            store.verify(base.name, progress)  # what is taken from it is not read again below
         with store.writer(name, window_pages=window_pages) as writer:
             # 2. Stop all its threads.
             frozen_at = time.monotonic()
@@ -139,10 +155,17 @@ def dump(
                 reach("dump.described")
 
                 # 5. Its mappings; and the snapshot, if the process goes on.
-                if proc.read_bytes(pid, "maps") != places:
+                if (now := proc.read_bytes(pid, "maps")) != places:
                     vmas = proc.mappings(pid)
                     refuse_mappings(pid, vmas)
                     obstacle = obstacle or _why_no_snapshot(vmas)
+                written = tracking.written_ranges(pid, vmas) if base else []
+                number = -1
+                if leave_running and track:
+                    number = _begin_account(tracee, account, vmas, notes)
+                    reach("dump.tracked")
+                    if proc.read_bytes(pid, "maps") != now:  # what is new was joined to the old
+                        vmas = proc.mappings(pid)
                 mappings = Mappings(pid, vmas)
                 mappings.take_objects(objects)
                 own["exe_object"] = _take_deleted_executable(pid, objects)
@@ -172,9 +195,14 @@ def dump(
             total = sum(end - start for start, end in ranges) + objects.total_bytes
             reach("dump.writing")
             source = ProcessPages(source_pid, shares_pages=bool(snapshot))
+            fresh = windows_of(ranges, window_pages)
+            if base:
+                kept, fresh = plan_increment(base, fresh, windows_of(written, window_pages))
+                writer.keep(base, kept)
+            written_bytes = sum(mask.bit_count() for _, mask in fresh) * PAGE_BYTES
             try:
                 with _reporting(progress, "writing", writer, total):
-                    writer.add_space(source, windows_of(ranges, window_pages), space=0)
+                    writer.add_space(source, fresh, space=0)
                     if not snapshot:
                         _write_objects(writer, objects, window_pages)
             finally:
@@ -200,6 +228,12 @@ def dump(
             }
             summary = writer.commit(document, progress)
             reach("dump.committed")
+            if number >= 0:
+                tracking.remember(
+                    tracking.Account(
+                        pid, own_start, proc.boot_id(), number, str(store.path), summary.name
+                    )
+                )
 
         # 8. Only now is the process ended, or let go.
         if leave_running:
@@ -226,6 +260,8 @@ def dump(
     finally:
         with Deferred():
             objects.close()
+            if base:
+                base.close()
             if tracee.threads:
                 tracee.let_go()
             if snapshot:
@@ -241,6 +277,8 @@ def dump(
         threads=len(threads),
         left_running=leave_running,
         snapshot=bool(snapshot),
+        base=base.name if base else None,
+        written_bytes=written_bytes,
         notes=notes,
     )
 
@@ -398,7 +436,11 @@ def _pager_is_leaving(pid: int) -> bool:
     with contextlib.suppress(OSError):  # not ours to look at: the dump tells
         for number in os.listdir(f"/proc/{pid}/fd"):
             with contextlib.suppress(FileNotFoundError):  # it has closed that one
-                if os.readlink(f"/proc/{pid}/fd/{number}") == "anon_inode:[userfaultfd]":
+                if os.readlink(
+                    f"/proc/{pid}/fd/{number}"
+                ) == "anon_inode:[userfaultfd]" and not keeps_account(
+                    proc.read_bytes(pid, f"fdinfo/{number}").decode()
+                ):
                     return True
     return False
 
@@ -424,6 +466,31 @@ def _why_no_snapshot(vmas: list[Vma]) -> str:
 
 
 # -- steps -------------------------------------------------------------------------------------
+
+
+def _open_base(account: tracking.Account | None, store: Store, window_pages: int) -> Image | None:
+    """The image that the account began with, if it is there, in this store, and as it should be."""
+    if account is None or account.store != str(store.path):
+        return None
+    try:
+        base = store.load(account.image)
+    except LzyError:  # removed, damaged, away: then all of the memory is read
+        return None
+    if base.window_pages == window_pages:
+        return base
+    base.close()
+    return None
+
+
+def _begin_account(
+    tracee: Tracee, account: tracking.Account | None, vmas: list[Vma], notes: list[str]
+) -> int:
+    """Have the kernel keep account of writes from now on; -1 when it does not, which costs time."""
+    try:
+        return tracking.begin_account(tracee, account.number if account else -1, vmas)
+    except OSError as error:
+        notes.append(f"the next checkpoint reads all of the memory: {error}")
+        return -1
 
 
 def _split(tracee: Tracee) -> tuple[int, str]:

@@ -22,13 +22,24 @@ _WINDOW_PAGES = {"64K": 16, "128K": 32, "256K": 64}
     Examples:
       lzy dump 4121                         write the image, then end the process
       lzy dump 4121 --leave-running         a checkpoint: the process goes on
+      lzy dump 4121 --leave-running         the next one of its session (see lzy log)
       lzy dump 4121 --name before-training --store /data/images
     """
 )
 @click.argument("pid", type=click.IntRange(min=1), shell_complete=complete_pid)
 @store_option
-@click.option("--name", metavar="NAME", help="The image's name.  [default: chosen by lzy]")
+@click.option(
+    "--name",
+    metavar="NAME",
+    help="The session it is a checkpoint of.  [default: that of the process, or a new one]",
+)
 @click.option("--leave-running", is_flag=True, help="Let the process go on after the image.")
+@click.option(
+    "--track/--no-track",
+    default=True,
+    show_default=True,
+    help="With --leave-running: have the kernel keep account of writes, for the next checkpoint.",
+)
 @click.option(
     "--window-size",
     type=click.Choice(list(_WINDOW_PAGES)),
@@ -42,6 +53,7 @@ def dump(
     store: str | None,
     name: str | None,
     leave_running: bool,
+    track: bool,
     window_size: str,
     as_json: bool,
 ) -> None:
@@ -62,6 +74,7 @@ def dump(
                 name=name,
                 leave_running=leave_running,
                 window_pages=_WINDOW_PAGES[window_size],
+                track=track,
                 progress=line.update,
             )
     except KeyboardInterrupt:
@@ -82,6 +95,8 @@ def as_document(report: DumpReport) -> dict[str, object]:
         "threads": report.threads,
         "raw_bytes": report.raw_bytes,
         "stored_bytes": report.stored_bytes,
+        "base": report.base,
+        "written_bytes": report.written_bytes,
         "freeze_s": report.freeze_s,
         "total_s": report.total_s,
         "left_running": report.left_running,
@@ -106,6 +121,7 @@ def describe(report: DumpReport) -> list[str]:
                 ("image", paint(report.image, "bold")),
                 ("process", f"{report.pid}, {count(report.threads, 'thread')}"),
                 ("memory", stored),
+                *_since(report),
                 ("took", took),
             ]
         ),
@@ -114,6 +130,13 @@ def describe(report: DumpReport) -> list[str]:
         if report.left_running
         else f"process {report.pid} has ended; `lzy restore {report.image}` brings it back",
     ]
+
+
+def _since(report: DumpReport) -> list[tuple[str, str]]:
+    """What was written since the checkpoint before, if there is one to tell it by."""
+    if report.base is None:
+        return []
+    return [("written", f"{size(report.written_bytes)} since {report.base}")]
 
 
 def _start_time(pid: int) -> bytes | None:

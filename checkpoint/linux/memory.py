@@ -48,6 +48,9 @@ MCL_ONFAULT: Final = 4
 IOV_MAX: Final = 1024
 
 _PAGEMAP_SCAN: Final = 0xC0606610  # _IOWR('f', 16, struct pm_scan_arg)
+_SCAN_WP_MATCHING: Final = 1
+_SCAN_CHECK_WPASYNC: Final = 2
+PAGE_IS_WRITTEN: Final = 1 << 1
 PAGE_IS_FILE: Final = 1 << 2
 PAGE_IS_PRESENT: Final = 1 << 3
 PAGE_IS_SWAPPED: Final = 1 << 4
@@ -130,19 +133,31 @@ def open_memory(pid: int) -> int:
 
 
 def scan_pages(
-    pagemap: int, start: int, end: int, *, every: int = 0, none: int = 0, some: int = 0
+    pagemap: int,
+    start: int,
+    end: int,
+    *,
+    every: int = 0,
+    none: int = 0,
+    some: int = 0,
+    only_protectable: bool = False,
+    protect: bool = False,
 ) -> list[tuple[int, int]]:
     """Ranges of pages in [start, end) with all flags of `every`, none of `none`, one of `some`.
 
     `pagemap` is an open /proc/PID/pagemap; flags are PAGE_IS_…. Raises OSError(ENOTTY) on a
-    kernel before 6.7. Not to be called by two threads at once.
+    kernel before 6.7; with `only_protectable` OSError(EPERM) where memory is not registered for
+    write-protection in async mode. With `protect` each page found is write-protected, so that it is
+    PAGE_IS_WRITTEN no more until it is. Not to be called by two threads at once.
     """
+    flags = _SCAN_CHECK_WPASYNC if only_protectable or protect else 0
+    flags |= _SCAN_WP_MATCHING if protect else 0  # never without a vector: then it asks no flags
     found: list[tuple[int, int]] = []
     wanted = every | none | some or PAGE_IS_PRESENT
     while start < end:
         argument = ctypes.create_string_buffer(
             struct.pack(
-                "<12Q", 96, 0, start, end, 0, _REGIONS_ADDRESS, _REGIONS, 0,
+                "<12Q", 96, flags, start, end, 0, _REGIONS_ADDRESS, _REGIONS, 0,
                 none, every | none, some, wanted,
             ),
             96,

@@ -27,6 +27,7 @@ UFFDIO_COPY = 0xC028AA03
 UFFDIO_ZEROPAGE = 0xC020AA04
 
 REGISTER_MODE_MISSING = 1
+REGISTER_MODE_WP = 2
 
 FEATURE_EVENT_FORK = 1 << 1
 FEATURE_EVENT_REMAP = 1 << 2
@@ -36,6 +37,11 @@ PAGER_FEATURES = (
     FEATURE_EVENT_FORK | FEATURE_EVENT_REMAP | FEATURE_EVENT_REMOVE | FEATURE_EVENT_UNMAP
 )
 """Every way in which a process can change what lies where: the pager must hear of all of them."""
+
+FEATURE_WP_UNPOPULATED = 1 << 13  # which WP_ASYNC implies
+ACCOUNT_FEATURES = 1 << 15 | 1 << 11 | 1 << 8
+"""WP_ASYNC, which is what an account of writes needs (`lzy.checkpoint.tracking`), with
+EXACT_ADDRESS and THREAD_ID, which mean nothing to it: by this combination it is known again."""
 
 EVENT_PAGEFAULT = 0x12
 EVENT_FORK = 0x13
@@ -92,9 +98,9 @@ def enable(fd: int, features: int = PAGER_FEATURES) -> int:
     return known
 
 
-def register(fd: int, start: int, length_bytes: int) -> None:
-    """UFFDIO_REGISTER for missing pages. The caller need not be the process itself."""
-    argument = bytearray(struct.pack("<QQQQ", start, length_bytes, REGISTER_MODE_MISSING, 0))
+def register(fd: int, start: int, length_bytes: int, mode: int = REGISTER_MODE_MISSING) -> None:
+    """UFFDIO_REGISTER, for missing pages as a rule. The caller need not be the process itself."""
+    argument = bytearray(struct.pack("<QQQQ", start, length_bytes, mode, 0))
     fcntl.ioctl(fd, UFFDIO_REGISTER, argument)
 
 
@@ -117,6 +123,15 @@ def is_userfaultfd(fd: int) -> bool:
         return os.readlink(f"/proc/self/fd/{fd}") == "anon_inode:[userfaultfd]"
     except OSError:
         return False
+
+
+def keeps_account(information: str) -> bool:
+    """Whether fdinfo, proc_pid_fdinfo(5), is that of a userfaultfd with ACCOUNT_FEATURES."""
+    for line in information.splitlines():
+        if line.startswith("API:"):
+            features = int(line.split(":")[2], 16) & (1 << 24) - 1  # above: the kernel's own marks
+            return features & ~FEATURE_WP_UNPOPULATED == ACCOUNT_FEATURES
+    return False
 
 
 class Userfaultfd:

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from ..errors import AccessDenied, KernelError, LzyError, NotFound, Unsupported
 from ..linux import descriptors as kernel
+from ..linux.uffd import keeps_account
 from . import locks, owners
 from .kind import Entry, Kind, ObjectSink, all_kinds
 
@@ -131,8 +132,12 @@ class Survey:
         folder = os.open(f"/proc/{self.pid}/fdinfo", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             for number in numbers:
-                self.links[number] = link = os.readlink(f"{directory}/{number}")
-                self.information[number] = _read(folder, str(number))
+                link = os.readlink(f"{directory}/{number}")
+                information = _read(folder, str(number))
+                if link == "anon_inode:[userfaultfd]" and keeps_account(information):
+                    continue  # lzy's own (`lzy.checkpoint.tracking`), which no program knows of
+                self.links[number] = link
+                self.information[number] = information
                 groups.setdefault(link, []).append(number)
         finally:
             os.close(folder)

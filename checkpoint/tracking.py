@@ -1,0 +1,210 @@
+"""Which pages a process has written since its last checkpoint: the kernel keeps account.
+
+A userfaultfd inside the process write-protects its memory in the way that tells nobody
+(UFFD_FEATURE_WP_ASYNC, Linux 6.7): at the first write to a page the kernel takes the protection
+off again by itself, and PAGEMAP_SCAN lists the pages that have none. Nobody waits, nothing has to
+run; the account lives as long as the descriptor does, and that is the process's own.
+
+*Guarantees.* Memory that is not under account (mapped since, moved, inherited from a parent)
+counts as written, and so does everything when it is not certain that the account began with the
+image that it is held against: a record in the run directory says which image that is. It is
+withdrawn before the account is begun anew, and written again only once an image is committed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from . import proc
+from .content import behind_file, holds_own_pages
+from .errors import LzyError
+from .home import run_directory
+from .linux import memory, process, uffd
+from .linux.detached import take_descriptor
+from .machine import Call
+from .proc import Vma
+from .tracee import Tracee
+
+
+class Account(NamedTuple):
+    """An account that stands: since image `image` of `store` was taken of the process.
+
+    `number` is the userfaultfd's descriptor number in the process.
+    """
+
+    pid: int
+    start_time: int  # clock ticks after boot
+    boot_id: str
+    number: int
+    store: str
+    image: str
+
+
+def find_account(pid: int) -> Account | None:
+    """The account of process `pid`, if there is one to be relied on."""
+    try:
+        account = Account(**json.loads(_record(pid).read_bytes()))
+    except (OSError, ValueError, TypeError):
+        return None
+    try:
+        alive = proc.start_time(pid) == account.start_time and proc.boot_id() == account.boot_id
+    except LzyError:
+        return None
+    return account if alive and _is_ours(pid, account.number) else None
+
+
+def remember(account: Account) -> None:
+    """Record that the account began with that image. Precondition: the image is committed."""
+    path = _record(account.pid)
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    draft = path.with_suffix(f".{os.getpid()}.new")
+    draft.write_text(json.dumps(account._asdict()))
+    os.rename(draft, path)
+
+
+def withdraw(pid: int) -> None:
+    """Rely no more on what the record of process `pid` says."""
+    _record(pid).unlink(missing_ok=True)
+
+
+def written_ranges(pid: int, vmas: Iterable[Vma]) -> list[tuple[int, int]]:
+    """Page ranges, by their starts, that may have been written since the account began.
+
+    Precondition: the process is stopped. Mappings that are not under account count whole. In
+    mappings of files, so does what is not in memory: where a protected page was dropped
+    (MADV_DONTNEED) the kernel leaves a mark, which looks like a page in swap.
+    """
+    found: list[tuple[int, int]] = []
+    pagemap = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        for vma in vmas:
+            if not holds_own_pages(vma):
+                continue
+            try:
+                found += memory.scan_pages(
+                    pagemap,
+                    vma.start,
+                    vma.end,
+                    every=memory.PAGE_IS_WRITTEN,
+                    some=memory.PAGE_IS_PRESENT | memory.PAGE_IS_SWAPPED,
+                    only_protectable=True,
+                )
+                if behind_file(vma):
+                    found += memory.scan_pages(
+                        pagemap,
+                        vma.start,
+                        vma.end,
+                        every=memory.PAGE_IS_SWAPPED,
+                        none=memory.PAGE_IS_PRESENT,
+                    )
+            except OSError as error:
+                if error.errno != errno.EPERM:
+                    raise
+                found.append((vma.start, vma.end))
+    finally:
+        os.close(pagemap)
+    return sorted(found)
+
+
+def begin_account(tracee: Tracee, number: int, vmas: Sequence[Vma]) -> int:
+    """Begin the account anew; the descriptor's number in the process.
+
+    `number`: of the account that `find_account` found, or -1. Precondition: the process is
+    stopped and prepared. Raises OSError (ENOSYS, EINVAL:
+    this kernel keeps none; EBUSY: memory is registered with somebody else's userfaultfd); nothing
+    is under account then that was not before.
+    """
+    withdraw(tracee.pid)
+    made = number < 0
+    if made:
+        number = _make(tracee)
+    pidfd = os.pidfd_open(tracee.pid)
+    try:
+        ours = take_descriptor(pidfd, number)
+    finally:
+        os.close(pidfd)
+    try:
+        if made:
+            uffd.enable(ours, uffd.ACCOUNT_FEATURES)
+        pagemap = os.open(f"/proc/{tracee.pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            for vma in filter(holds_own_pages, vmas):
+                _protect(pagemap, ours, vma)
+        finally:
+            os.close(pagemap)
+    finally:
+        os.close(ours)
+    return number
+
+
+def _protect(pagemap: int, ours: int, vma: Vma) -> None:
+    """Protect the pages of a mapping, registering it first where it is not.
+
+    Only those that are there, since for others the kernel would make page tables or leave marks.
+    """
+
+    def protect() -> None:
+        memory.scan_pages(
+            pagemap,
+            vma.start,
+            vma.end,
+            every=memory.PAGE_IS_WRITTEN,
+            none=memory.PAGE_IS_FILE,
+            some=memory.PAGE_IS_PRESENT | memory.PAGE_IS_SWAPPED,
+            protect=True,
+        )
+
+    try:
+        protect()
+    except OSError as error:
+        if error.errno != errno.EPERM:
+            raise
+        uffd.register(ours, vma.start, vma.end - vma.start, uffd.REGISTER_MODE_WP)
+        protect()
+
+
+def _make(tracee: Tracee) -> int:
+    """Have the process open a userfaultfd, at the highest free number that its table has room for.
+
+    Not higher: to enlarge a table that threads share, the kernel takes a grace period (10 ms).
+    """
+    flags = os.O_CLOEXEC | os.O_NONBLOCK
+    first = _call(tracee, process.SYS_USERFAULTFD, flags)
+    used = set(map(int, os.listdir(f"/proc/{tracee.pid}/fd")))
+    most = min(int(proc.status(tracee.pid)["FDSize"]), proc.limits(tracee.pid)[7][0])
+    number = next((n for n in range(most - 1, first, -1) if n not in used), first)
+    if number == first:
+        return first
+    moved = _call(tracee, process.SYS_FCNTL, first, process.F_DUPFD_CLOEXEC, number)
+    _call(tracee, process.SYS_CLOSE, first)
+    return moved
+
+
+def _call(tracee: Tracee, number: int, *arguments: int) -> int:
+    """Make one system call in the stopped process; its result. Raises OSError."""
+    result = tracee.run_one(tracee.threads[tracee.pid], Call(number, arguments))
+    if result < 0:
+        raise OSError(-result, f"system call {number} in pid {tracee.pid}: {os.strerror(-result)}")
+    return result
+
+
+def end_account(tracee: Tracee, number: int) -> None:
+    """Close the descriptor in the stopped process: its memory is under no account any more."""
+    withdraw(tracee.pid)
+    _call(tracee, process.SYS_CLOSE, number)
+
+
+def _is_ours(pid: int, number: int) -> bool:
+    with contextlib.suppress(OSError):
+        return uffd.keeps_account(Path(f"/proc/{pid}/fdinfo/{number}").read_text())
+    return False
+
+
+def _record(pid: int) -> Path:
+    return run_directory() / f"{pid}.account"

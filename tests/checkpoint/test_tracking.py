@@ -1,0 +1,217 @@
+"""Incremental checkpoints of real processes against the plainest oracle: all of their memory.
+
+A child lays out, writes, moves, drops and forks its memory as it is told; after every checkpoint
+what the image has is compared with what /proc/PID/mem has, byte for byte.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+sys.path.insert(0, str(Path(__file__).parent))
+from deeds import DEEDS, write
+
+from lzy.checkpoint import proc, tracking
+from lzy.checkpoint.content import own_page_ranges
+from lzy.checkpoint.dump import DumpReport, dump
+from lzy.checkpoint.image import Image
+from lzy.checkpoint.linux import PAGE_BYTES
+from lzy.checkpoint.pages import present_pages
+from lzy.checkpoint.store import Store
+from lzy.checkpoint.tracee import stopped
+
+ZERO_PAGE = bytes(PAGE_BYTES)
+EXAMPLES = int(os.environ.get("LZY_TEST_EXAMPLES", "12"))
+
+
+class Subject:
+    """A child that does as it is told, and between its deeds waits in read(2)."""
+
+    def __init__(self, folder: Path) -> None:
+        self.store = Store.open(folder / "store", create=True)
+        self.child = subprocess.Popen(
+            [sys.executable, "-ESs", str(Path(__file__).with_name("deeds.py"))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        self.pid = self.child.pid
+        self._await("to begin")
+
+    def _await(self, what: str) -> None:
+        assert self.child.stdout
+        assert os.read(self.child.stdout.fileno(), 1) == b".", f"the child failed {what}"
+        while not Path(f"/proc/{self.pid}/syscall").read_text().startswith("0 0x0 "):
+            os.sched_yield()  # on its way to read(2)
+
+    def do(self, deed: Callable[[int], None], seed: int = 1) -> None:
+        assert self.child.stdin
+        os.write(self.child.stdin.fileno(), b"%d %d\n" % (DEEDS.index(deed), seed))
+        self._await(deed.__name__)
+
+    def checkpoint(self, **options: bool) -> DumpReport:
+        """A checkpoint, compared with the memory: nobody runs in between."""
+        report = dump(self.pid, self.store, name="it", leave_running=True, **options)
+        with self.store.load(report.image) as image:
+            self.compare(image)
+        return report
+
+    def compare(self, image: Image) -> None:
+        """Every byte of the child's own pages is in the image, and the image has no others."""
+        buffer = memoryview(bytearray(image.window_pages * PAGE_BYTES))
+        found: dict[int, bytes] = {}
+        first, last = image.space_extent(0)
+        for index in range(first, last):
+            address, mask, chunk = image.run(index)
+            assert image.read_chunk(chunk, buffer) == mask.bit_count() * PAGE_BYTES
+            for number, bit in enumerate(present_pages(mask)):
+                at = number * PAGE_BYTES
+                found[address + bit * PAGE_BYTES] = bytes(buffer[at : at + PAGE_BYTES])
+        with open(f"/proc/{self.pid}/mem", "rb", buffering=0) as memory:
+            for start, end in own_page_ranges(self.pid, proc.mappings(self.pid)):
+                memory.seek(start)
+                theirs = memory.read(end - start)
+                pages = range(start, end, PAGE_BYTES)
+                mine = b"".join(found.pop(page, ZERO_PAGE) for page in pages)
+                assert mine == theirs, f"something in {start:#x}-{end:#x} differs"
+        assert not found, f"{len(found)} pages that the process does not have: {min(found):#x}"
+
+    def close(self) -> None:
+        self.child.kill()
+        self.child.communicate()
+        self.store.close()
+
+
+@pytest.fixture
+def subject(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Subject]:
+    monkeypatch.setenv("LZY_HOME", str(tmp_path / "home"))
+    subject = Subject(tmp_path)
+    try:
+        yield subject
+    finally:
+        subject.close()
+
+
+plans = st.lists(
+    st.tuples(st.sampled_from(range(len(DEEDS))), st.integers(0, 1 << 30), st.booleans()),
+    min_size=1,
+    max_size=12,
+)
+
+
+@settings(
+    max_examples=EXAMPLES,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(plan=plans)
+def test_every_checkpoint_equals_the_memory(
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+    plan: list[tuple[int, int, bool]],
+) -> None:
+    """Whatever a process does to its memory between checkpoints, none of it is missed."""
+    folder = tmp_path_factory.mktemp("subject")
+    monkeypatch.setenv("LZY_HOME", str(folder / "home"))
+    subject = Subject(folder)
+    try:
+        subject.checkpoint()
+        for deed, seed, checkpointed in plan:
+            subject.do(DEEDS[deed], seed)
+            if checkpointed:
+                assert subject.checkpoint().base is not None
+        report = subject.checkpoint()
+        assert report.base is not None
+        assert report.written_bytes < report.raw_bytes
+    finally:
+        subject.close()
+
+
+def test_an_idle_process_has_nothing_to_store(subject: Subject) -> None:
+    """The second checkpoint reads a few pages, those that the child's own waiting touches."""
+    subject.checkpoint()
+    subject.checkpoint()
+    report = subject.checkpoint()
+    assert report.base == "it@2"
+    assert report.written_bytes < 64 * PAGE_BYTES
+
+
+def test_the_account_is_seen_by_nobody(subject: Subject) -> None:
+    """An image has no trace of the account, and the process is dumped and ends as ever."""
+    before = set(os.listdir(f"/proc/{subject.pid}/fd"))
+    subject.checkpoint()
+    (number,) = set(os.listdir(f"/proc/{subject.pid}/fd")) - before
+    subject.do(write, 5)
+    report = dump(subject.pid, subject.store, name="it")
+    assert report.base == "it"
+    assert report.written_bytes < report.raw_bytes / 2
+    with subject.store.load(report.image) as image:
+        assert number not in image.document["descriptors"]["descriptors"]
+        assert set(image.document["descriptors"]["descriptors"]) == before
+    subject.store.verify(report.image)
+
+
+def test_no_account_is_kept_unless_wanted(subject: Subject) -> None:
+    """`track=False` leaves no descriptor in the process, and the next checkpoint reads all."""
+    before = os.listdir(f"/proc/{subject.pid}/fd")
+    subject.checkpoint(track=False)
+    assert os.listdir(f"/proc/{subject.pid}/fd") == before
+    assert subject.checkpoint().base is None
+
+
+def test_a_forgotten_account_is_not_relied_on(subject: Subject) -> None:
+    """The record is gone (another LZY_HOME, say): all of the memory is read, and rightly so."""
+    subject.checkpoint()
+    subject.do(write, 1)
+    tracking.withdraw(subject.pid)
+    subject.do(write, 2)
+    assert subject.checkpoint().base is None
+    subject.do(write, 3)
+    subject.checkpoint()
+
+
+def test_a_base_that_is_gone_costs_only_time(subject: Subject) -> None:
+    """The image before was removed: the next one is whole all the same."""
+    subject.checkpoint()
+    subject.do(write, 1)
+    subject.store.remove("it")
+    subject.store.collect_garbage()
+    report = dump(subject.pid, subject.store, name="other", leave_running=True)
+    assert report.base is None
+    with subject.store.load("other") as image:
+        subject.compare(image)
+
+
+def test_two_stores_do_not_mix(subject: Subject, tmp_path: Path) -> None:
+    """A checkpoint into another store is whole there, and the account goes on with that one."""
+    subject.checkpoint()
+    subject.do(write, 1)
+    with Store.open(tmp_path / "other", create=True) as other:
+        assert dump(subject.pid, other, name="there", leave_running=True).base is None
+        subject.do(write, 2)
+        assert dump(subject.pid, subject.store, name="again", leave_running=True).base is None
+    with subject.store.load("again") as image:
+        subject.compare(image)
+
+
+def test_an_account_can_be_ended(subject: Subject) -> None:
+    """Its descriptor goes, nothing is relied on any more, and another one can be begun."""
+    before = os.listdir(f"/proc/{subject.pid}/fd")
+    subject.checkpoint()
+    account = tracking.find_account(subject.pid)
+    assert account is not None
+    with stopped(subject.pid) as tracee:
+        tracee.prepare()
+        tracking.end_account(tracee, account.number)
+    assert tracking.find_account(subject.pid) is None
+    assert os.listdir(f"/proc/{subject.pid}/fd") == before
+    subject.do(write, 4)
+    assert subject.checkpoint().base is None
+    assert subject.checkpoint().base is not None

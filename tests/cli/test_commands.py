@@ -57,7 +57,7 @@ def test_version(lzy: Run) -> None:
         (["dump", "1", "--window-size", "3K"], "3K"),
         (["frobnicate"], "frobnicate"),
         (["restore", "--pid-namespace", "moon"], "moon"),
-        (["rm"], "IMAGE"),
+        (["rm"], "NAME"),
         (["pager"], "--resume"),
     ],
 )

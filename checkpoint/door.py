@@ -45,14 +45,13 @@ from . import door_machine, machine, proc
 from .door_machine import FUNCTIONS, OF_LIBC, OF_PYTHON, Stacks
 from .errors import Busy, LzyError, NotFound, Unsupported
 from .linux import PAGE_BYTES, memory, process, ptrace
-from .linux.visit import WAITS, is_condition_wait, name_range_arguments
+from .linux.visit import WAITS, is_condition_wait
 from .machine import Call
 from .proc import Vma
 from .stages import reach
 from .symbols import Library, file_name, libraries, read_memory
 from .tracee import Thread, Tracee
 
-REGION_NAME: Final = "lzy-door"
 _STACK_BYTES: Final = 8 << 20  # what a main thread has; untouched pages cost nothing
 _BORROWED_STACK_BYTES: Final = 256 << 10
 _ANSWER_BYTES: Final = 1 << 20
@@ -108,6 +107,7 @@ class _Region(NamedTuple):
 
 _REGION_BYTES: Final = _Region(0).end
 _OUR_CODE: Final = 512  # behind `machine.CODE`, in the region's page of code
+_CODE: Final = machine.CODE.ljust(_OUR_CODE, b"\0") + door_machine.CODE
 
 
 def ask(
@@ -284,7 +284,7 @@ class _Visited(Tracee):
             self._put_back(thread)
             return machine.signed(after["r12"])
         except TimeoutError:
-            self.deadline_s = time.monotonic() + within_s
+            self.deadline_s = float("inf")  # it stops as soon as it is asked to
             if not self._leave_to_itself(thread):
                 raise
             self._put_back(thread)
@@ -417,8 +417,7 @@ def _start_thread(
                 remedy="a security module forbids it; nothing was run",
                 pid=pid,
             )
-    code = machine.CODE.ljust(_OUR_CODE, b"\0") + door_machine.CODE
-    os.pwrite(tracee.memory, code, region.code)
+    os.pwrite(tracee.memory, _CODE, region.code)
     content = door_machine.pack_mailbox(
         region.mailbox,
         text,
@@ -429,7 +428,6 @@ def _start_thread(
         region.code + machine.NOTIFY,
     )
     os.pwrite(tracee.memory, content, region.mailbox)
-    _name(tracee, leader, region)
     reach("door.mapped")
     context = region.borrowed_stack  # the stack grows down to here, and is far from using it up
     tracee.release_others()
@@ -447,14 +445,6 @@ def _start_thread(
         )
     tracee.arena = 0  # stays when the block is left
     return region
-
-
-def _name(tracee: Tracee, leader: Thread, region: _Region) -> None:
-    """Name the region in /proc/PID/maps, by which a later visit knows it (Linux 5.17)."""
-    place = region.answer
-    os.pwrite(tracee.memory, REGION_NAME.encode() + b"\0", place)
-    arguments = name_range_arguments(region.start, _REGION_BYTES, place)
-    tracee.run_one(leader, Call(process.SYS_PRCTL, arguments))
 
 
 # -- the answer, and going out -------------------------------------------------------------------
@@ -518,11 +508,11 @@ def _clear(pid: int, region: _Region, patience: Patience) -> None:
 def _unmap_unused(tracee: Tracee, known: set[int]) -> int:
     """Unmap regions of visits that no thread is in any more; how many are still in use.
 
-    Those that start at `known`, and others that have the name: of visits whose lzy was killed.
+    Those that start at `known`, and those of visits whose lzy was killed.
     """
     in_use = 0
     places = [t.registers[name] for t in tracee.threads.values() for name in ("rsp", "rip")]
-    for start in known | set(leftovers(proc.mappings(tracee.pid, with_flags=False))):
+    for start in known | set(leftovers(tracee.pid)):
         if any(start <= place < start + _REGION_BYTES for place in places):
             in_use += 1
             continue
@@ -531,15 +521,12 @@ def _unmap_unused(tracee: Tracee, known: set[int]) -> int:
     return in_use
 
 
-def leftovers(vmas: list[Vma]) -> list[int]:
-    """Where regions of visits start: by name, and by the length of what adjoins."""
+def leftovers(pid: int) -> list[int]:
+    """Where regions of visits start: they are known by the code in their last page."""
     found: list[int] = []
-    start = end = 0
-    for vma in [v for v in vmas if v.path == f"[anon:{REGION_NAME}]"]:
-        if vma.start != end:
-            start = vma.start
-        end = vma.end
-        while end - start >= _REGION_BYTES:
-            found.append(start)
-            start += _REGION_BYTES
+    for vma in proc.mappings(pid, with_flags=False):
+        if vma.kind == "anonymous" and vma.permissions == "r-xp" and vma.length == PAGE_BYTES:
+            with contextlib.suppress(OSError):
+                if read_memory(pid, vma.start, len(_CODE)) == _CODE:
+                    found.append(vma.start - _Region(0).code)
     return found

@@ -2,11 +2,9 @@
 
 lzy never calls these functions: it sends this text. It runs under any CPython from 3.8 on, in a
 namespace of its own that is cleared afterwards, on a thread that is no `threading.Thread`. It
-imports only what every interpreter has built in, calls nothing of the program's where that can be
-avoided, prints nothing, and catches everything.
+imports only what every interpreter has built in (not even `__future__`, hence the quotes), calls
+nothing of the program's where that can be avoided, prints nothing, and catches everything.
 """
-
-from __future__ import annotations
 
 import gc
 import sys
@@ -23,7 +21,7 @@ TIME_LIMIT_S = 2.0
 WORDS_LIMIT = 120
 
 
-def answer_to(question: dict[str, int]) -> bytes:
+def answer_to(question: "dict[str, int]") -> bytes:
     """The literal that answers: what was asked for, or `error` in words."""
     try:
         told: dict[str, object] = {"python": sys.version.split()[0]}
@@ -52,7 +50,7 @@ def forget_thread() -> None:
 # -- collecting and releasing ------------------------------------------------------------------
 
 
-def trim() -> dict[str, object]:
+def trim() -> "dict[str, object]":
     """Collect garbage and have the allocators that are loaded give back what they keep."""
     collected, notes = 0, []
     bound = [name for name in BOUND_TO_THREADS if name in sys.modules]
@@ -120,7 +118,7 @@ class Survey:
             if type(held) is dict:
                 self.owners[id(held)] = ""
 
-    def weigh(self, label: str, root: object) -> dict[str, object]:
+    def weigh(self, label: str, root: object) -> "dict[str, object]":
         """The row of one variable."""
         row: dict[str, object] = {"name": label, **describe(root)}
         total, device_bytes, count, estimated = 0.0, 0.0, 0, False
@@ -140,10 +138,7 @@ class Survey:
                 break
             self.owners[id(thing)] = label
             count += 1
-            try:
-                total += weight * sys.getsizeof(thing)
-            except Exception:
-                total += weight * object.__sizeof__(thing)
+            total += weight * size_of(thing, kind)
             if kind in ATOMIC:
                 continue
             try:
@@ -174,7 +169,7 @@ class Survey:
                 return True
         return kind in self.skipped
 
-    def inside(self, thing: object, kind: type) -> tuple[list[object], float]:
+    def inside(self, thing: object, kind: type) -> "tuple[list[object], float]":
         """What it refers to, or a sample of that, and how many each of those stands for."""
         if self.array and issubclass(kind, self.array):
             parts = [thing.base] if thing.base is not None else []  # type: ignore[attr-defined]
@@ -199,7 +194,7 @@ class Survey:
             return parts, float(step)
         return gc.get_referents(thing), 1.0
 
-    def storage(self, tensor: object) -> tuple[int, int]:
+    def storage(self, tensor: object) -> "tuple[int, int]":
         """Bytes of a tensor's storage here and on a device; nothing if they were counted."""
         storage = tensor.untyped_storage()  # type: ignore[attr-defined]
         device = str(tensor.device)  # type: ignore[attr-defined]
@@ -210,7 +205,7 @@ class Survey:
         return (storage.nbytes(), 0) if device == "cpu" else (0, storage.nbytes())
 
 
-def list_variables(limit: int) -> dict[str, object]:
+def list_variables(limit: int) -> "dict[str, object]":
     """The `limit` largest variables of `__main__` and IPython's outputs, largest first."""
     began_s = time.monotonic()
     main = sys.modules.get("__main__")
@@ -248,6 +243,16 @@ def list_variables(limit: int) -> dict[str, object]:
     }
 
 
+def size_of(thing: object, kind: type) -> int:
+    """Its own bytes; a `__sizeof__` in Python may count what it refers to, as that of pandas."""
+    try:
+        if type(type.__getattribute__(kind, "__sizeof__")) is not type(size_of):
+            return sys.getsizeof(thing)
+    except Exception:
+        pass
+    return object.__sizeof__(thing)
+
+
 def is_history(name: str) -> bool:
     """Whether IPython itself made the name: `_`, `__`, `_3`, `_i`, `_i3`, `_oh` and the like."""
     tail = name[1:]
@@ -263,12 +268,12 @@ def is_plumbing(name: str, value: object) -> bool:
     return type(value) is type(sys) or (name[:2] == "__" and name[-2:] == "__")
 
 
-def isinstance_of(thing: object, kinds: tuple[type, ...]) -> bool:
+def isinstance_of(thing: object, kinds: "tuple[type, ...]") -> bool:
     """As isinstance, without asking the object, whose `__class__` may be a property."""
     return type(thing) in kinds
 
 
-def describe(thing: object) -> dict[str, object]:
+def describe(thing: object) -> "dict[str, object]":
     """Its type, and how much of what is in it, in words."""
     kind = type(thing)
     module = str(kind.__module__)

@@ -1,6 +1,6 @@
-"""System calls in which a thread waits and holds nothing of libc; and naming a range of memory.
+"""System calls in which a thread waits and holds nothing of libc.
 
-Sources: arch/x86/entry/syscalls/syscall_64.tbl, futex(2), PR_SET_VMA(2const).
+Sources: arch/x86/entry/syscalls/syscall_64.tbl, futex(2).
 """
 
 from __future__ import annotations
@@ -37,9 +37,6 @@ _SYS_FUTEX: Final = 202
 _FUTEX_COMMAND_MASK: Final = 0x7F  # without FUTEX_PRIVATE_FLAG and FUTEX_CLOCK_REALTIME
 _FUTEX_WAIT_BITSET: Final = 9
 
-_PR_SET_VMA: Final = 0x53564D41
-_PR_SET_VMA_ANON_NAME: Final = 0
-
 
 def is_condition_wait(number: int, operation: int) -> bool:
     """Whether it is the futex wait of a semaphore, condition or join rather than of a lock.
@@ -48,8 +45,3 @@ def is_condition_wait(number: int, operation: int) -> bool:
     another, and with FUTEX_WAIT (lowlevellock.c) for a mutex and for its own locks, malloc's too.
     """
     return number == _SYS_FUTEX and operation & _FUTEX_COMMAND_MASK == _FUTEX_WAIT_BITSET
-
-
-def name_range_arguments(start: int, length_bytes: int, name: int) -> tuple[int, ...]:
-    """Arguments of prctl(2) that name private anonymous memory; `name` is an address."""
-    return _PR_SET_VMA, _PR_SET_VMA_ANON_NAME, start, length_bytes, name

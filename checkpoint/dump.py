@@ -89,6 +89,7 @@ def dump(
     window_pages: int = 64,
     why: str = ASKED,
     track: bool = True,
+    trim: bool = False,
     progress: Progress | None = None,
 ) -> DumpReport:
     """Write an image of process `pid` into `store`; end the process unless `leave_running`.
@@ -100,16 +101,25 @@ def dump(
     process, only that is read and stored. One that is left running is put under account, unless
     `track` is false.
 
+    With `trim` its interpreter is asked to give back what it does not need first; what it has then
+    stands in the image. If it is busy a note says so, and the dump goes on.
+
     Raises NotFound, AccessDenied, Unsupported (naming what cannot be kept), Busy,
     StoreUnavailable; the process then runs on as before.
     """
     began = time.monotonic()
     notes: list[str] = []
+    variables: dict[str, Any] = {}
 
     # 1. What can be refused without touching the process is refused now.
     refuse_unfit(pid)
     places, vmas = wait_for_pager(pid, progress)
     refuse_mappings(pid, vmas)
+    if trim:
+        from .belongings import trim_if_idle
+
+        variables = trim_if_idle(pid, notes)
+        places, vmas = wait_for_pager(pid, progress)
     all_kinds()  # their modules are loaded: what can be done before the process is stopped, is
     obstacle = _why_no_snapshot(vmas) if leave_running else "the process ends"
     comm = proc.stat(pid)[1]
@@ -225,6 +235,7 @@ def dump(
                 "memory_policies": proc.memory_policies(source_pid),
                 "objects": objects.described,
                 "descriptors": descriptors,
+                "variables": variables,
             }
             summary = writer.commit(document, progress)
             reach("dump.committed")

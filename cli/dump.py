@@ -23,6 +23,7 @@ _WINDOW_PAGES = {"64K": 16, "128K": 32, "256K": 64}
       lzy dump 4121                         write the image, then end the process
       lzy dump 4121 --leave-running         a checkpoint: the process goes on
       lzy dump 4121 --leave-running         the next one of its session (see lzy log)
+      lzy dump 4121 --trim                  have Python give back free memory first
       lzy dump 4121 --name before-training --store /data/images
     """
 )
@@ -41,6 +42,11 @@ _WINDOW_PAGES = {"64K": 16, "128K": 32, "256K": 64}
     help="With --leave-running: have the kernel keep account of writes, for the next checkpoint.",
 )
 @click.option(
+    "--trim",
+    is_flag=True,
+    help="Have an idle Python collect garbage and release free memory first.",
+)
+@click.option(
     "--window-size",
     type=click.Choice(list(_WINDOW_PAGES)),
     default="256K",
@@ -54,6 +60,7 @@ def dump(
     name: str | None,
     leave_running: bool,
     track: bool,
+    trim: bool,
     window_size: str,
     as_json: bool,
 ) -> None:
@@ -75,6 +82,7 @@ def dump(
                 leave_running=leave_running,
                 window_pages=_WINDOW_PAGES[window_size],
                 track=track,
+                trim=trim,
                 progress=line.update,
             )
     except KeyboardInterrupt:

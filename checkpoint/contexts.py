@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Sequence
 
+from .course import Course
 from .linux import PAGE_BYTES
 from .linux.uffd import Userfaultfd
 from .missing import MissingPages
@@ -22,19 +24,18 @@ class MemoryGone(Exception):
 class Context:
     """The restored process's memory (`token` 0), or that of a child it forked.
 
-    `cursor` and `ahead` are addresses: what is installed next behind the faults, and what is read
-    next. `run_end` is where the last fault's window ended, to recognise a walk through memory.
+    `order`: window addresses of the image in the order in which it is thought to need them.
     """
 
-    __slots__ = ("ahead", "cursor", "missing", "run_end", "token", "uffd")
+    __slots__ = ("course", "missing", "token", "uffd")
 
-    def __init__(self, token: int, fd: int, missing: MissingPages) -> None:
+    def __init__(
+        self, token: int, fd: int, missing: MissingPages, order: Sequence[int] = ()
+    ) -> None:
         self.token = token
         self.uffd = Userfaultfd(fd)
         self.missing = missing
-        self.cursor = 0
-        self.ahead = 0
-        self.run_end = 0
+        self.course = Course(missing, order)
 
     def install(self, target: int, source: int, length_bytes: int) -> int:
         """Copy pages to `target`; pages that are there or have no place any more are passed over.

@@ -24,6 +24,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from .contexts import Context, LayoutChanged, MemoryGone
+from .course import Step
 from .errors import LzyError
 from .harbour import Harbour
 from .journal import CLOSING, CONTEXT, GONE, MAIN, PIECE, SOURCE, Journal, Record
@@ -33,16 +34,18 @@ from .linux.uffd import MESSAGE_BYTES
 from .missing import MissingPages
 from .readahead import Readahead
 from .windows import ChunkSource, Windows
+from .working_set import merge_order
 
 _PAGE_MASK = -PAGE_BYTES
 _BATCH_BYTES = 16 * MESSAGE_BYTES
 _SPARE_RECORDS = 128  # kept free in the journal for records of our own
+_MOST_QUEUED = 64  # steps behind the faults that are decided on
 _FIRST_RETRY_S = 0.05
 _LAST_RETRY_S = 5.0
 _LOOK_AROUND_S = 0.1  # how often a busy pager looks for the end of process and keeper
 _LINGER_S = 50e-6  # a fault is often followed by another: so long nothing else is begun
-_AHEAD_BYTES = 2 << 20  # read, authenticated and not yet installed, at most
-_NEAR_WINDOWS = 4  # a fault so little after the last one is part of a walk through memory
+_AHEAD_BYTES = 4 << 20  # read, authenticated and not yet installed, at most
+_MOST_READERS = 2  # docs/pager.md has the measurements
 
 
 class FaultServer:
@@ -52,7 +55,9 @@ class FaultServer:
     `uffd` and `pidfd` are our descriptors of the process's; `open_image` opens the image anew
     (after it could not be read), `close_descriptor(pid, number)` closes one inside the process;
     `harbour` is where forked children's userfaultfds are kept. `look_around` is called now and
-    then, its descriptor (or -1) is waited for as well; `reach` hears of each stage.
+    then, its descriptor (or -1) is waited for as well; `reach` hears of each stage. `order` are
+    window addresses in the order in which the process is thought to need them; `keep_order` gets
+    the one that is known better by then, before anybody can see that all is in.
     """
 
     def __init__(
@@ -67,6 +72,8 @@ class FaultServer:
         close_descriptor: Callable[[int, int], int],
         log: Callable[[str], None],
         harbour: Harbour | None = None,
+        order: Sequence[int] = (),
+        keep_order: Callable[[list[int]], None] = lambda order: None,
         look_around: Callable[[], int] = lambda: -1,
         reach: Callable[[str], None] = lambda stage: None,
     ) -> None:
@@ -97,6 +104,12 @@ class FaultServer:
         self._poll: select.poll | None = None
         self._windows: Windows | None = None
         self._readahead: Readahead | None = None
+        self._queue: deque[tuple[Context, Step]] = deque()
+        self._order = order
+        self._keep_order = keep_order
+        self._place = 0  # how many windows of the order are in
+        self._needed: dict[int, int] = {}  # see `merge_order`
+        self._unneeded: dict[int, None] = {}
         self._buffer = memoryview(mmap.mmap(-1, 64 * PAGE_BYTES))
         self._buffer_address = address_of(self._buffer)
         self._replay()
@@ -106,19 +119,21 @@ class FaultServer:
     def _use_image(self, image: ChunkSource) -> None:
         """Serve from `image` from now on; the one before is closed."""
         self._end_readahead()
+        self._queue.clear()
         if self._windows is not None:
             self._windows.image.close()
         self._windows = Windows(image)
+        for context in self._contexts.values():
+            context.course.restart()
 
     def _begin_readahead(self, windows: Windows) -> Readahead:
         inside = {ours for _, ours in self._inside}
         private = {self._journal.fd, self._pidfd, self._watched, *inside, *self.descriptors}
         private.discard(-1)
         depth = max(4, _AHEAD_BYTES // windows.length)
+        readers = min(os.cpu_count() or 1, _MOST_READERS)
         self._poll = None
-        self._readahead = Readahead(windows.image, depth, windows.length, private)
-        for context in self._contexts.values():
-            context.ahead = context.cursor
+        self._readahead = Readahead(windows.image, depth, windows.length, private, readers=readers)
         return self._readahead
 
     def _end_readahead(self) -> None:
@@ -130,7 +145,7 @@ class FaultServer:
     # -- the journal
 
     def _replay(self) -> None:
-        main = Context(MAIN, self._uffd, MissingPages())
+        main = Context(MAIN, self._uffd, MissingPages(), self._order)
         self._contexts = {MAIN: main}
         source: Context = main
         for kind, a, b, c in self._journal.replay():
@@ -169,7 +184,6 @@ class FaultServer:
             context.missing.forget(a, b)
         elif kind == kernel.EVENT_REMAP:
             context.missing.move(a, b, c)
-            context.cursor = min(context.cursor, b)
         elif kind == kernel.EVENT_FORK:
             fd = a & 0xFFFFFFFF
             self._poll = None
@@ -268,6 +282,10 @@ class FaultServer:
                 self._load_next(now)
         self._end_readahead()
         self._say_how_it_is()
+        self._hand_over_order()
+        if self._windows is not None:
+            self._windows.image.close()
+            self._windows = None
 
     def _look(self) -> None:
         """See who is gone, and say how it is."""
@@ -291,7 +309,8 @@ class FaultServer:
             if self._watched >= 0:
                 poll.register(self._watched, select.POLLIN)
             if self._readahead is not None:
-                poll.register(self._readahead.done_fd, select.POLLIN)
+                for fd in (self._readahead.done_fd, *self._readahead.reader_fds):
+                    poll.register(fd, select.POLLIN)
         poll.poll(timeout_s * 1000)
 
     def _answer(self, context: Context, page: int) -> None:
@@ -312,9 +331,10 @@ class FaultServer:
                 context.zero(page, min(end, absent_until - shift))
                 return
             high = self._load(context, windows, number, piece, page)
-            if context.run_end <= page < context.run_end + _NEAR_WINDOWS * windows.length:
-                context.cursor = high  # a walk through memory: go ahead of it
-            context.run_end = high
+            low = windows.address(number) - shift
+            walked = context.course.follow(page, low, high, windows.length)
+            if context.token == MAIN:
+                self._note_need(windows, number, walked, shift)
         except LayoutChanged:
             self._asked.append((context, page))
             self._attend_now(context)
@@ -358,10 +378,31 @@ class FaultServer:
         for address, offset, length in parts:
             self._installed_bytes += context.install(address, source + offset, length)
 
+    # -- the order of need
+
+    def _note_need(
+        self, windows: Windows, number: int, walked: tuple[int, int], shift: int
+    ) -> None:
+        """Remember that window `number` was asked for, and first what a walk came through."""
+        low, high = walked
+        if low < high:
+            for passed in range(windows.find_from(low + shift), number):
+                address = windows.address(passed)
+                if address - shift >= high:
+                    break
+                self._needed.setdefault(address, self._place)
+        self._needed.setdefault(windows.address(number), self._place)
+
+    def _hand_over_order(self) -> None:
+        """Say in which order memory was needed, if this wake has taught anything; once."""
+        if self._needed:
+            self._keep_order(merge_order(self._order, self._needed, self._unneeded))
+            self._needed = {}
+
     # -- behind the faults
 
     def _load_next(self, now: float) -> None:
-        """Load one more window, in order of address or ahead of a walk through memory."""
+        """Load one more window."""
         if self._background_failed:
             self._background_failed = False
             self._reopen()
@@ -379,34 +420,26 @@ class FaultServer:
             for context in list(self._contexts.values()):
                 self._let_go(context)
             return
-        missing = context.missing
-        piece = missing.find_from(context.cursor)
-        if piece is None:
-            context.cursor = context.ahead = 0
-            return
-        start, end, shift = piece
-        position = max(start, context.cursor)
-        number = windows.find_from(position + shift)
-        stored_at = windows.address(number) - shift if number < windows.count else end
-        if stored_at >= end:
-            missing.forget(position, end)
-            context.cursor = end
-            return
         readahead = self._readahead or self._begin_readahead(windows)
-        self._read_ahead(context, windows, readahead, number)
+        self._read_ahead(context, windows, readahead)
+        if not self._queue:
+            return  # the course begins anew
+        context, step = self._queue[0]
+        number = step.number
         if number in readahead and not readahead.is_ready(number):
             readahead.clear_done()
             if not readahead.is_ready(number):
                 self._wait(_LOOK_AROUND_S)
+                if not readahead.is_whole():
+                    self._log("a reader has died; starting others")
+                    self._end_readahead()
             return
-        high = min(end, stored_at + windows.length)
-        context.cursor = high
+        self._queue.popleft()
         try:
-            self._load(context, windows, number, piece)
-            missing.forget(position, high)
+            self._take_step(context, windows, step)
             self._background_s = _FIRST_RETRY_S
         except LayoutChanged:
-            context.cursor = position
+            self._queue.appendleft((context, step))
             self._attend_now(context)
         except MemoryGone:
             self._drop(context)
@@ -416,27 +449,37 @@ class FaultServer:
             self._background_at = now + self._background_s
             self._background_s = min(self._background_s * 2, _LAST_RETRY_S)
 
-    def _read_ahead(
-        self, context: Context, windows: Windows, readahead: Readahead, number: int
-    ) -> None:
-        """Have window `number` and those after it read, as far as there is room."""
-        if number not in readahead:
-            # The cursor went elsewhere: what was read for the old place makes room.
-            readahead.drop_ready()
-            context.ahead = context.cursor
-        for _ in range(readahead.room):
-            piece = context.missing.find_from(context.ahead)
-            if piece is None:
+    def _read_ahead(self, context: Context, windows: Windows, readahead: Readahead) -> None:
+        """Have read what comes next, as far as there is room."""
+        while readahead.room and len(self._queue) < _MOST_QUEUED:
+            step = context.course.next(windows)
+            if step is None:
                 return
-            start, end, shift = piece
-            number = windows.find_from(max(start, context.ahead) + shift)
-            stored_at = windows.address(number) - shift if number < windows.count else end
-            if stored_at >= end:
-                context.ahead = end
-                continue
-            if number not in readahead:
-                readahead.ask(number, windows.chunk(number))
-            context.ahead = min(end, stored_at + windows.length)
+            if step.number not in readahead:
+                readahead.ask(step.number, windows.chunk(step.number))
+            self._queue.append((context, step))
+
+    def _take_step(self, context: Context, windows: Windows, step: Step) -> None:
+        """Install what a course has proposed, if it still is what is missing there."""
+        number = step.number
+        if step.place >= 0 and context.token == MAIN:
+            self._place = step.place
+        piece = context.missing.find_from(step.address)
+        current = context.token in self._contexts and piece is not None and piece[0] < step.end
+        if current and piece is not None:
+            base = windows.address(number) - piece[2]
+            current = base <= max(step.address, piece[0]) < base + windows.length
+        if not current or piece is None:
+            # A fault or an event came first: what was read for it is not needed any more.
+            slot = self._readahead.take(number) if self._readahead is not None else None
+            if slot is not None and self._readahead is not None:
+                self._readahead.give_back(slot)
+            return
+        self._load(context, windows, number, piece)
+        if context.token == MAIN:
+            window = windows.address(number)
+            if context.course.is_held_back(window) and window not in self._needed:
+                self._unneeded[window] = None
 
     def _attend_now(self, context: Context) -> None:
         """The kernel says that an event waits, or that one is about to."""
@@ -524,6 +567,7 @@ class FaultServer:
         except MemoryGone:
             self._drop(context)
             return
+        self._hand_over_order()
         self._reach("pager.unregistered")
         self._journal.phase = CLOSING
         if self._process_ended():

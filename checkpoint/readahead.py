@@ -1,9 +1,9 @@
-"""Reads and authenticates chunks ahead of need, in a process that does nothing else.
+"""Reads and authenticates chunks ahead of need, in processes that do nothing else.
 
-A thread would do, but it and the thread that answers faults would hand the GIL to each other
-several times a chunk: measured, that costs more than the reading (docs/pager.md). The reader gets
-a copy of the image by fork and shares only buffers; it never touches the memory of the process
-that is paged, and it dies with its parent.
+Threads would do, but they and the one that answers faults would hand the GIL to each other several
+times a chunk: measured, that costs more than the reading (docs/pager.md). A reader gets a copy of
+the image by fork and shares only buffers; it never touches the memory of the process that is paged,
+and it dies with its parent.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
+import select
 import signal
 from collections.abc import Iterable
 from typing import NoReturn, Protocol
@@ -53,27 +54,42 @@ def make_slots(count: int, window_bytes: int) -> list[Slot]:
 class Readahead:
     """Chunks asked for by a key of the caller's choice, at most `depth` at a time.
 
-    `done_fd` becomes readable whenever a read has ended. The slots are a ring: asked for, read and
-    used again in the same order. Shared between the two processes are three words for each: the
-    chunk, how its read ended, its length. Each has one writer at a time.
+    `done_fd` becomes readable whenever a read has ended, and one of `reader_fds` when a reader has
+    died. The slots are a ring: asked for, and used again, in the same order; reader r of n reads
+    into every n-th slot. Shared between the processes are three words for each slot: the chunk,
+    how its read ended, its length. Each has one writer at a time.
     """
 
     def __init__(
-        self, image: Reader, depth: int, window_bytes: int, private: Iterable[int] = ()
+        self,
+        image: Reader,
+        depth: int,
+        window_bytes: int,
+        private: Iterable[int] = (),
+        *,
+        readers: int = 1,
     ) -> None:
-        """`private`: descriptors that the reader must not hold."""
+        """`private`: descriptors that the readers must not hold."""
         depth = min(depth, _MOST_SLOTS)
+        depth -= depth % readers  # so that the slot after the last is again the first reader's
         self._slots = make_slots(depth, window_bytes)
         self._words = memoryview(mmap.mmap(-1, _MOST_SLOTS * 24)).cast("Q")
         self._by_key: dict[int, int] = {}
         self._next = 0
         self.room = depth
-        self._jobs_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_SEMAPHORE)
+        self._jobs_fds = [os.eventfd(0, os.EFD_CLOEXEC | os.EFD_SEMAPHORE) for _ in range(readers)]
         self.done_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self.reader_fds: list[int] = []
+        self._pids: list[int] = []
+        self._ends = select.poll()
         parent = os.getpid()
-        self._pid = os.fork()
-        if self._pid == 0:
-            self._read(image, parent, private)
+        for reader in range(readers):
+            pid = os.fork()
+            if pid == 0:
+                self._read(image, reader, parent, private)
+            self._pids.append(pid)
+            self.reader_fds.append(os.pidfd_open(pid))
+            self._ends.register(self.reader_fds[-1], select.POLLIN)
 
     def __contains__(self, key: int) -> bool:
         """Whether `key` was asked for and neither taken nor dropped."""
@@ -90,11 +106,15 @@ class Readahead:
         self._words[3 * number + 1] = 0
         self._next = (number + 1) % len(self._slots)
         self.room -= 1
-        os.eventfd_write(self._jobs_fd, 1)
+        os.eventfd_write(self._jobs_fds[number % len(self._jobs_fds)], 1)
 
     def is_ready(self, key: int) -> bool:
         """Whether the read of `key` has ended."""
         return self._words[3 * self._by_key[key] + 1] != 0
+
+    def is_whole(self) -> bool:
+        """Whether all readers live; else what was asked for may never be read."""
+        return not self._ends.poll(0)
 
     def take(self, key: int) -> Slot | None:
         """What was read for `key`, to be handed back by `give_back`.
@@ -125,34 +145,30 @@ class Readahead:
             self.room += 1
             oldest = (oldest + 1) % len(slots)
 
-    def drop_ready(self) -> None:
-        """Make room: what was read and not taken is not wanted any more."""
-        for key in list(self._by_key):
-            slot = self.take(key)
-            if slot is not None:
-                self.give_back(slot)
-
     def clear_done(self) -> None:
         """Make `done_fd` unreadable until another read ends."""
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self.done_fd)
 
     def close(self) -> None:
-        """End the reader."""
-        os.kill(self._pid, signal.SIGKILL)
-        os.waitpid(self._pid, 0)
-        os.close(self._jobs_fd)
-        os.close(self.done_fd)
+        """End the readers."""
+        for pid in self._pids:
+            os.kill(pid, signal.SIGKILL)  # not reaped yet: the number is still its own
+        for pid in self._pids:
+            os.waitpid(pid, 0)
+        for fd in (*self._jobs_fds, *self.reader_fds, self.done_fd):
+            os.close(fd)
 
-    def _read(self, image: Reader, parent: int, private: Iterable[int]) -> NoReturn:
+    def _read(self, image: Reader, reader: int, parent: int, private: Iterable[int]) -> NoReturn:
         try:
             die_with_parent(parent)
             set_name("lzy-reader")
             os.nice(5)  # whoever waits for a page comes first
             for fd in private:
                 os.close(fd)
-            words, slots, done_fd, jobs_fd = self._words, self._slots, self.done_fd, self._jobs_fd
-            number = 0
+            words, slots, done_fd = self._words, self._slots, self.done_fd
+            jobs_fd, readers = self._jobs_fds[reader], len(self._jobs_fds)
+            number = reader
             while True:
                 os.eventfd_read(jobs_fd)
                 try:
@@ -162,6 +178,6 @@ class Readahead:
                 except Exception:  # who asked reads it again and sees for itself
                     words[3 * number + 1] = _FAILED
                 os.eventfd_write(done_fd, 1)
-                number = (number + 1) % len(slots)
+                number = (number + readers) % len(slots)
         finally:
             os._exit(1)

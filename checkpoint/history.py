@@ -5,7 +5,7 @@ person types is *resolved*: `calm` is the newest checkpoint, `calm@1` the first,
 The names of the images are all there is to a series: nothing else has to be kept true beside
 them, a checkpoint that is removed leaves a gap, and an image from before there were sessions is a
 session of one. Each image's document says which checkpoint it grew from, so that a series may
-branch (`parent_of`).
+branch (`log.py`).
 """
 
 from __future__ import annotations
@@ -13,18 +13,16 @@ from __future__ import annotations
 import fcntl
 import os
 import re
-from collections.abc import Callable, Collection, Iterable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
-from .errors import Busy, Damaged, LzyError, NotFound
+from .errors import Busy, LzyError, NotFound
 from .image import MOST_NAME_BYTES
 from .lineage import find_lineage, list_lineages, write_lineage
 from .store import check_name
 from .unavailable import unavailable
 
 if TYPE_CHECKING:
-    from datetime import tzinfo
-
     from .image import Image
     from .store import Store
 
@@ -34,34 +32,6 @@ ASKED = "asked"
 _NUMBERED = re.compile(r"(.+)@([1-9][0-9]{0,8})")
 _SUFFIX = ".image"
 _MOST_SESSION_NAME_BYTES = MOST_NAME_BYTES - 10
-
-
-class Checkpoint(NamedTuple):
-    """One image of a series, as `read_log` tells it: sizes in bytes, times in Unix seconds.
-
-    `parent` is the checkpoint that it grew from, None for a first one; `why` is empty when the
-    image does not say (it is older than sessions). `damage` is empty unless the image cannot be
-    read; all else but its name is unknown then.
-    """
-
-    session: str
-    number: int
-    taken_unix_s: float = 0.0
-    why: str = ""
-    parent: str | None = None
-    raw_bytes: int = 0
-    stored_bytes: int = 0
-    damage: str = ""
-
-    @property
-    def image(self) -> str:
-        """The name of its image in the store."""
-        return image_name(self.session, self.number)
-
-    @property
-    def name(self) -> str:
-        """What a person calls it: always with its number."""
-        return f"{self.session}@{self.number}"
 
 
 # -- names -------------------------------------------------------------------------------------
@@ -189,16 +159,6 @@ def _listed(numbers: list[int]) -> str:
 # -- which checkpoint comes next ---------------------------------------------------------------
 
 
-class Next(NamedTuple):
-    """The checkpoint that a dump is about to take: its image, and what its document says of it.
-
-    `session` has the keys name, number, parent (an image's name or None) and why.
-    """
-
-    image: str
-    session: dict[str, Any]
-
-
 def next_checkpoint(
     store: Store,
     pid: int,
@@ -206,9 +166,10 @@ def next_checkpoint(
     *,
     why: str = ASKED,
     unnamed: Callable[[], str] = lambda: "session",
-) -> Next:
-    """What a dump of `pid` into `store` under `name` is to be called.
+) -> tuple[str, dict[str, Any]]:
+    """What a dump of `pid` into `store` under `name` is to be: (image, what its document says).
 
+    The document's `session` has the keys name, number, parent (an image's name or None) and why.
     Without a name the session goes on that the process belongs to, else one begins that
     `unnamed` calls. Raises Busy when another process's session has that name, LzyError when no
     session may be called so.
@@ -228,7 +189,7 @@ def next_checkpoint(
         while number > 1 and _is_being_written(store, image_name(session, number)):
             number += 1
     facts = {"name": session, "number": number, "parent": parent, "why": why}
-    return Next(image_name(session, number), facts)
+    return image_name(session, number), facts
 
 
 def remember(store: Store, pid: int, session: dict[str, Any], notes: list[str]) -> None:
@@ -312,9 +273,6 @@ def free_session_name(store: Store, session: str) -> str:
     return name
 
 
-# -- the log -----------------------------------------------------------------------------------
-
-
 def session_facts(document: dict[str, Any], image: str) -> dict[str, Any]:
     """What a document says of its session; of an older one what its name says."""
     found = document.get("session")
@@ -322,118 +280,3 @@ def session_facts(document: dict[str, Any], image: str) -> dict[str, Any]:
         return found
     session, number = split_name(image)
     return {"name": session, "number": number, "parent": None, "why": ""}
-
-
-def read_log(store: Store, session: str) -> list[Checkpoint]:
-    """The checkpoints of `session`, newest first. Raises NotFound when it has none."""
-    found = []
-    for number in reversed(require_session(store, session)):
-        image_file = image_name(session, number)
-        try:
-            with store.load_unchecked(image_file) as image:
-                document = image.document
-                facts = session_facts(document, image_file)
-                taken = float(document.get("taken_unix_s") or image.header.created_unix_ns / 1e9)
-                found.append(
-                    Checkpoint(
-                        session=session,
-                        number=number,
-                        taken_unix_s=taken,
-                        why=str(facts.get("why") or ""),
-                        parent=facts.get("parent"),
-                        raw_bytes=image.raw_bytes,
-                        stored_bytes=image.stored_bytes,
-                    )
-                )
-        except NotFound:
-            continue  # removed meanwhile
-        except Damaged as error:
-            found.append(Checkpoint(session, number, damage=error.message))
-    return found
-
-
-def ancestors(log: list[Checkpoint], number: int) -> list[Checkpoint]:
-    """Checkpoint `number` and those of the same log that it grew from, newest first."""
-    by_image = {checkpoint.image: checkpoint for checkpoint in log}
-    found = []
-    at = next((c for c in log if c.number == number), None)
-    while at is not None:
-        found.append(at)
-        parent = by_image.pop(at.parent, None) if at.parent else None
-        at = parent if parent and parent.number < at.number else None
-    return found
-
-
-# -- what to keep ------------------------------------------------------------------------------
-
-
-def choose_kept(
-    taken: Iterable[tuple[int, float]],
-    *,
-    last: int = 0,
-    hourly: int = 0,
-    daily: int = 0,
-    zone: tzinfo | None = None,
-) -> dict[int, list[str]]:
-    """Which of the checkpoints (number, Unix seconds) to keep, each with the reasons.
-
-    As restic and borg have it: the `last` newest ones, and the newest one in each of the last
-    `hourly` hours and `daily` days *that have one*, by the clock of `zone` (None: this
-    machine's). The newest is kept whatever is asked. A larger number is newer; the clock, which
-    may have been set back, only says which hour it was.
-    """
-    from datetime import UTC, datetime
-
-    newest_first = sorted(taken, reverse=True)
-    kept: dict[int, list[str]] = {}
-    if newest_first:
-        kept[newest_first[0][0]] = ["newest"]
-    for number, _ in newest_first[:last]:
-        kept.setdefault(number, []).append("last")
-    for word, wanted, form in (("hourly", hourly, "%Y-%m-%d %H %z"), ("daily", daily, "%Y-%m-%d")):
-        seen: set[str] = set()
-        for number, unix_s in newest_first:
-            period = datetime.fromtimestamp(unix_s, UTC).astimezone(zone).strftime(form)
-            if len(seen) < wanted and period not in seen:
-                seen.add(period)
-                kept.setdefault(number, []).append(word)
-    return kept
-
-
-def is_in_use(store: Store, image: str) -> bool:
-    """Whether `Store.remove` would refuse that image now; False if it is not there any more."""
-    from .pager import who_waits
-
-    try:
-        descriptor = os.open(
-            image + _SUFFIX, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=store.manifests
-        )
-    except FileNotFoundError:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(descriptor)
-    return bool(who_waits(store.path, image))
-
-
-def unneeded_bytes(store: Store, without: Collection[str] = ()) -> int:
-    """How much a collection would give back were the images `without` removed."""
-    from .packs import pack_file
-
-    needed: set[str] = set()
-    for name in store.names():
-        if name in without:
-            continue
-        try:
-            with store.load_unchecked(name) as image:
-                needed.update(pack_file(pack) for pack, _ in image.packs)
-        except NotFound:
-            continue
-    found = 0
-    for file in os.listdir(store.packs):
-        if file.endswith(".pack") and file not in needed:
-            found += os.stat(file, dir_fd=store.packs, follow_symlinks=False).st_size
-    return found

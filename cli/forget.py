@@ -12,7 +12,7 @@ from .layout import age, count, paint, say, say_json, size, table
 from .stores import open_store
 
 if TYPE_CHECKING:
-    from ..checkpoint.history import Checkpoint
+    from ..checkpoint.log import Checkpoint
     from ..checkpoint.store import Store
 
 _SOME = click.IntRange(min=1)
@@ -61,7 +61,9 @@ def forget(
     them).
     """
     from ..checkpoint.errors import Busy, NotFound
-    from ..checkpoint.history import choose_kept, has_number, is_in_use, read_log, unneeded_bytes
+    from ..checkpoint.history import has_number
+    from ..checkpoint.log import read_log
+    from ..checkpoint.retention import choose_kept, is_in_use, unneeded_bytes
 
     if not (keep_last or keep_hourly or keep_daily):
         raise click.UsageError("Say what to keep: --keep-last, --keep-hourly or --keep-daily.")

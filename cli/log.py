@@ -12,7 +12,7 @@ from .layout import age, count, paint, say, say_json, size, table
 from .stores import load_image, open_store
 
 if TYPE_CHECKING:
-    from ..checkpoint.history import Checkpoint
+    from ..checkpoint.log import Checkpoint
 
 
 @click.command(
@@ -34,8 +34,9 @@ def log(name: str | None, store: str | None, as_json: bool) -> None:
     `new` is what a checkpoint added to the store, `from` the one that it grew from: one of long
     ago after a restore of that. NAME@NUMBER lists only that checkpoint and its ancestors.
     """
-    from ..checkpoint.history import ancestors, has_number, read_log, require_image, split_name
+    from ..checkpoint.history import has_number, require_image, split_name
     from ..checkpoint.lineage import list_lineages
+    from ..checkpoint.log import ancestors, read_log
 
     opened = open_store(store)
     if name is None:

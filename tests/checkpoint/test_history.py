@@ -17,11 +17,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lzy.checkpoint import history, lineage
+from lzy.checkpoint import history, lineage, retention
 from lzy.checkpoint.compare import compare_images
 from lzy.checkpoint.content import FilePages, windows_of
 from lzy.checkpoint.errors import Busy, LzyError, NotFound
-from lzy.checkpoint.history import Checkpoint, choose_kept
+from lzy.checkpoint.log import Checkpoint, ancestors, read_log
+from lzy.checkpoint.retention import choose_kept
 from lzy.checkpoint.store import Store
 
 PAGE = 4096
@@ -189,9 +190,9 @@ def test_going_back_makes_a_branch(store: Store, sleeper: int) -> None:
         history.remember_restored(image, sleeper, None, [])
     branch = take(store, sleeper)
     assert (branch["number"], branch["parent"]) == (5, "calm@2")
-    log = history.read_log(store, "calm")
+    log = read_log(store, "calm")
     assert [entry.number for entry in log] == [5, 4, 3, 2, 1]
-    assert [entry.number for entry in history.ancestors(log, 5)] == [5, 2, 1]
+    assert [entry.number for entry in ancestors(log, 5)] == [5, 2, 1]
 
 
 def test_a_fork_begins_a_session(store: Store, sleeper: int) -> None:
@@ -208,8 +209,8 @@ def test_a_number_that_is_being_written_is_passed_over(store: Store, sleeper: in
     """Two lives of one process dump at once: both get a number."""
     take(store, sleeper, "calm")
     with store.writer("calm@2"):
-        assert history.next_checkpoint(store, sleeper, None).image == "calm@3"
-    assert history.next_checkpoint(store, sleeper, None).image == "calm@2"
+        assert history.next_checkpoint(store, sleeper, None)[0] == "calm@3"
+    assert history.next_checkpoint(store, sleeper, None)[0] == "calm@2"
 
 
 @pytest.mark.parametrize("name", ["calm@2", "calm@0", "calm@007", "x" * 119, "../x", "-x"])
@@ -239,7 +240,7 @@ def test_a_store_by_another_path_is_the_same(store: Store, sleeper: int, tmp_pat
 def test_an_image_from_before_sessions(store: Store) -> None:
     """It is a session of one, without a parent or a reason."""
     write(store, "old")
-    (entry,) = history.read_log(store, "old")
+    (entry,) = read_log(store, "old")
     assert (entry.number, entry.parent, entry.why) == (1, None, "")
     assert entry.taken_unix_s == 1e9
 
@@ -252,7 +253,7 @@ def test_a_damaged_checkpoint_is_told(store: Store, sleeper: int, tmp_path: Path
     content = bytearray(path.read_bytes())
     content[-40] ^= 1
     path.write_bytes(content)
-    two, one = history.read_log(store, "calm")
+    two, one = read_log(store, "calm")
     assert (two.damage, bool(one.damage)) == ("", True)
 
 
@@ -398,15 +399,15 @@ def test_what_a_collection_would_give_back(store: Store) -> None:
     """The estimate is what the collection then does; an image in use is known as such."""
     fill(store, "calm", {0: b"a" * PAGE})
     fill(store, "calm@2", {0: b"b" * PAGE})
-    assert history.unneeded_bytes(store) == 0
+    assert retention.unneeded_bytes(store) == 0
     with store.load("calm"):
-        assert history.is_in_use(store, "calm")
-    assert not history.is_in_use(store, "calm")
-    assert not history.is_in_use(store, "gone")
-    expected = history.unneeded_bytes(store, {"calm"})
+        assert retention.is_in_use(store, "calm")
+    assert not retention.is_in_use(store, "calm")
+    assert not retention.is_in_use(store, "gone")
+    expected = retention.unneeded_bytes(store, {"calm"})
     assert expected > 0
     store.remove("calm")
-    assert history.unneeded_bytes(store) == expected
+    assert retention.unneeded_bytes(store) == expected
     assert store.collect_garbage().removed_bytes == expected
 
 

@@ -394,6 +394,11 @@ def test_a_session_of_several_goes_only_when_that_is_said(cli: Commands, program
     assert "(removed)" in cli.words("log", "calm")
     assert cli.succeed("rm", "calm", "storm", "--all")["removed"] == ["calm@3", "calm@4", "storm"]
     assert cli.succeed("images")["images"] == []
+    cli.succeed("gc")
+    tell(program, "remember one")
+    assert cli.end(program) == "storm@2"  # what it grew from is gone; it is whole all the same
+    cli.go_back(program, "storm")
+    assert tell(program, "remember two") == ["one", "two"]
 
 
 def test_forget_keeps_what_is_said(cli: Commands, program: Program) -> None:

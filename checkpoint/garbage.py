@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from .errors import Busy
 from .packs import pack_file
 from .unavailable import unavailable
+from .working_set import remove_strays
 
 if TYPE_CHECKING:
     from .store import Store
@@ -73,6 +74,7 @@ def _sweep(store: Store, needed: set[str]) -> GarbageReport:
             os.unlink(name, dir_fd=store.temporary)
             removed_temporaries += 1
             removed_bytes += length_bytes
+    removed_temporaries += remove_strays(store.path, store.names())
     os.fsync(store.packs)
     os.fsync(store.temporary)
     return GarbageReport(removed_packs, removed_bytes, removed_temporaries, kept_packs, kept_bytes)

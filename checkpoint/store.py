@@ -236,6 +236,7 @@ class Store:
         one to, its own having died.
         """
         from .pager import who_waits  # most who open a store remove nothing
+        from .working_set import remove_order
 
         descriptor = self._open_manifest(check_name(name))
         try:
@@ -248,6 +249,7 @@ class Store:
                 )
             os.unlink(name + _SUFFIX, dir_fd=self.manifests)
             os.fsync(self.manifests)
+            remove_order(self.path, name)
         except BlockingIOError as error:
             raise Busy(
                 f"image {name} is in use", remedy="wait until the pager that serves it has ended"

@@ -30,6 +30,7 @@ from .errors import AccessDenied, Busy, Damaged, LzyError, NotFound
 from .faults import FaultServer
 from .harbour import Harbour
 from .home import run_directory
+from .huge import restore_huge_pages
 from .journal import (
     FINISHED,
     WORKING,
@@ -51,6 +52,7 @@ from .linux.uffd import is_userfaultfd
 from .missing import MissingPages
 from .stages import reach
 from .windows import ChunkSource
+from .working_set import read_order, write_order
 
 _LAST_RESPAWN_S = 5.0
 _CLOSE_DEADLINE_S = 5
@@ -586,6 +588,14 @@ def _page(
                 journal.set_pids(keeper_pid=pid)
             return keeper
 
+        store, name = Path(journal.facts["store"]), journal.facts["image"]
+
+        def keep_order(order: list[int]) -> None:
+            try:
+                write_order(store, name, order)
+            except OSError as error:  # it was read only, or is away: the next wake learns it anew
+                seat.write_log(f"the order in which memory was needed is not kept: {error}")
+
         numbers = (journal.facts["uffd_number"], *(journal.facts["harbour_numbers"] or ()))
         server = FaultServer(
             journal,
@@ -596,6 +606,8 @@ def _page(
             harbour=Harbour(*seat.harbour) if seat.harbour else None,
             open_image=reopen,
             close_descriptor=seat.close_descriptor,
+            order=read_order(store, name),
+            keep_order=keep_order,
             log=seat.write_log,
             look_around=look_around,
             reach=reach if fresh else lambda stage: None,  # else none would ever get past a stage
@@ -614,6 +626,8 @@ def _page(
         if not server.left_something:
             log_path(seat.path).unlink(missing_ok=True)
         journal.phase = FINISHED  # last: a pager killed before it is followed by one that cleans
+        os.nice(10)
+        restore_huge_pages(journal.facts["pid"], seat.pidfd)
         os._exit(0)
     except BaseException as error:
         _say_why(seat, "the pager failed", error)

@@ -1,0 +1,69 @@
+"""Puts huge pages together again behind a wake, where the process had asked for them.
+
+What a pager installs are small pages, whatever was there before the dump. The kernel's own daemon
+(khugepaged) would find them in some minutes; until then a pass over the memory costs more.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from . import proc
+from .content import holds_own_pages
+from .errors import LzyError
+from .linux import memory
+from .linux.hugepages import HUGE_PAGE_BYTES, collapse
+
+_SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+_GIVE_UP = (errno.EPERM, errno.ESRCH, errno.ENOSYS, errno.ENOMEM)
+
+
+def restore_huge_pages(pid: int, pidfd: int, wanted: Callable[[], bool] = lambda: True) -> int:
+    """Collapse every range of 2 MiB that is all there and may be huge; how many it were.
+
+    One at a time with as long a pause behind it, for the process cannot fault or map while the
+    kernel copies one. Ends early when `wanted` says no or the kernel refuses. Raises nothing.
+    """
+    collapsed = refused = 0
+    try:
+        for start in _whole_ranges(pid):
+            if not wanted() or refused > 8:
+                break
+            began = time.monotonic()
+            try:
+                collapse(pidfd, start, HUGE_PAGE_BYTES)
+                collapsed += 1
+                refused = 0
+            except OSError as error:
+                if error.errno in _GIVE_UP:
+                    break
+                refused += 1  # memory that cannot be huge, or not now: leave it to the kernel
+            time.sleep(time.monotonic() - began)
+    except (LzyError, OSError):
+        pass  # the process ended, or a kernel that cannot tell which pages are there
+    return collapsed
+
+
+def _whole_ranges(pid: int) -> Iterator[int]:
+    """Starts of aligned 2 MiB of small pages, none of them missing, that may become huge."""
+    always = "[always]" in _SETTING.read_text()
+    pagemap = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        for vma in proc.mappings(pid):
+            allowed = "hg" in vma.flags or (always and "nh" not in vma.flags)
+            if not allowed or vma.kind != "anonymous" or not holds_own_pages(vma):
+                continue
+            present = memory.PAGE_IS_PRESENT
+            none = memory.PAGE_IS_PFNZERO | memory.PAGE_IS_HUGE
+            found = memory.scan_pages(pagemap, vma.start, vma.end, every=present, none=none)
+            for low, high in found:
+                start = (low + HUGE_PAGE_BYTES - 1) & -HUGE_PAGE_BYTES
+                while start + HUGE_PAGE_BYTES <= high:
+                    yield start
+                    start += HUGE_PAGE_BYTES
+    finally:
+        os.close(pagemap)

@@ -45,7 +45,7 @@ from . import door_machine, machine, proc
 from .door_machine import FUNCTIONS, OF_LIBC, OF_PYTHON, Stacks
 from .errors import Busy, LzyError, NotFound, Unsupported
 from .linux import PAGE_BYTES, memory, process, ptrace
-from .linux.visit import WAITS, is_condition_wait
+from .linux.visit import WAITS, holds_signal_frame, is_condition_wait
 from .machine import Call
 from .proc import Vma
 from .stages import reach
@@ -56,6 +56,7 @@ _STACK_BYTES: Final = 8 << 20  # what a main thread has; untouched pages cost no
 _BORROWED_STACK_BYTES: Final = 256 << 10
 _ANSWER_BYTES: Final = 1 << 20
 _POLL_S: Final = 0.0005
+_ENDS_WITHIN_S: Final = 2.0  # a thread that has nothing left to do
 _RESTORERS: Final = (bytes.fromhex("48c7c00f0000000f05"), bytes.fromhex("b80f0000000f05"))
 _OPTIONAL: Final = ("malloc_trim",)
 
@@ -128,12 +129,13 @@ def ask(
     if not trim_allocator:
         functions.pop("malloc_trim", None)
     _await_idle(pid, patience.idle_s)
-    region = _enter(pid, text, functions, patience)
+    token = int.from_bytes(os.urandom(8), "little")
+    region = _enter(pid, token, text, functions, patience)
     reach("door.entered")
-    outcome, content = _await_answer(pid, region, patience)
+    outcome, content = _await_answer(pid, region, token, patience)
     reach("door.answered")
     with contextlib.suppress(Busy, NotFound):
-        _clear(pid, region, patience)
+        _clear(pid, region, token)
     reach("door.cleared")
     if outcome != door_machine.ANSWERED:
         why = {
@@ -317,7 +319,9 @@ def _visited(pid: int) -> Iterator[_Visited]:
         tracee.let_go()
 
 
-def _enter(pid: int, text: bytes, functions: dict[str, int], patience: Patience) -> _Region:
+def _enter(
+    pid: int, token: int, text: bytes, functions: dict[str, int], patience: Patience
+) -> _Region:
     """Have the process start a thread that runs `text`; where its mailbox is."""
     deadline = time.monotonic() + patience.idle_s
     vmas = proc.mappings(pid, with_flags=False)
@@ -331,7 +335,7 @@ def _enter(pid: int, text: bytes, functions: dict[str, int], patience: Patience)
                 if time.monotonic() > deadline:
                     raise
             else:
-                return _start_thread(tracee, leader, text, functions, patience)
+                return _start_thread(tracee, token, text, functions, patience)
         time.sleep(0.02)  # it had just been woken
 
 
@@ -358,18 +362,13 @@ def _refuse_busy(tracee: Tracee, leader: Thread, vmas: list[Vma], restorers: lis
             remedy="try again when it has come back from there",
             pid=tracee.pid,
         )
-    stack = read_memory(tracee.pid, registers["rsp"] & ~7, top - (registers["rsp"] & ~7))
-    for restorer in restorers:
-        word = restorer.to_bytes(8, "little")
-        place = stack.find(word)
-        while place >= 0 and place % 8:
-            place = stack.find(word, place + 1)
-        if place >= 0:
-            raise Busy(
-                f"pid {tracee.pid} is busy: its main thread handles a signal",
-                remedy="try again when it has done so",
-                pid=tracee.pid,
-            )
+    bottom = registers["rsp"] & ~7
+    if holds_signal_frame(read_memory(tracee.pid, bottom, top - bottom), bottom, restorers):
+        raise Busy(
+            f"pid {tracee.pid} is busy: its main thread handles a signal",
+            remedy="try again when it has done so",
+            pid=tracee.pid,
+        )
 
 
 def _restorers(pid: int, vmas: list[Vma]) -> list[int]:
@@ -389,13 +388,14 @@ def _restorers(pid: int, vmas: list[Vma]) -> list[int]:
 
 
 def _start_thread(
-    tracee: _Visited, leader: Thread, text: bytes, functions: dict[str, int], patience: Patience
+    tracee: _Visited, token: int, text: bytes, functions: dict[str, int], patience: Patience
 ) -> _Region:
     pid = tracee.pid
+    leader = tracee.threads[pid]
     tracee.prepare(arena_bytes=_REGION_BYTES)
     reach("door.prepared")
     region = _Region(tracee.arena)
-    _unmap_unused(tracee, set())
+    _unmap_abandoned(tracee)
     calls = [
         *(Call(process.SYS_MPROTECT, (guard, PAGE_BYTES, 0)) for guard in region.guards),
         Call(
@@ -426,6 +426,8 @@ def _start_thread(
         (region.answer, _ANSWER_BYTES),
         region.code + _OUR_CODE + door_machine.VISIT,
         region.code + machine.NOTIFY,
+        token,
+        _fingerprint(os.getpid()),
     )
     os.pwrite(tracee.memory, content, region.mailbox)
     reach("door.mapped")
@@ -450,24 +452,28 @@ def _start_thread(
 # -- the answer, and going out -------------------------------------------------------------------
 
 
-def _await_answer(pid: int, region: _Region, patience: Patience) -> tuple[int, bytes]:
+def _await_answer(pid: int, region: _Region, token: int, patience: Patience) -> tuple[int, bytes]:
     """(outcome, answer); Busy if it did not begin in time and never will, or does not end."""
     began = time.monotonic()
     while True:
-        state, outcome, length_bytes = _read_state(pid, region)
-        if state == door_machine.DONE:
-            good = outcome == door_machine.ANSWERED and length_bytes <= _ANSWER_BYTES
-            return outcome, read_memory(pid, region.answer, length_bytes) if good else b""
+        state = _read_state(pid, region, token)
+        if state.state == door_machine.DONE:
+            good = state.outcome == door_machine.ANSWERED and state.answer_bytes <= _ANSWER_BYTES
+            content = read_memory(pid, region.answer, state.answer_bytes) if good else b""
+            _read_state(pid, region, token)  # it was that of our mailbox
+            return state.outcome, content
         waited_s = time.monotonic() - began
-        if state == door_machine.WAITING and waited_s > patience.begin_s:
-            if _cancel(pid, region):
+        if state.state == door_machine.WAITING and waited_s > patience.begin_s:
+            if _give_up(pid, region, token, door_machine.WAITING):
                 raise Busy(
                     f"pid {pid} is busy: another thread keeps the interpreter (its GIL) "
                     f"for more than {patience.begin_s:g} s",
                     remedy="try again later; nothing was run in it",
                     pid=pid,
                 )
-        elif waited_s > patience.begin_s + patience.end_s:
+        elif waited_s > patience.begin_s + patience.end_s and _give_up(
+            pid, region, token, door_machine.RUNNING
+        ):
             raise Busy(
                 f"the interpreter in pid {pid} has not answered after {waited_s:.0f} s",
                 remedy="it goes on, and ends what it was asked for by itself",
@@ -476,49 +482,85 @@ def _await_answer(pid: int, region: _Region, patience: Patience) -> tuple[int, b
         time.sleep(_POLL_S if waited_s < 0.05 else 10 * _POLL_S)
 
 
-def _read_state(pid: int, region: _Region) -> tuple[int, int, int]:
-    try:
-        return door_machine.unpack_state(read_memory(pid, region.mailbox, door_machine.STATE_BYTES))
-    except OSError as error:
-        raise NotFound(f"process {pid} ended while lzy asked it", pid=pid) from error
+def _read_state(pid: int, region: _Region, token: int) -> door_machine.State:
+    """The state of our mailbox; NotFound or Busy if it is not there any more."""
+    with contextlib.suppress(OSError):
+        content = read_memory(pid, region.mailbox, door_machine.STATE_BYTES)
+        state = door_machine.unpack_state(content)
+        if state.token == token:
+            return state
+    if proc.stat(pid)[2] in "ZX":
+        raise NotFound(f"process {pid} ended while lzy asked it", pid=pid)
+    raise Busy(
+        f"another lzy has asked pid {pid} meanwhile, and cleared up", remedy="try again", pid=pid
+    )
 
 
-def _cancel(pid: int, region: _Region) -> bool:
-    """Tell the visitor not to begin; False if it has begun. All stand still, so one comes first."""
+def _give_up(pid: int, region: _Region, token: int, while_in: int) -> bool:
+    """Give up on the visitor, which will not begin if it has not; False if its state is another.
+
+    All threads stand still, so that either it or we come first.
+    """
     with _visited(pid):
-        if _read_state(pid, region)[0] != door_machine.WAITING:
+        if _read_state(pid, region, token).state != while_in:
             return False
-        content = door_machine.pack_cancelled()
-        memory.write_process(pid, [(region.mailbox, len(content))], memoryview(content))
+        _write_given_up(pid, region)
         reach("door.cancelled")
     return True
 
 
-def _clear(pid: int, region: _Region, patience: Patience) -> None:
+def _write_given_up(pid: int, region: _Region) -> None:
+    content = bytearray(read_memory(pid, region.mailbox, door_machine.STATE_BYTES))
+    door_machine.give_up(content)
+    memory.write_process(pid, [(region.mailbox, len(content))], memoryview(content))
+
+
+def _clear(pid: int, region: _Region, token: int) -> None:
     """Unmap the region once the visitor's thread is gone, which it is a moment after it is done."""
-    deadline = time.monotonic() + patience.begin_s
+    deadline = time.monotonic() + _ENDS_WITHIN_S
     while True:
         with _visited(pid) as tracee:
             tracee.prepare(arena_bytes=PAGE_BYTES)
-            if not _unmap_unused(tracee, {region.start}) or time.monotonic() > deadline:
+            _read_state(pid, region, token)
+            if _unmap(tracee, region):
+                return
+            if time.monotonic() > deadline:  # whoever comes next may
+                _write_given_up(pid, region)
                 return
         time.sleep(_POLL_S)
 
 
-def _unmap_unused(tracee: Tracee, known: set[int]) -> int:
-    """Unmap regions of visits that no thread is in any more; how many are still in use.
+def _unmap(tracee: Tracee, region: _Region) -> bool:
+    """Unmap a region unless a thread is in it; whether it was unmapped."""
+    for thread in tracee.threads.values():
+        if any(region.start <= thread.registers[name] < region.end for name in ("rsp", "rip")):
+            return False
+    call = Call(process.SYS_MUNMAP, (region.start, _REGION_BYTES))
+    tracee.run_one(tracee.threads[tracee.pid], call)
+    return True
 
-    Those that start at `known`, and those of visits whose lzy was killed.
-    """
-    in_use = 0
-    places = [t.registers[name] for t in tracee.threads.values() for name in ("rsp", "rip")]
-    for start in known | set(leftovers(tracee.pid)):
-        if any(start <= place < start + _REGION_BYTES for place in places):
-            in_use += 1
-            continue
-        call = Call(process.SYS_MUNMAP, (start, _REGION_BYTES))
-        tracee.run_one(tracee.threads[tracee.pid], call)
-    return in_use
+
+def _unmap_abandoned(tracee: Tracee) -> None:
+    """Unmap the regions of visits whose lzy has gone; Busy if one of them still waits."""
+    for start in leftovers(tracee.pid):
+        region = _Region(start)
+        head = read_memory(tracee.pid, region.mailbox, door_machine.STATE_BYTES)
+        asker = door_machine.unpack_state(head).asker
+        if asker and asker == _fingerprint(asker & 0xFFFFFFFF):
+            raise Busy(
+                f"another lzy (pid {asker & 0xFFFFFFFF}) is asking pid {tracee.pid}",
+                remedy="try again when it is done",
+                pid=tracee.pid,
+            )
+        _unmap(tracee, region)
+
+
+def _fingerprint(pid: int) -> int:
+    """A number of a living process that a later one of its pid does not have; 0 if it is gone."""
+    try:
+        return pid | (proc.start_time(pid) & 0xFFFFFFFF) << 32
+    except NotFound:
+        return 0
 
 
 def leftovers(pid: int) -> list[int]:

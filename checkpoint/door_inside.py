@@ -122,7 +122,9 @@ class Survey:
         """The row of one variable."""
         row: dict[str, object] = {"name": label, **describe(root)}
         total, device_bytes, count, estimated = 0.0, 0.0, 0, False
-        if not isinstance_of(root, ATOMIC) and id(root) in self.owners:
+        if id(root) in self.owners and not (
+            type(root) in ATOMIC and size_of(root, type(root)) < 256
+        ):
             row["same_as"] = self.owners[id(root)]
             return {**row, "bytes": 0, "device_bytes": 0, "objects": 0, "estimated": False}
         waiting = [(root, 1.0)]

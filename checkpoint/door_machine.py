@@ -94,7 +94,7 @@ FAILED: Final = 2
 NO_INTERPRETER: Final = 3
 TOO_LONG: Final = 4
 
-STATE_BYTES: Final = 16
+STATE_BYTES: Final = 128  # of a mailbox: what `unpack_state` reads
 _KEYS: Final = 512  # "answer" and "__builtins__"
 _XSAVE: Final = 4096  # as in the code; 64-byte aligned
 _XSAVE_BYTES: Final = 16384  # with AMX it is 11008
@@ -119,10 +119,13 @@ def pack_mailbox(
     answer: tuple[int, int],
     visit: int,
     notify: int,
+    token: int,
+    asker: int,
 ) -> bytes:
     """The mailbox's bytes for `address`: what runs (`text`, UTF-8), with what, and to where.
 
-    `answer` is (address, capacity in bytes); `visit` and `notify` are addresses of code.
+    `answer` is (address, capacity in bytes); `visit` and `notify` are addresses of code. `token`
+    and `asker` (u64 each) tell whose mailbox it is.
     """
     if len(text) >= TEXT_BYTES or b"\0" in text:
         raise ValueError(f"a text of {len(text)} bytes does not fit")
@@ -130,9 +133,9 @@ def pack_mailbox(
     keys = address + _KEYS
     head = struct.pack(
         "<IIQQQQQQQQQQQQQQQ",
-        WAITING, 0, 0, answer[1], answer[0], address + TEXT, 0, visit, notify,
+        WAITING, 0, 0, answer[1], answer[0], address + TEXT, token, visit, notify,
         stacks.visitor, stacks.visitor_bytes, stacks.borrower_end, keys, keys + len(answer_key),
-        0, 0, 0,
+        0, 0, asker,
     )  # fmt: skip
     table = struct.pack(f"<{len(FUNCTIONS)}Q", *[functions.get(name, 0) for name in FUNCTIONS])
     content = head.ljust(192, b"\0") + table
@@ -140,12 +143,29 @@ def pack_mailbox(
     return content.ljust(TEXT, b"\0") + text + b"\0"
 
 
-def unpack_state(content: bytes) -> tuple[int, int, int]:
-    """(state, outcome, bytes of the answer) from a mailbox's first STATE_BYTES."""
+class State(NamedTuple):
+    """The head of a mailbox."""
+
+    state: int
+    outcome: int
+    answer_bytes: int
+    token: int
+    asker: int
+
+
+def unpack_state(content: bytes | bytearray) -> State:
+    """A mailbox's first STATE_BYTES."""
     state, outcome, length_bytes = struct.unpack_from("<IIQ", content)
-    return state, outcome, length_bytes
+    (token,) = struct.unpack_from("<Q", content, 40)
+    (asker,) = struct.unpack_from("<Q", content, _ASKER)
+    return State(state, outcome, length_bytes, token, asker)
 
 
-def pack_cancelled() -> bytearray:
-    """The first bytes of a mailbox whose visitor is not to begin any more."""
-    return bytearray(struct.pack("<I", CANCELLED))
+_ASKER: Final = 120
+
+
+def give_up(content: bytearray) -> None:
+    """Change a mailbox's first STATE_BYTES: nobody asks any more, and what waits does not begin."""
+    struct.pack_into("<Q", content, _ASKER, 0)
+    if unpack_state(content).state == WAITING:
+        struct.pack_into("<I", content, 0, CANCELLED)

@@ -622,7 +622,8 @@ def test_the_code_is_what_its_source_says() -> None:
     assert re.search(rb"\x41\x5f\x41\x5e\x41\x5d\x41\x5c\x5b\xc3$", door_machine.CODE)
     assert door_machine.CODE[door_machine.VISIT :].startswith(b"\x53\x41\x54\x41\x55")
     content = door_machine.pack_mailbox(
-        0x1000, b"pass", {"Py_IsInitialized": 7}, door_machine.Stacks(1, 2, 3), (4, 5), 8, 9
+        0x1000, b"pass", {"Py_IsInitialized": 7}, door_machine.Stacks(1, 2, 3), (4, 5), 8, 9, 10, 11
     )
     assert len(content) == door_machine.TEXT + 5
     assert content[192:200] == (7).to_bytes(8, "little")
+    assert door_machine.unpack_state(content) == (door_machine.WAITING, 0, 0, 10, 11)

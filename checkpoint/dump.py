@@ -36,6 +36,7 @@ from .history import ASKED, next_checkpoint, remember
 from .home import run_directory
 from .host import describe_host
 from .increment import plan_increment
+from .inject import close_descriptor
 from .interrupts import Deferred
 from .journal import is_held, journal_path
 from .lineage import forget_lineage
@@ -136,6 +137,7 @@ def dump(
     snapshot = 0
     objects = Objects()
     pidfd = os.pidfd_open(pid)
+    number, committed = -1, False
     account = tracking.find_account(pid)
     base = _open_base(account, store, window_pages)
     try:
@@ -157,6 +159,9 @@ def dump(
                 timers = proc.posix_timers(pid)
                 threads = interrogate.describe_threads(tracee)
                 own = interrogate.describe_process(tracee, timers)
+                number = account.number if account else -1
+                if leave_running and track and not account:
+                    number = _open_account(tracee, notes)
                 tracee.unmap_arena()
                 reach("dump.asked")
 
@@ -170,9 +175,8 @@ def dump(
                     refuse_mappings(pid, vmas)
                     obstacle = obstacle or _why_no_snapshot(vmas)
                 written = tracking.written_ranges(pid, vmas) if base else []
-                number = -1
-                if leave_running and track:
-                    number = _begin_account(tracee, account, vmas, notes)
+                if leave_running and track and number >= 0:
+                    _begin_account(tracee, number, vmas, notes)
                     reach("dump.tracked")
                     if proc.read_bytes(pid, "maps") != now:  # what is new was joined to the old
                         vmas = proc.mappings(pid)
@@ -238,8 +242,9 @@ def dump(
                 "variables": variables,
             }
             summary = writer.commit(document, progress)
+            committed = True
             reach("dump.committed")
-            if number >= 0:
+            if leave_running and track and number >= 0:
                 tracking.remember(
                     tracking.Account(
                         pid, own_start, proc.boot_id(), number, str(store.path), summary.name
@@ -277,6 +282,8 @@ def dump(
                 tracee.let_go()
             if snapshot:
                 _end_snapshot(pid, own_start, snapshot)
+            if number >= 0 and not account and not committed:
+                _end_account(pid, number)
             os.close(pidfd)
     return DumpReport(
         image=summary.name,
@@ -493,15 +500,28 @@ def _open_base(account: tracking.Account | None, store: Store, window_pages: int
     return None
 
 
-def _begin_account(
-    tracee: Tracee, account: tracking.Account | None, vmas: list[Vma], notes: list[str]
-) -> int:
-    """Have the kernel keep account of writes from now on; -1 when it does not, which costs time."""
+def _open_account(tracee: Tracee, notes: list[str]) -> int:
+    """A descriptor in the process for an account of writes; -1 if none is kept: it costs time."""
     try:
-        return tracking.begin_account(tracee, account.number if account else -1, vmas)
-    except OSError as error:
+        return tracking.open_account(tracee)
+    except KernelError as error:
         notes.append(f"the next checkpoint reads all of the memory: {error}")
         return -1
+
+
+def _begin_account(tracee: Tracee, number: int, vmas: list[Vma], notes: list[str]) -> None:
+    """Have the kernel keep account of writes from now on, as far as it does."""
+    try:
+        tracking.begin_account(tracee, number, vmas)
+    except OSError as error:
+        notes.append(f"the next checkpoint reads more of the memory than was written: {error}")
+
+
+def _end_account(pid: int, number: int) -> None:
+    """Take the descriptor of an account that is good for nothing out of the running process."""
+    tracking.withdraw(pid)
+    with contextlib.suppress(LzyError, OSError):
+        close_descriptor(pid, number)
 
 
 def _split(tracee: Tracee) -> tuple[int, str]:

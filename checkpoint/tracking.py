@@ -112,26 +112,42 @@ def written_ranges(pid: int, vmas: Iterable[Vma]) -> list[tuple[int, int]]:
     return sorted(found)
 
 
-def begin_account(tracee: Tracee, number: int, vmas: Sequence[Vma]) -> int:
-    """Begin the account anew; the descriptor's number in the process.
+def open_account(tracee: Tracee) -> int:
+    """Have the stopped process open a descriptor for an account; its number there.
 
-    `number`: of the account that `find_account` found, or -1. Precondition: the process is
-    stopped and prepared. Raises OSError (ENOSYS, EINVAL:
-    this kernel keeps none; EBUSY: memory is registered with somebody else's userfaultfd); nothing
-    is under account then that was not before.
+    The highest free number that its table has room for: to enlarge a table that threads share, the
+    kernel takes a grace period (10 ms). All is done by one list of calls that the process makes by
+    itself, so that we cannot die in between and leave a descriptor that nobody would know.
+    Precondition: an arena is mapped. Raises KernelError when this kernel keeps no accounts.
+    """
+    used = set(map(int, os.listdir(f"/proc/{tracee.pid}/fd")))
+    lowest = next(n for n in range(len(used) + 1) if n not in used)
+    most = min(int(proc.status(tracee.pid)["FDSize"]), proc.limits(tracee.pid)[7][0])
+    number = next((n for n in range(most - 1, lowest, -1) if n not in used), lowest)
+    batch = tracee.batch()
+    batch.call(process.SYS_USERFAULTFD, os.O_CLOEXEC | os.O_NONBLOCK, what="userfaultfd")
+    request = batch.put(uffd.pack_api(uffd.ACCOUNT_FEATURES))
+    batch.call(process.SYS_IOCTL, lowest, uffd.UFFDIO_API, request, what="UFFDIO_API")
+    if number != lowest:
+        batch.call(process.SYS_FCNTL, lowest, process.F_DUPFD_CLOEXEC, number)
+        batch.call(process.SYS_CLOSE, lowest)
+    tracee.run(tracee.threads[tracee.pid], batch)
+    return number
+
+
+def begin_account(tracee: Tracee, number: int, vmas: Sequence[Vma]) -> None:
+    """Begin the account anew, on the descriptor `number` of the stopped process.
+
+    Raises OSError (EBUSY: memory is registered with somebody else's userfaultfd); what is not under
+    account then counts as written.
     """
     withdraw(tracee.pid)
-    made = number < 0
-    if made:
-        number = _make(tracee)
     pidfd = os.pidfd_open(tracee.pid)
     try:
         ours = take_descriptor(pidfd, number)
     finally:
         os.close(pidfd)
     try:
-        if made:
-            uffd.enable(ours, uffd.ACCOUNT_FEATURES)
         pagemap = os.open(f"/proc/{tracee.pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
         try:
             for vma in filter(holds_own_pages, vmas):
@@ -140,7 +156,6 @@ def begin_account(tracee: Tracee, number: int, vmas: Sequence[Vma]) -> int:
             os.close(pagemap)
     finally:
         os.close(ours)
-    return number
 
 
 def _protect(pagemap: int, ours: int, vma: Vma) -> None:
@@ -169,35 +184,10 @@ def _protect(pagemap: int, ours: int, vma: Vma) -> None:
         protect()
 
 
-def _make(tracee: Tracee) -> int:
-    """Have the process open a userfaultfd, at the highest free number that its table has room for.
-
-    Not higher: to enlarge a table that threads share, the kernel takes a grace period (10 ms).
-    """
-    flags = os.O_CLOEXEC | os.O_NONBLOCK
-    first = _call(tracee, process.SYS_USERFAULTFD, flags)
-    used = set(map(int, os.listdir(f"/proc/{tracee.pid}/fd")))
-    most = min(int(proc.status(tracee.pid)["FDSize"]), proc.limits(tracee.pid)[7][0])
-    number = next((n for n in range(most - 1, first, -1) if n not in used), first)
-    if number == first:
-        return first
-    moved = _call(tracee, process.SYS_FCNTL, first, process.F_DUPFD_CLOEXEC, number)
-    _call(tracee, process.SYS_CLOSE, first)
-    return moved
-
-
-def _call(tracee: Tracee, number: int, *arguments: int) -> int:
-    """Make one system call in the stopped process; its result. Raises OSError."""
-    result = tracee.run_one(tracee.threads[tracee.pid], Call(number, arguments))
-    if result < 0:
-        raise OSError(-result, f"system call {number} in pid {tracee.pid}: {os.strerror(-result)}")
-    return result
-
-
 def end_account(tracee: Tracee, number: int) -> None:
     """Close the descriptor in the stopped process: its memory is under no account any more."""
     withdraw(tracee.pid)
-    _call(tracee, process.SYS_CLOSE, number)
+    tracee.run_one(tracee.threads[tracee.pid], Call(process.SYS_CLOSE, (number,)))
 
 
 def _is_ours(pid: int, number: int) -> bool:

@@ -27,6 +27,7 @@ SYS_CLONE: Final = 56
 SYS_WAIT4: Final = 61
 SYS_FCNTL: Final = 72
 SYS_CLOSE: Final = 3
+SYS_IOCTL: Final = 16
 SYS_PERSONALITY: Final = 135
 SYS_UMASK: Final = 95
 SYS_SETGROUPS: Final = 116

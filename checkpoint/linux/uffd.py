@@ -87,12 +87,17 @@ def create(flags: int = os.O_CLOEXEC | os.O_NONBLOCK) -> int:
     return syscall(USERFAULTFD, flags)
 
 
+def pack_api(features: int) -> bytes:
+    """The argument of UFFDIO_API (struct uffdio_api)."""
+    return struct.pack("<QQQ", API_VERSION, features, 0)
+
+
 def enable(fd: int, features: int = PAGER_FEATURES) -> int:
     """UFFDIO_API, once per descriptor; returns the features the kernel knows.
 
     EVENT_FORK asks for CAP_SYS_PTRACE of the *caller*, who need not be the process itself.
     """
-    argument = bytearray(struct.pack("<QQQ", API_VERSION, features, 0))
+    argument = bytearray(pack_api(features))
     fcntl.ioctl(fd, UFFDIO_API, argument)
     known: int = struct.unpack("<QQQ", argument)[1]
     return known

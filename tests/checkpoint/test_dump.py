@@ -235,7 +235,8 @@ def test_leaving_it_running_leaves_no_trace(store: Store) -> None:
         settle(subject)
         before, ours = facts(subject.pid), own_facts()
         for number in range(2):
-            report = dump(subject.pid, store, name=f"image{number}", leave_running=True)
+            where = {"name": f"image{number}", "leave_running": True, "track": False}
+            report = dump(subject.pid, store, **where)
             assert report.snapshot
             assert report.notes == []
             assert report.threads == 6
@@ -263,6 +264,9 @@ def settle(subject: Subject) -> None:
     subject.await_calls({**sleepers, subject.pid: 0})
 
 
+CHECKPOINT_STAGES = ("dump.tracked", "dump.split", "dump.resumed")
+
+
 class _Unwell(Exception):
     """What a step of a dump meets in these tests."""
 
@@ -276,7 +280,7 @@ def test_failure_at_every_stage_leaves_it_running(
         s for s in STAGES if s.startswith("dump.") and s not in ("dump.committed", "dump.ended")
     ]
     if not leave_running:
-        stages = [s for s in stages if s not in ("dump.split", "dump.resumed")]
+        stages = [s for s in stages if s not in CHECKPOINT_STAGES]
     with living(BUSY) as subject:
         settle(subject)
         before, ours = facts(subject.pid), own_facts()

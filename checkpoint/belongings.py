@@ -7,6 +7,8 @@ from typing import Any, Final, NamedTuple
 
 from . import door, proc
 from .errors import Busy, LzyError, Unsupported
+from .home import run_directory
+from .journal import is_held, journal_path
 
 RECORDED_ROWS: Final = 200  # of variables, in an image
 
@@ -54,7 +56,18 @@ class Trimmed(NamedTuple):
 
 
 def list_belongings(pid: int, *, limit: int = RECORDED_ROWS) -> Belongings:
-    """The `limit` largest variables of a living interpreter; errors as `door.ask`."""
+    """The `limit` largest variables of a living interpreter; errors as `door.ask`.
+
+    Looking at its objects touches them. Busy if memory is missing that nobody would bring: it would
+    wait for that, and keep the interpreter meanwhile.
+    """
+    journal = journal_path(run_directory(), pid)
+    if journal.exists() and not is_held(journal):
+        raise Busy(
+            f"memory of pid {pid} is not all there, and its pager has died",
+            remedy=f"run: lzy pager --resume {pid}",
+            pid=pid,
+        )
     return read_belongings(door.ask(pid, {"variables": limit}))
 
 

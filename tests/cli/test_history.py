@@ -145,8 +145,11 @@ class Copy:
 
     def ask(self, line: str) -> str:
         os.write(self._commands, line.encode() + b"\n")
-        assert wait_readable([self._answers], PATIENCE_S), f"copy {self.pid} is silent"
-        return os.read(self._answers, 65536).decode()
+        heard = b""
+        while not heard.endswith(b"\n"):
+            assert wait_readable([self._answers], PATIENCE_S), f"copy {self.pid} is silent"
+            heard += os.read(self._answers, 65536)
+        return heard.decode()
 
     def end(self) -> None:
         with suppress(ProcessLookupError):

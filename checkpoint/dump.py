@@ -38,7 +38,7 @@ from .host import describe_host
 from .increment import plan_increment
 from .inject import close_descriptor
 from .interrupts import Deferred
-from .journal import is_held, journal_path
+from .journal import is_held, journal_path, rouse
 from .lineage import forget_lineage
 from .linux import PAGE_BYTES, process, ptrace
 from .linux.uffd import keeps_account
@@ -422,6 +422,8 @@ def wait_for_pager(pid: int, progress: Progress | None) -> tuple[bytes, list[Vma
             agree = [vma[:4] for vma in proc.parse_mappings(places)] == [vma[:4] for vma in vmas]
             return places if agree else b"", vmas
         journal = journal_path(run_directory(), pid)
+        with contextlib.suppress(NotFound):
+            rouse(journal)  # should it doze, what is missing is wanted now
         if journal.exists() and not is_held(journal):
             raise Busy(
                 f"memory of pid {pid} is not all there, and its pager has died",

@@ -39,10 +39,14 @@ from .working_set import merge_order
 _PAGE_MASK = -PAGE_BYTES
 _BATCH_BYTES = 16 * MESSAGE_BYTES
 _SPARE_RECORDS = 128  # kept free in the journal for records of our own
+_NEAR_READS = 4
+_READ_PATIENCE_S = 0.002
 _MOST_QUEUED = 64  # steps behind the faults that are decided on
 _FIRST_RETRY_S = 0.05
 _LAST_RETRY_S = 5.0
 _LOOK_AROUND_S = 0.1  # how often a busy pager looks for the end of process and keeper
+_REST_S = 1.0  # the same of one that has nothing to do but to answer
+_DOZE_BYTES = 16 * PAGE_BYTES  # what a fault brings in where only what is touched is wanted
 _LINGER_S = 50e-6  # a fault is often followed by another: so long nothing else is begun
 _AHEAD_BYTES = 4 << 20  # read, authenticated and not yet installed, at most
 _MOST_READERS = 2  # docs/pager.md has the measurements
@@ -107,6 +111,7 @@ class FaultServer:
         self._queue: deque[tuple[Context, Step]] = deque()
         self._order = order
         self._keep_order = keep_order
+        self._on_demand: bool = journal.facts.get("on_demand", False)
         self._place = 0  # how many windows of the order are in
         self._needed: dict[int, int] = {}  # see `merge_order`
         self._unneeded: dict[int, None] = {}
@@ -264,7 +269,7 @@ class FaultServer:
                 linger_until = clock() + _LINGER_S
                 continue
             now = clock()
-            if now < linger_until:
+            if now < linger_until and not self._is_hurried():
                 continue
             if now >= look_at:
                 look_at = now + _LOOK_AROUND_S
@@ -278,6 +283,8 @@ class FaultServer:
                 self._wait(min(until, look_at + 1) - now)
             elif self._windows is None:
                 self._reopen()
+            elif self._rests():
+                self._wait(_REST_S)
             else:
                 self._load_next(now)
         self._end_readahead()
@@ -286,6 +293,26 @@ class FaultServer:
         if self._windows is not None:
             self._windows.image.close()
             self._windows = None
+
+    def _is_hurried(self) -> bool:
+        """Whether what comes next behind the faults will probably be asked for in a moment."""
+        if not self._queue or self._readahead is None:
+            return False
+        step = self._queue[0][1]
+        return (
+            step.likely and step.number in self._readahead and self._readahead.is_ready(step.number)
+        )
+
+    def _rests(self) -> bool:
+        """Whether only what is touched is wanted, and something is missing still.
+
+        Not of forked children: until they are whole, their memory hangs on pager and keeper alone.
+        """
+        if not self._on_demand or self._journal.is_roused:
+            self._on_demand = False
+            return False
+        wanting = [token for token, context in self._contexts.items() if context.missing]
+        return wanting == [MAIN]
 
     def _look(self) -> None:
         """See who is gone, and say how it is."""
@@ -358,9 +385,14 @@ class FaultServer:
         high = base + windows.length
         if high > end:
             high = end
+        if self._on_demand and page >= 0:
+            low = max(low, page & -_DOZE_BYTES)
+            high = min(high, (page & -_DOZE_BYTES) + _DOZE_BYTES)
         parts = windows.parts(number, low, high, shift, page)
         if parts:
             readahead = self._readahead
+            if page >= 0:
+                self._await_reader(number)
             slot = readahead.take(number) if readahead is not None else None
             if slot is None or readahead is None:
                 windows.read(number, self._buffer)
@@ -373,6 +405,25 @@ class FaultServer:
                     readahead.give_back(slot)
         context.missing.forget(low, high)
         return high
+
+    def _await_reader(self, number: int) -> None:
+        """Let a reader end that is reading window `number` or is about to: sooner than anew."""
+        readahead = self._readahead
+        if readahead is None or number not in readahead or readahead.is_ready(number):
+            return
+        before = 0  # reads that must end first
+        for _, step in self._queue:
+            if step.number == number:
+                break
+            if step.number in readahead and not readahead.is_ready(step.number):
+                before += 1
+                if before == _NEAR_READS:
+                    return
+        deadline = time.monotonic() + _READ_PATIENCE_S
+        while not readahead.is_ready(number) and time.monotonic() < deadline:
+            readahead.clear_done()
+            if not readahead.is_ready(number):
+                readahead.wait_done(_READ_PATIENCE_S)
 
     def _install(self, context: Context, parts: list[tuple[int, int, int]], source: int) -> None:
         for address, offset, length in parts:
@@ -469,17 +520,16 @@ class FaultServer:
         if current and piece is not None:
             base = windows.address(number) - piece[2]
             current = base <= max(step.address, piece[0]) < base + windows.length
-        if not current or piece is None:
-            # A fault or an event came first: what was read for it is not needed any more.
-            slot = self._readahead.take(number) if self._readahead is not None else None
-            if slot is not None and self._readahead is not None:
-                self._readahead.give_back(slot)
-            return
-        self._load(context, windows, number, piece)
-        if context.token == MAIN:
+        if current and piece is not None:
+            self._load(context, windows, number, piece)
             window = windows.address(number)
-            if context.course.is_held_back(window) and window not in self._needed:
+            held_back = context.token == MAIN and context.course.is_held_back(window)
+            if held_back and window not in self._needed:
                 self._unneeded[window] = None
+        # A fault or an event may have come first: then what was read for it is not needed any more.
+        slot = self._readahead.take(number) if self._readahead is not None else None
+        if slot is not None and self._readahead is not None:
+            self._readahead.give_back(slot)
 
     def _attend_now(self, context: Context) -> None:
         """The kernel says that an event waits, or that one is about to."""

@@ -55,6 +55,7 @@ _GROWTH_RECORDS = 4 * 1024
 _WORDS = MESSAGE_BYTES // 8
 
 _PAGER_PID, _KEEPER_PID, _PHASE, _FAULTS, _INSTALLED, _STALLED, _MISSING, _TEXT_BYTES = range(8)
+_ROUSED = 8
 
 WORKING, CLOSING, FINISHED = 0, 1, 2
 """Phases: pages are missing; all in, the process's descriptor is being closed; nothing left."""
@@ -307,6 +308,24 @@ class Journal:
     @phase.setter
     def phase(self, value: int) -> None:
         self._words[_STATUS_AT // 8 + _PHASE] = value
+
+
+    @property
+    def is_roused(self) -> bool:
+        """Whether somebody has asked for all of the memory (see `rouse`)."""
+        return self._words[_STATUS_AT // 8 + _ROUSED] != 0
+
+
+def rouse(path: Path) -> None:
+    """Ask whoever serves from this journal to bring all of the memory in. Raises NotFound."""
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    except FileNotFoundError as error:
+        raise NotFound(f"there is no journal {path}", path=str(path)) from error
+    try:
+        os.pwrite(fd, (1).to_bytes(8, "little"), _STATUS_AT + 8 * _ROUSED)
+    finally:
+        os.close(fd)
 
 
 def read_phase(fd: int) -> int:

@@ -78,6 +78,8 @@ class Plan(NamedTuple):
     harbour_numbers: tuple[int, int] | None = None
     """Descriptor numbers, in the process, of the two ends of a unix SOCK_SEQPACKET pair, CLOEXEC:
     where userfaultfds of forked children are kept (`lzy.checkpoint.harbour`); closed at the end."""
+    on_demand: bool = False
+    """Bring in only what is touched, until `lzy.checkpoint.journal.rouse` asks for the rest."""
 
 
 class PagerReport(NamedTuple):
@@ -165,6 +167,7 @@ def begin_pager(
         "boot_id": proc.boot_id(),
         "uffd_number": plan.uffd_number,
         "harbour_numbers": plan.harbour_numbers,
+        "on_demand": plan.on_demand,
         "store": os.path.abspath(plan.store),
         "image": plan.image,
         "began_unix_s": round(time.time(), 3),

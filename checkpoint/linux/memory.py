@@ -13,7 +13,7 @@ import struct
 from collections.abc import Sequence
 from typing import Final
 
-from . import PAGE_BYTES, address_of, libc
+from . import PAGE_BYTES, address_of, libc, syscall
 
 PROT_READ: Final = 1
 PROT_WRITE: Final = 2
@@ -33,12 +33,14 @@ MREMAP_FIXED: Final = 2
 
 MADV_RANDOM: Final = 1
 MADV_SEQUENTIAL: Final = 2
+MADV_DONTNEED: Final = 4
 MADV_DONTFORK: Final = 10
 MADV_MERGEABLE: Final = 12
 MADV_HUGEPAGE: Final = 14
 MADV_NOHUGEPAGE: Final = 15
 MADV_DONTDUMP: Final = 16
 MADV_WIPEONFORK: Final = 18
+MADV_PAGEOUT: Final = 21
 MADV_GUARD_INSTALL: Final = 102
 
 MLOCK_ONFAULT: Final = 1
@@ -47,6 +49,7 @@ MCL_ONFAULT: Final = 4
 
 IOV_MAX: Final = 1024
 
+_PROCESS_MADVISE: Final = 440
 _PAGEMAP_SCAN: Final = 0xC0606610  # _IOWR('f', 16, struct pm_scan_arg)
 _SCAN_WP_MATCHING: Final = 1
 _SCAN_CHECK_WPASYNC: Final = 2
@@ -126,6 +129,12 @@ def _transfer(
             if moved:
                 vector[position].base += moved
                 vector[position].length -= moved
+
+
+def page_out(pidfd: int, start: int, length_bytes: int) -> None:
+    """Reclaim pages of another process (MADV_PAGEOUT, Linux 5.10). Source: process_madvise(2)."""
+    vector = _Iovec(start, length_bytes)
+    syscall(_PROCESS_MADVISE, pidfd, ctypes.addressof(vector), 1, MADV_PAGEOUT, 0)
 
 
 def open_memory(pid: int) -> int:

@@ -105,13 +105,23 @@ def enable(fd: int, features: int = PAGER_FEATURES) -> int:
 
 def register(fd: int, start: int, length_bytes: int, mode: int = REGISTER_MODE_MISSING) -> None:
     """UFFDIO_REGISTER, for missing pages as a rule. The caller need not be the process itself."""
-    argument = bytearray(struct.pack("<QQQQ", start, length_bytes, mode, 0))
+    argument = bytearray(pack_register(start, length_bytes, mode))
     fcntl.ioctl(fd, UFFDIO_REGISTER, argument)
+
+
+def pack_register(start: int, length_bytes: int, mode: int = REGISTER_MODE_MISSING) -> bytes:
+    """The argument of UFFDIO_REGISTER (struct uffdio_register)."""
+    return struct.pack("<QQQQ", start, length_bytes, mode, 0)
+
+
+def pack_range(start: int, length_bytes: int) -> bytes:
+    """The argument of UFFDIO_UNREGISTER (struct uffdio_range)."""
+    return struct.pack("<QQ", start, length_bytes)
 
 
 def unregister(fd: int, start: int, length_bytes: int) -> None:
     """UFFDIO_UNREGISTER; wakes whoever waits there. Nothing happens to VMAs not registered."""
-    fcntl.ioctl(fd, UFFDIO_UNREGISTER, struct.pack("<QQ", start, length_bytes))
+    fcntl.ioctl(fd, UFFDIO_UNREGISTER, pack_range(start, length_bytes))
 
 
 def same_description(pid: int, number: int, fd: int) -> bool:

@@ -1,0 +1,357 @@
+"""A process gives its memory back where it stands, and gets it again as it touches it.
+
+Its pid, threads, descriptors and terminal stay as they are. First a checkpoint is taken, as any
+other; then, a slice at a time, the pages that have not been written since are dropped, and a pager
+answers for them out of the image.
+
+*Guarantees.* A page is dropped only if the kernel's account says, while the process stands still,
+that it is what the committed image has. Dropping a slice and having its faults heard of is one
+list of calls that the process makes by itself: whoever dies, it is done whole or not at all. The
+pager knows all that is to be dropped before the first page goes. Slices go from the highest
+address down: a mapping that grows grows upwards, into what is heard of already, so that nothing
+planned and not yet dropped is ever mistaken for what is there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+from . import proc, tracking
+from .content import own_page_ranges, windows_of
+from .dump import dump
+from .errors import Busy, LzyError, NotFound, Unsupported
+from .home import run_directory
+from .inject import close_descriptor
+from .journal import is_held, journal_path, read_status, rouse
+from .linux import PAGE_BYTES, memory, process, uffd
+from .linux.detached import take_descriptor
+from .pager import PagerStart, Plan, begin_pager
+from .pages import present_pages
+from .proc import Vma
+from .stages import reach
+from .tracee import Tracee, stopped
+
+if TYPE_CHECKING:
+    from .dump import DumpReport, Progress
+    from .image import Image
+    from .store import Store
+
+WHY = "doze"
+_SLICE_BYTES = 16 << 20
+_SLICE_RANGES = 1000
+_UNFIT = frozenset({"gd", "lo", "dp", "io", "pf", "wf"})
+_AF_UNIX, _SOCK_SEQPACKET, _SOCK_CLOEXEC = 1, 5, 0x80000
+_SYS_SOCKETPAIR = 53
+
+Range = tuple[int, int]
+
+
+class DozeReport(NamedTuple):
+    """What dozing did: sizes in bytes, times in seconds."""
+
+    image: str
+    pid: int
+    dropped_bytes: int
+    """Memory given back; what was written meanwhile or cannot be heard of stayed."""
+    resident_before_bytes: int
+    resident_after_bytes: int
+    """Anonymous memory in RAM; proc_pid_status(5) RssAnon."""
+    stored_bytes: int
+    freeze_s: float
+    """The longest time for which the process stood still."""
+    total_s: float
+    pager_pid: int | None
+    notes: list[str]
+
+
+def doze(
+    pid: int,
+    store: Store,
+    *,
+    name: str | None = None,
+    progress: Progress | None = None,
+) -> DozeReport:
+    """Take a checkpoint of process `pid` and have it give back the memory that the image has.
+
+    Raises what a dump raises, Unsupported where the kernel keeps no account of writes or serves no
+    missing pages; the process then runs on with all of its memory.
+    """
+    began = time.monotonic()
+    before = resident_bytes(pid)
+    taken = dump(pid, store, name=name, leave_running=True, why=WHY, progress=progress)
+    account = tracking.find_account(pid)
+    if account is None or account.image != taken.image:
+        raise Unsupported(
+            f"pid {pid} cannot doze: {(taken.notes or ['no account is kept of its writes'])[0]}",
+            remedy="see lzy doctor; lzy dump and lzy restore need no account",
+            pid=pid,
+        )
+    reach("doze.taken")
+    with store.load(taken.image) as image:
+        planned, freeze_s, pager, number = _prepare(pid, account, image)
+        if pager is None:
+            return _report(taken, before, 0, freeze_s, began, None)
+        pager_pid = pager.wait()
+        reach("doze.served")
+        dropped = 0
+        total = sum(end - start for start, end in planned)
+        for part in _slices(planned):
+            try:
+                released, frozen_s = _drop(pid, account.number, number, part, image)
+            except _LayoutChanged:
+                # Nothing below may be heard of now: it could grow to where the pager is mistaken.
+                rouse(journal_path(run_directory(), pid))
+                taken.notes.append("it changed its mappings meanwhile: its memory comes back")
+                break
+            dropped += released
+            freeze_s = max(freeze_s, frozen_s)
+            reach("doze.dropped")
+            if progress:
+                progress("dropping", dropped, total)
+    with contextlib.suppress(OSError):
+        _page_out_files(pid)
+    return _report(taken, before, dropped, freeze_s, began, pager_pid)
+
+
+def is_dozing(pid: int) -> bool:
+    """Whether some of the memory of process `pid` stays away until it is touched."""
+    path = journal_path(run_directory(), pid)
+    with contextlib.suppress(LzyError):
+        facts, _ = read_status(path)
+        return bool(facts.get("on_demand")) and facts["start_time"] == proc.start_time(pid)
+    return False
+
+
+def begin_to_rouse(pid: int) -> None:
+    """Have all of the memory of process `pid` brought in; comes back at once.
+
+    Raises NotFound when it does not doze, Busy when its pager has died.
+    """
+    path = journal_path(run_directory(), pid)
+    if not is_dozing(pid):
+        raise NotFound(f"process {pid} does not doze", remedy="see lzy pager --status", pid=pid)
+    if not is_held(path):
+        raise Busy(
+            f"the pager of process {pid} has died",
+            remedy=f"run: lzy pager --resume {pid}",
+            pid=pid,
+        )
+    rouse(path)
+
+
+def resident_bytes(pid: int) -> int:
+    """Anonymous memory of `pid` that is in RAM. Raises NotFound."""
+    return int(proc.status(pid).get("RssAnon", "0 kB").split()[0]) * 1024
+
+
+def _report(
+    taken: DumpReport, before: int, dropped: int, freeze_s: float, began: float, pager: int | None
+) -> DozeReport:
+    return DozeReport(
+        image=taken.image,
+        pid=taken.pid,
+        dropped_bytes=dropped,
+        resident_before_bytes=before,
+        resident_after_bytes=resident_bytes(taken.pid),
+        stored_bytes=taken.stored_bytes,
+        freeze_s=max(freeze_s, taken.freeze_s),
+        total_s=time.monotonic() - began,
+        pager_pid=pager,
+        notes=list(taken.notes),
+    )
+
+
+def _prepare(
+    pid: int, account: tracking.Account, image: Image
+) -> tuple[list[Range], float, PagerStart | None, int]:
+    """Find what can be dropped, and start a pager that knows it.
+
+    (what can be dropped, seconds frozen, the pager, number of its userfaultfd in the process)
+    """
+    frozen_at = time.monotonic()
+    with stopped(pid) as tracee:
+        vmas = [vma for vma in proc.mappings(pid) if _is_fit(vma)]
+        planned = _unwritten(pid, vmas)
+        if not planned:
+            return [], time.monotonic() - frozen_at, None, -1
+        tracee.prepare(arena_bytes=16384)
+        number, harbour = _open_descriptors(tracee)
+    frozen_s = time.monotonic() - frozen_at
+    pidfd = os.pidfd_open(pid)
+    ours = -1
+    try:
+        ours = take_descriptor(pidfd, number)
+        uffd.enable(ours)
+        plan = Plan(
+            pid=pid,
+            start_time=account.start_time,
+            uffd_number=number,
+            store=account.store,
+            image=account.image,
+            ranges=planned,
+            harbour_numbers=harbour,
+            on_demand=True,
+        )
+        return planned, frozen_s, begin_pager(plan, ours, pidfd, image), number
+    except BaseException:
+        for opened in (number, *harbour):
+            with contextlib.suppress(LzyError, OSError):
+                close_descriptor(pid, opened)
+        raise
+    finally:
+        if ours >= 0:
+            os.close(ours)
+        os.close(pidfd)
+
+
+def _is_fit(vma: Vma) -> bool:
+    """Whether missing pages of a mapping can be heard of, and it is under account."""
+    return (
+        vma.kind == "anonymous" and not vma.shared and "uw" in vma.flags and not _UNFIT & vma.flags
+    )
+
+
+def _unwritten(pid: int, vmas: list[Vma]) -> list[Range]:
+    """Pages of these mappings that are as the account's image has them, ascending."""
+    written = tracking.written_ranges(pid, vmas)
+    found: list[Range] = []
+    at = 0
+    for start, end in own_page_ranges(pid, vmas):
+        while at < len(written) and written[at][1] <= start:
+            at += 1
+        index = at
+        while start < end:
+            if index == len(written) or written[index][0] >= end:
+                found.append((start, end))
+                break
+            if written[index][0] > start:
+                found.append((start, written[index][0]))
+            start = max(start, written[index][1])
+            index += 1
+    return found
+
+
+def _open_descriptors(tracee: Tracee) -> tuple[int, tuple[int, int]]:
+    """Have the process open a userfaultfd and the harbour's socket pair; their numbers in it."""
+    leader = tracee.threads[tracee.pid]
+    batch = tracee.batch()
+    made = batch.call(process.SYS_USERFAULTFD, os.O_CLOEXEC | os.O_NONBLOCK, what="userfaultfd")
+    pair = batch.room(8)
+    batch.call(_SYS_SOCKETPAIR, _AF_UNIX, _SOCK_SEQPACKET | _SOCK_CLOEXEC, 0, pair)
+    tracee.run(leader, batch)
+    ends = memoryview(batch.read(pair, 8)).cast("i")
+    return batch.results[made], (ends[0], ends[1])
+
+
+class _LayoutChanged(Exception):
+    """A mapping that was planned for is gone, or another one."""
+
+
+class _Slice(NamedTuple):
+    """Addresses [low, high), and the planned ranges in them, ascending."""
+
+    low: int
+    high: int
+    ranges: list[Range]
+
+
+def _slices(ranges: list[Range]) -> Iterator[_Slice]:
+    """`ranges` from the highest address down, in slices of bounded size that leave no gap."""
+    part: list[Range] = []
+    size, high = 0, 1 << 64
+    for start, end in reversed(ranges):
+        while start < end:
+            low = max(start, end - (_SLICE_BYTES - size))
+            part.append((low, end))
+            size += end - low
+            end = low
+            if size >= _SLICE_BYTES or len(part) >= _SLICE_RANGES:
+                yield _Slice(low, high, part[::-1])
+                part, size, high = [], 0, low
+    yield _Slice(0, high, part[::-1])
+
+
+def _drop(pid: int, account: int, number: int, part: _Slice, image: Image) -> tuple[int, float]:
+    """Drop what of a slice is unwritten and have its faults heard of; (bytes, seconds frozen).
+
+    All of the slice is registered, and so in the end whole mappings: the program can move and grow
+    them as before. It is tried before anything is dropped; should it fail all the same, what was
+    dropped is written back.
+    """
+    frozen_at = time.monotonic()
+    with stopped(pid) as tracee:
+        vmas = [
+            vma._replace(start=max(vma.start, part.low), end=min(vma.end, part.high))
+            for vma in proc.mappings(pid)
+            if _is_fit(vma) and vma.end > part.low and vma.start < part.high
+        ]
+        if _within(part.ranges, [(vma.start, vma.end) for vma in vmas]) != part.ranges:
+            raise _LayoutChanged
+        clean = _within(_unwritten(pid, vmas), part.ranges)
+        if not vmas:
+            return 0, time.monotonic() - frozen_at
+        tracee.prepare(arena_bytes=(len(clean) + 4 * len(vmas) + 8) * 192 + 65536)
+        batch = tracee.batch()
+        spans = [(vma.start, vma.end - vma.start) for vma in vmas]
+        ranges = [batch.put(uffd.pack_range(*span)) for span in spans]
+        wishes = [batch.put(uffd.pack_register(*span)) for span in spans]
+        for here, wish in zip(ranges, wishes, strict=True):
+            batch.call(process.SYS_IOCTL, account, uffd.UFFDIO_UNREGISTER, here)
+            batch.call(process.SYS_IOCTL, number, uffd.UFFDIO_REGISTER, wish)
+            batch.call(process.SYS_IOCTL, number, uffd.UFFDIO_UNREGISTER, here)
+        for start, end in clean:  # as long as nobody hears of it, else the pager would forget
+            batch.call(process.SYS_MADVISE, start, end - start, memory.MADV_DONTNEED, tolerate=True)
+        registered = [
+            batch.call(process.SYS_IOCTL, number, uffd.UFFDIO_REGISTER, wish, tolerate=True)
+            for wish in wishes
+        ]
+        tracee.run(tracee.threads[pid], batch)
+        for vma, index in zip(vmas, registered, strict=True):
+            if batch.results[index] < 0:
+                _write_back(pid, image, _within(clean, [(vma.start, vma.end)]))
+    return sum(end - start for start, end in clean), time.monotonic() - frozen_at
+
+
+def _write_back(pid: int, image: Image, ranges: list[Range]) -> None:
+    """Write pages of the image into the stopped process."""
+    buffer = memoryview(bytearray(image.window_pages * PAGE_BYTES))
+    for address, mask in windows_of(ranges, image.window_pages):
+        index = image.find_run(0, address)
+        if index < 0:
+            continue
+        _, stored, chunk = image.run(index)
+        image.read_chunk(chunk, buffer)
+        for bit in present_pages(mask & stored):
+            at = (stored & ((1 << bit) - 1)).bit_count() * PAGE_BYTES
+            page = buffer[at : at + PAGE_BYTES]
+            memory.write_process(pid, [(address + bit * PAGE_BYTES, PAGE_BYTES)], page)
+
+
+def _within(ranges: list[Range], part: list[Range]) -> list[Range]:
+    """What of ascending `ranges` lies in ascending `part`."""
+    found: list[Range] = []
+    at = 0
+    for start, end in ranges:
+        while at < len(part) and part[at][1] <= start:
+            at += 1
+        index = at
+        while index < len(part) and part[index][0] < end:
+            found.append((max(start, part[index][0]), min(end, part[index][1])))
+            index += 1
+    return found
+
+
+def _page_out_files(pid: int) -> None:
+    """Let clean pages of files go: they are read again from the files; process_madvise(2)."""
+    pidfd = os.pidfd_open(pid)
+    try:
+        for vma in proc.mappings(pid):
+            if vma.kind == "file" and not vma.shared and "w" not in vma.permissions:
+                with contextlib.suppress(OSError):
+                    memory.page_out(pidfd, vma.start, vma.end - vma.start)
+    finally:
+        os.close(pidfd)

@@ -23,12 +23,14 @@ class Step(NamedTuple):
     """Load what window `number` has for [address, end).
 
     `place`: how many windows of the order are in by then; -1 for a step that is not part of it.
+    `likely`: that it will be asked for soon.
     """
 
     address: int
     end: int
     number: int
     place: int
+    likely: bool
 
 
 class Walk:
@@ -114,7 +116,7 @@ class Course:
         while (step := self._find(windows, address, END_OF_ADDRESSES)) is not None:
             address = step.end
             if windows.address(step.number) not in held_back:
-                yield step._replace(place=known)
+                yield step._replace(place=known, likely=False)
         for window in self._order:
             if window in held_back:
                 yield from self._find_window(windows, window, known)
@@ -135,7 +137,7 @@ class Course:
                 return
             low, address, shift = max(address, piece[0]), min(piece[1], end), piece[2]
             if shift == 0:
-                yield Step(low, address, number, place)
+                yield Step(low, address, number, place, True)
 
     def _find(self, windows: Windows, low: int, high: int) -> Step | None:
         """The first that is missing and stored in [low, high).
@@ -155,5 +157,5 @@ class Course:
                 if stored_at >= high:
                     return None
                 base = windows.address(number) - shift
-                return Step(max(position, base), min(end, base + windows.length), number, -1)
+                return Step(max(position, base), min(end, base + windows.length), number, -1, True)
         return None

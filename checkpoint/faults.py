@@ -359,7 +359,9 @@ class FaultServer:
                 return
             high = self._load(context, windows, number, piece, page)
             low = windows.address(number) - shift
-            walked = context.course.follow(page, low, high, windows.length)
+            walked = (high, high)
+            if not self._on_demand:
+                walked = context.course.follow(page, low, high, windows.length)
             if context.token == MAIN:
                 self._note_need(windows, number, walked, shift)
         except LayoutChanged:

@@ -82,6 +82,8 @@ class Readahead:
         self.reader_fds: list[int] = []
         self._pids: list[int] = []
         self._ends = select.poll()
+        self._done = select.poll()
+        self._done.register(self.done_fd, select.POLLIN)
         parent = os.getpid()
         for reader in range(readers):
             pid = os.fork()
@@ -150,6 +152,10 @@ class Readahead:
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self.done_fd)
 
+    def wait_done(self, timeout_s: float) -> None:
+        """Wait until a read ends."""
+        self._done.poll(timeout_s * 1000)
+
     def close(self) -> None:
         """End the readers."""
         for pid in self._pids:
@@ -163,7 +169,7 @@ class Readahead:
         try:
             die_with_parent(parent)
             set_name("lzy-reader")
-            os.nice(5)  # whoever waits for a page comes first
+            os.nice(1)  # whoever waits for a page comes first, but not by much: it needs us
             for fd in private:
                 os.close(fd)
             words, slots, done_fd = self._words, self._slots, self.done_fd

@@ -92,14 +92,14 @@ def doze(
         )
     reach("doze.taken")
     with store.load(taken.image) as image:
-        planned, freeze_s, pager, number = _prepare(pid, account, image)
+        planned, fit, freeze_s, pager, number = _prepare(pid, account, image)
         if pager is None:
             return _report(taken, before, 0, freeze_s, began, None)
         pager_pid = pager.wait()
         reach("doze.served")
         dropped = 0
         total = sum(end - start for start, end in planned)
-        for part in _slices(planned):
+        for part in _slices(planned, fit):
             try:
                 released, frozen_s = _drop(pid, account.number, number, part, image)
             except _LayoutChanged:
@@ -143,6 +143,15 @@ def begin_to_rouse(pid: int) -> None:
     rouse(path)
 
 
+def missing_bytes(pid: int) -> int:
+    """How much of the memory of process `pid` is away; 0 when none is."""
+    with contextlib.suppress(LzyError):
+        facts, status = read_status(journal_path(run_directory(), pid))
+        if facts["start_time"] == proc.start_time(pid):
+            return max(status.missing_bytes, 1)  # its pager has yet to leave
+    return 0
+
+
 def resident_bytes(pid: int) -> int:
     """Anonymous memory of `pid` that is in RAM. Raises NotFound."""
     return int(proc.status(pid).get("RssAnon", "0 kB").split()[0]) * 1024
@@ -167,17 +176,18 @@ def _report(
 
 def _prepare(
     pid: int, account: tracking.Account, image: Image
-) -> tuple[list[Range], float, PagerStart | None, int]:
+) -> tuple[list[Range], list[Range], float, PagerStart | None, int]:
     """Find what can be dropped, and start a pager that knows it.
 
-    (what can be dropped, seconds frozen, the pager, number of its userfaultfd in the process)
+    (what can be dropped, the mappings it is in, seconds frozen, the pager, the number of its
+    userfaultfd in the process)
     """
     frozen_at = time.monotonic()
     with stopped(pid) as tracee:
         vmas = [vma for vma in proc.mappings(pid) if _is_fit(vma)]
         planned = _unwritten(pid, vmas)
         if not planned:
-            return [], time.monotonic() - frozen_at, None, -1
+            return [], [], time.monotonic() - frozen_at, None, -1
         tracee.prepare(arena_bytes=16384)
         number, harbour = _open_descriptors(tracee)
     frozen_s = time.monotonic() - frozen_at
@@ -196,7 +206,8 @@ def _prepare(
             harbour_numbers=harbour,
             on_demand=True,
         )
-        return planned, frozen_s, begin_pager(plan, ours, pidfd, image), number
+        fit = [(vma.start, vma.end) for vma in vmas]
+        return planned, fit, frozen_s, begin_pager(plan, ours, pidfd, image), number
     except BaseException:
         for opened in (number, *harbour):
             with contextlib.suppress(LzyError, OSError):
@@ -252,15 +263,14 @@ class _LayoutChanged(Exception):
 
 
 class _Slice(NamedTuple):
-    """Addresses [low, high), and the planned ranges in them, ascending."""
+    """Ranges that are to be dropped, and the parts of mappings to be registered with them."""
 
-    low: int
-    high: int
     ranges: list[Range]
+    fit: list[Range]
 
 
-def _slices(ranges: list[Range]) -> Iterator[_Slice]:
-    """`ranges` from the highest address down, in slices of bounded size that leave no gap."""
+def _slices(ranges: list[Range], fit: list[Range]) -> Iterator[_Slice]:
+    """`ranges` from the highest address down, in slices of bounded size that cover all of `fit`."""
     part: list[Range] = []
     size, high = 0, 1 << 64
     for start, end in reversed(ranges):
@@ -270,9 +280,9 @@ def _slices(ranges: list[Range]) -> Iterator[_Slice]:
             size += end - low
             end = low
             if size >= _SLICE_BYTES or len(part) >= _SLICE_RANGES:
-                yield _Slice(low, high, part[::-1])
+                yield _Slice(part[::-1], _within(fit, [(low, high)]))
                 part, size, high = [], 0, low
-    yield _Slice(0, high, part[::-1])
+    yield _Slice(part[::-1], _within(fit, [(0, high)]))
 
 
 def _drop(pid: int, account: int, number: int, part: _Slice, image: Image) -> tuple[int, float]:
@@ -285,9 +295,11 @@ def _drop(pid: int, account: int, number: int, part: _Slice, image: Image) -> tu
     frozen_at = time.monotonic()
     with stopped(pid) as tracee:
         vmas = [
-            vma._replace(start=max(vma.start, part.low), end=min(vma.end, part.high))
-            for vma in proc.mappings(pid)
-            if _is_fit(vma) and vma.end > part.low and vma.start < part.high
+            vma._replace(start=start, end=end)
+            for vma in proc.mappings(pid, with_flags=False)
+            if vma.kind == "anonymous" and not vma.shared
+            for start, end in _within([(vma.start, vma.end)], part.fit)
+            if tracking.is_under_account(pid, start)
         ]
         if _within(part.ranges, [(vma.start, vma.end) for vma in vmas]) != part.ranges:
             raise _LayoutChanged

@@ -25,7 +25,7 @@ from . import proc
 from .content import behind_file, holds_own_pages
 from .errors import LzyError
 from .home import run_directory
-from .linux import memory, process, uffd
+from .linux import PAGE_BYTES, memory, process, uffd
 from .linux.detached import take_descriptor
 from .machine import Call
 from .proc import Vma
@@ -110,6 +110,20 @@ def written_ranges(pid: int, vmas: Iterable[Vma]) -> list[tuple[int, int]]:
     finally:
         os.close(pagemap)
     return sorted(found)
+
+
+def is_under_account(pid: int, address: int) -> bool:
+    """Whether writes to the mapping at `address` are accounted for."""
+    pagemap = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        memory.scan_pages(pagemap, address, address + PAGE_BYTES, only_protectable=True)
+    except OSError as error:
+        if error.errno != errno.EPERM:
+            raise
+        return False
+    finally:
+        os.close(pagemap)
+    return True
 
 
 def open_account(tracee: Tracee) -> int:

@@ -10,6 +10,8 @@ import click
 COMMANDS = (
     ("dump", "dump", "Write a running process into an image, and end it."),
     ("restore", "restore", "Bring a process back from its image."),
+    ("doze", "doze", "Have a process give its memory back, and stay."),
+    ("rouse", "doze", "Bring all of a dozing process's memory back."),
     ("log", "log", "List the checkpoints of a session, newest first."),
     ("fork", "fork", "Bring a checkpoint back as a second process, beside the first."),
     ("diff", "diff", "Tell which memory changed between two checkpoints."),

@@ -78,7 +78,7 @@ def trim(pid: int, *, limit: int = RECORDED_ROWS) -> Trimmed:
     """
     began = time.monotonic()
     before = _anonymous_bytes(pid)
-    told = door.ask(pid, {"trim": 1, "variables": limit}, trim_allocator=True)
+    told = door.ask(pid, {"trim": 1, "variables": limit}, trim=True)
     freed = before - _anonymous_bytes(pid)
     outcome = told.get("trim")
     if not isinstance(outcome, dict):

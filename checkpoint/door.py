@@ -36,12 +36,13 @@ from __future__ import annotations
 import ast
 import contextlib
 import os
+import struct
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from . import door_machine, machine, proc
+from . import door_machine, machine, pools, proc
 from .door_machine import FUNCTIONS, OF_LIBC, OF_PYTHON, Stacks
 from .errors import Busy, LzyError, NotFound, Unsupported
 from .linux import PAGE_BYTES, memory, process, ptrace
@@ -55,6 +56,7 @@ from .tracee import Thread, Tracee
 _STACK_BYTES: Final = 8 << 20  # what a main thread has; untouched pages cost nothing
 _BORROWED_STACK_BYTES: Final = 256 << 10
 _ANSWER_BYTES: Final = 1 << 20
+_POOLS_LIMIT: Final = _ANSWER_BYTES // 8 - 1  # of one visit: 2 GiB
 _POLL_S: Final = 0.0005
 _ENDS_WITHIN_S: Final = 2.0  # a thread that has nothing left to do
 _RESTORERS: Final = (bytes.fromhex("48c7c00f0000000f05"), bytes.fromhex("b80f0000000f05"))
@@ -115,24 +117,28 @@ def ask(
     pid: int,
     question: dict[str, int],
     *,
-    trim_allocator: bool = False,
+    trim: bool = False,
     patience: Patience = _PATIENCE,
 ) -> dict[str, Any]:
     """What the interpreter in process `pid` answers to `door_inside.answer_to(question)`.
 
-    With `trim_allocator` malloc_trim(3) runs behind it, where libc has it. Raises Unsupported (no
+    With `trim` the allocators give back what is free in them behind it: pymalloc its pools, libc by
+    malloc_trim(3). Raises Unsupported (no
     CPython from 3.8 on), Busy (its main thread computes, or the GIL did not come in time; nothing
     has run), NotFound, AccessDenied; LzyError if the interpreter could not answer.
     """
     text = _text_for(question)
-    functions = find_functions(pid)
-    if not trim_allocator:
+    functions, interpreter = find_functions(pid)
+    variables: list[int] | None = None
+    if trim:
+        variables = pools.find_variables(pid, proc.mappings(pid, with_flags=False), interpreter)
+    else:
         functions.pop("malloc_trim", None)
     _await_idle(pid, patience.idle_s)
     token = int.from_bytes(os.urandom(8), "little")
-    region = _enter(pid, token, text, functions, patience)
+    region = _enter(pid, token, text, functions, patience, pauses=trim)
     reach("door.entered")
-    outcome, content = _await_answer(pid, region, token, patience)
+    outcome, content = _await_answer(pid, region, token, patience, variables or [])
     reach("door.answered")
     with contextlib.suppress(Busy, NotFound):
         _clear(pid, region, token)
@@ -170,8 +176,11 @@ def _read_answer(pid: int, content: bytes) -> dict[str, Any]:
 # -- what is called, and when --------------------------------------------------------------------
 
 
-def find_functions(pid: int) -> dict[str, int]:
-    """Addresses of the functions called inside; Unsupported for what is no CPython from 3.8 on."""
+def find_functions(pid: int) -> tuple[dict[str, int], str]:
+    """Addresses of the functions called inside, and the path of the interpreter.
+
+    Unsupported for what is no CPython from 3.8 on.
+    """
     vmas = proc.mappings(pid, with_flags=False)
     loaded = sorted(
         libraries(pid, vmas), key=lambda library: "python" not in file_name(library.path)
@@ -200,7 +209,7 @@ def find_functions(pid: int) -> dict[str, int]:
         )
     if "xsave" not in proc.cpu_features():
         raise Unsupported("this processor has no XSAVE", remedy="use a newer machine", pid=pid)
-    return found
+    return found, python.path
 
 
 def _look_up(names: tuple[str, ...], places: list[Library]) -> dict[str, int]:
@@ -289,9 +298,9 @@ class _Visited(Tracee):
             self.deadline_s = float("inf")  # it stops as soon as it is asked to
             if not self._leave_to_itself(thread):
                 raise
+            there = ptrace.read_register_set(thread.tid, ptrace.NT_PRSTATUS)
             self._put_back(thread)
-            registers = ptrace.read_register_set(thread.tid, ptrace.NT_PRSTATUS)
-            return machine.signed(machine.unpack_registers(registers)["r12"])
+            return machine.signed(machine.unpack_registers(there)["r12"])
         finally:
             self.deadline_s = float("inf")
             self.code = engine
@@ -320,7 +329,13 @@ def _visited(pid: int) -> Iterator[_Visited]:
 
 
 def _enter(
-    pid: int, token: int, text: bytes, functions: dict[str, int], patience: Patience
+    pid: int,
+    token: int,
+    text: bytes,
+    functions: dict[str, int],
+    patience: Patience,
+    *,
+    pauses: bool,
 ) -> _Region:
     """Have the process start a thread that runs `text`; where its mailbox is."""
     deadline = time.monotonic() + patience.idle_s
@@ -335,7 +350,7 @@ def _enter(
                 if time.monotonic() > deadline:
                     raise
             else:
-                return _start_thread(tracee, token, text, functions, patience)
+                return _start_thread(tracee, token, text, functions, patience, pauses)
         time.sleep(0.02)  # it had just been woken
 
 
@@ -388,7 +403,12 @@ def _restorers(pid: int, vmas: list[Vma]) -> list[int]:
 
 
 def _start_thread(
-    tracee: _Visited, token: int, text: bytes, functions: dict[str, int], patience: Patience
+    tracee: _Visited,
+    token: int,
+    text: bytes,
+    functions: dict[str, int],
+    patience: Patience,
+    pauses: bool,
 ) -> _Region:
     pid = tracee.pid
     leader = tracee.threads[pid]
@@ -428,6 +448,7 @@ def _start_thread(
         region.code + machine.NOTIFY,
         token,
         _fingerprint(os.getpid()),
+        pauses=pauses,
     )
     os.pwrite(tracee.memory, content, region.mailbox)
     reach("door.mapped")
@@ -452,15 +473,22 @@ def _start_thread(
 # -- the answer, and going out -------------------------------------------------------------------
 
 
-def _await_answer(pid: int, region: _Region, token: int, patience: Patience) -> tuple[int, bytes]:
+def _await_answer(
+    pid: int, region: _Region, token: int, patience: Patience, variables: list[int]
+) -> tuple[int, bytes]:
     """(outcome, answer); Busy if it did not begin in time and never will, or does not end."""
     began = time.monotonic()
+    content = b""
     while True:
         state = _read_state(pid, region, token)
-        if state.state == door_machine.DONE:
-            good = state.outcome == door_machine.ANSWERED and state.answer_bytes <= _ANSWER_BYTES
-            content = read_memory(pid, region.answer, state.answer_bytes) if good else b""
+        if state.state in (door_machine.DONE, door_machine.PAUSED) and not content:
+            if state.outcome == door_machine.ANSWERED and state.answer_bytes <= _ANSWER_BYTES:
+                content = read_memory(pid, region.answer, state.answer_bytes)
             _read_state(pid, region, token)  # it was that of our mailbox
+            if state.state == door_machine.PAUSED:
+                reach("door.paused")
+                _hand_pools(pid, region, token, content, variables)
+        if state.state == door_machine.DONE:
             return state.outcome, content
         waited_s = time.monotonic() - began
         if state.state == door_machine.WAITING and waited_s > patience.begin_s:
@@ -480,6 +508,26 @@ def _await_answer(pid: int, region: _Region, token: int, patience: Patience) -> 
                 pid=pid,
             )
         time.sleep(_POLL_S if waited_s < 0.05 else 10 * _POLL_S)
+
+
+def _hand_pools(
+    pid: int, region: _Region, token: int, content: bytes, variables: list[int]
+) -> None:
+    """Tell the visitor, which keeps the GIL and waits, which pools of pymalloc are free."""
+    found: list[int] = []
+    version = _read_answer(pid, content).get("python", "").split(".")
+    if version[0] == "3" and int(version[1]) in pools.VERSIONS:
+        with contextlib.suppress(OSError, struct.error):
+            found = pools.list_free_pools(pid, proc.mappings(pid, with_flags=False), variables)
+    table = bytearray(struct.pack(f"<{len(found[:_POOLS_LIMIT]) + 1}Q", *found[:_POOLS_LIMIT], 0))
+    with _visited(pid):
+        if _read_state(pid, region, token).state != door_machine.PAUSED:
+            return  # we were too slow: others have the GIL again
+        memory.write_process(pid, [(region.answer, len(table))], memoryview(table))
+        head = bytearray(read_memory(pid, region.mailbox, door_machine.STATE_BYTES))
+        door_machine.hand_pools(head)
+        memory.write_process(pid, [(region.mailbox, len(head))], memoryview(head))
+    reach("door.handed")
 
 
 def _read_state(pid: int, region: _Region, token: int) -> door_machine.State:

@@ -44,6 +44,8 @@ STAGES: Final = (
     "door.returned",
     "door.entered",
     "door.cancelled",
+    "door.paused",
+    "door.handed",
     "door.answered",
     "door.cleared",
 )

@@ -363,7 +363,7 @@ class FaultServer:
             if not self._on_demand:
                 walked = context.course.follow(page, low, high, windows.length)
             if context.token == MAIN:
-                self._note_need(windows, number, walked, shift)
+                self._note_need(context, windows, number, walked, shift)
         except LayoutChanged:
             self._asked.append((context, page))
             self._attend_now(context)
@@ -434,7 +434,12 @@ class FaultServer:
     # -- the order of need
 
     def _note_need(
-        self, windows: Windows, number: int, walked: tuple[int, int], shift: int
+        self,
+        context: Context,
+        windows: Windows,
+        number: int,
+        walked: tuple[int, int],
+        shift: int,
     ) -> None:
         """Remember that window `number` was asked for, and first what a walk came through."""
         low, high = walked
@@ -443,7 +448,8 @@ class FaultServer:
                 address = windows.address(passed)
                 if address - shift >= high:
                     break
-                self._needed.setdefault(address, self._place)
+                if context.missing.find(address - shift) is None:  # else it would have asked
+                    self._needed.setdefault(address, self._place)
         self._needed.setdefault(windows.address(number), self._place)
 
     def _hand_over_order(self) -> None:

@@ -34,6 +34,7 @@ from .pages import present_pages
 from .proc import Vma
 from .stages import reach
 from .tracee import Tracee, stopped
+from .unfinished import forget_descriptor, note_descriptor
 
 if TYPE_CHECKING:
     from .dump import DumpReport, Progress
@@ -189,6 +190,7 @@ def _prepare(
         if not planned:
             return [], [], time.monotonic() - frozen_at, None, -1
         tracee.prepare(arena_bytes=16384)
+        note_descriptor(pid, _lowest_free(pid))
         number, harbour = _open_descriptors(tracee)
     frozen_s = time.monotonic() - frozen_at
     pidfd = os.pidfd_open(pid)
@@ -207,7 +209,9 @@ def _prepare(
             on_demand=True,
         )
         fit = [(vma.start, vma.end) for vma in vmas]
-        return planned, fit, frozen_s, begin_pager(plan, ours, pidfd, image), number
+        pager = begin_pager(plan, ours, pidfd, image)
+        forget_descriptor(pid)
+        return planned, fit, frozen_s, pager, number
     except BaseException:
         for opened in (number, *harbour):
             with contextlib.suppress(LzyError, OSError):
@@ -244,6 +248,12 @@ def _unwritten(pid: int, vmas: list[Vma]) -> list[Range]:
             start = max(start, written[index][1])
             index += 1
     return found
+
+
+def _lowest_free(pid: int) -> int:
+    """The number that the next descriptor of the stopped process gets."""
+    used = set(map(int, os.listdir(f"/proc/{pid}/fd")))
+    return next(number for number in range(len(used) + 1) if number not in used)
 
 
 def _open_descriptors(tracee: Tracee) -> tuple[int, tuple[int, int]]:

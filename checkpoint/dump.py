@@ -48,6 +48,7 @@ from .proc import Vma
 from .resources.kind import all_kinds
 from .stages import reach
 from .tracee import Tracee, traced_by
+from .unfinished import close_unfinished
 
 if TYPE_CHECKING:
     from .image import Image
@@ -411,6 +412,10 @@ def wait_for_pager(pid: int, progress: Progress | None) -> tuple[bytes, list[Vma
     """
     last, moved_at = -1, time.monotonic()
     leaves_until = moved_at + _PAGER_LEAVES_S
+    close_unfinished(pid)
+    journal = journal_path(run_directory(), pid)
+    with contextlib.suppress(NotFound):
+        rouse(journal)  # should it doze, what is missing is wanted now
     while True:
         places = proc.read_bytes(pid, "maps")
         vmas = proc.mappings(pid)
@@ -421,9 +426,6 @@ def wait_for_pager(pid: int, progress: Progress | None) -> tuple[bytes, list[Vma
         if not missing:
             agree = [vma[:4] for vma in proc.parse_mappings(places)] == [vma[:4] for vma in vmas]
             return places if agree else b"", vmas
-        journal = journal_path(run_directory(), pid)
-        with contextlib.suppress(NotFound):
-            rouse(journal)  # should it doze, what is missing is wanted now
         if journal.exists() and not is_held(journal):
             raise Busy(
                 f"memory of pid {pid} is not all there, and its pager has died",

@@ -75,6 +75,12 @@ def fork(
                 progress=progress,
             )
         except Busy as error:
+            if "path" in error.facts:  # a lock
+                raise Busy(
+                    f"{image.name} cannot have a second life now: {error.message}",
+                    remedy="let the original unlock that file, or dump and end it first",
+                    **error.facts,
+                ) from error
             if "address" not in error.facts:
                 raise
             raise Busy(

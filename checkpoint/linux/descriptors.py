@@ -208,6 +208,15 @@ def pack_lock(kind: int, start: int, length_bytes: int) -> bytes:
     return struct.pack("=hh4xqqi4x", kind, os.SEEK_SET, start, length_bytes, 0)
 
 
+def find_lock_holder(fd: int, lock: bytes) -> int | None:
+    """Who would refuse us that POSIX lock: a pid, -1 for an open file's lock; None if nobody.
+
+    Takes nothing. Source: F_GETLK in fcntl(2), which tells neither of our own locks.
+    """
+    kind, _, _, _, holder = struct.unpack("=hh4xqqi4x", fcntl.fcntl(fd, fcntl.F_GETLK, lock))
+    return None if kind == fcntl.F_UNLCK else holder
+
+
 # --- pipes ---------------------------------------------------------------------------------------
 
 

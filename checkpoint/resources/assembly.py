@@ -111,6 +111,7 @@ class Assembly:
             with _explained(self.entries[index], self.numbers.get(index, [])):
                 entry = self.entries[index]
                 kind_named(entry["kind"]).settle(index, entry, self)
+                locks.refuse_taken_locks(entry, self.local[index])
                 set_flags(self.local[index], entry["flags"])
 
     def _replacement(self, number: int) -> str | None:

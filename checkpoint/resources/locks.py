@@ -61,6 +61,23 @@ def posix_locks(table: dict[str, Any]) -> list[tuple[int, int, bytes]]:
     return calls
 
 
+def refuse_taken_locks(entry: Entry, fd: int) -> None:
+    """Raise Busy when another process holds one of the POSIX locks by now.
+
+    The process itself takes them, late: here it is told in words before there is a process.
+    """
+    for lock in entry.get("locks", ()):
+        if lock["form"] == "POSIX" and (holder := kernel.find_lock_holder(fd, _packed(lock))):
+            path = os.readlink(f"/proc/self/fd/{fd}")
+            who = f"process {holder}" if holder > 0 else "another process"
+            raise Busy(
+                f"cannot take the lock of descriptor {lock['number']} on {path} again: {who} has "
+                "locked it since the dump",
+                remedy="end that process (`lslocks` names it), then restore again",
+                path=path,
+            )
+
+
 def take_locks(entry: Entry, fd: int) -> None:
     """Take the locks that belong to the description, on our copy of it.
 

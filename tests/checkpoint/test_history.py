@@ -69,6 +69,7 @@ def write(store: Store, name: str, session: dict[str, object] | None = None) -> 
         ("calm@10", "calm@10"),
         ("calmer", "calmer"),
         ("calmer@1", "calmer"),
+        ("a", "a"),
         ("a@b", "a@b@3"),
         ("a@b@3", "a@b@3"),
         ("a@b@1", "a@b"),
@@ -79,7 +80,18 @@ def write(store: Store, name: str, session: dict[str, object] | None = None) -> 
 )
 def test_what_a_name_means(store: Store, asked: str, image: str) -> None:
     """NAME is the newest checkpoint by number, NAME@1 the first; other names with @ are names."""
-    for name in ("calm", "calm@2", "calm@10", "calmer", "a@b", "a@b@3", "late@7", "a@0", "a@01"):
+    for name in (
+        "calm",
+        "calm@2",
+        "calm@10",
+        "calmer",
+        "a",
+        "a@b",
+        "a@b@3",
+        "late@7",
+        "a@0",
+        "a@01",
+    ):
         write(store, name)
     assert history.resolve(store, asked) == image
 

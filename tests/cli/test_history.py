@@ -50,6 +50,10 @@ for line in sys.stdin:
             answer = 1
         except BlockingIOError:
             pass
+    elif verb == "lock":
+        import fcntl
+        held.append(open(rest, "w"))
+        fcntl.lockf(held[-1], fcntl.LOCK_EX)
     elif verb == "append":
         held.append(open(rest, "a"))
     elif verb == "random":
@@ -335,6 +339,20 @@ def test_a_fork_does_not_knock_at_the_originals_socket(
     program.end()
     with forked(cli, tmp_path / "copy", "calm") as copy:  # now it is nobody's
         assert tell(copy, "visitors") == 0
+
+
+def test_a_fork_leaves_the_original_its_lock(
+    cli: Commands, program: Program, tmp_path: Path
+) -> None:
+    """A file that the original has locked is named, and stays locked by it."""
+    place = tmp_path / "locked"
+    tell(program, f"lock {place}")
+    cli.checkpoint(program, "--name", "calm")
+    error = cli.fail("fork", "calm")
+    assert (error["kind"], error["facts"]["path"]) == ("busy", str(place))
+    assert f"process {program.pid} has locked it" in error["message"]
+    with open(place, "r+") as file, pytest.raises(BlockingIOError):
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def test_two_forks_at_once_have_two_names(cli: Commands, program: Program, tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import fcntl
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +67,30 @@ def test_a_lock_somebody_took_meanwhile_is_busy(cycle: Any, tmp_path: Path) -> N
         fcntl.flock(file, fcntl.LOCK_EX)
         with pytest.raises(Busy, match="locked"):
             cycle.restore(lambda: None)
+    cycle.restore(lambda: None)
+
+
+def test_a_posix_lock_somebody_took_meanwhile_is_busy(cycle: Any, tmp_path: Path) -> None:
+    """Though the process itself must take it, the refusal names file and holder beforehand."""
+    path = tmp_path / "locked"
+
+    def hold() -> int:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT)
+        fcntl.lockf(fd, fcntl.LOCK_EX, 10, 5)
+        return fd
+
+    cycle.describe(hold)
+    take = "import fcntl, sys; f = open(sys.argv[1], 'r+'); fcntl.lockf(f, fcntl.LOCK_EX, 1, 14)"
+    take += "; print(flush=True); input()"
+    words = [sys.executable, "-c", take, str(path)]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        try:
+            assert other.stdout
+            assert other.stdout.readline() == b"\n"
+            with pytest.raises(Busy, match=f"process {other.pid} has locked"):
+                cycle.restore(lambda: None)
+        finally:
+            other.kill()
     cycle.restore(lambda: None)
 
 

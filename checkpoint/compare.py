@@ -157,8 +157,8 @@ class _Comparer:
         if not unknown:
             return 0
         ours, theirs = self._content
-        ours.load(one)
-        theirs.load(two)
+        ours.load(one, unknown)
+        theirs.load(two, unknown)
         changed = 0
         while unknown:
             page = unknown & -unknown
@@ -223,27 +223,32 @@ def _parts(image: Image, windows: list[_Window]) -> Iterator[tuple[tuple[bytes, 
 
 
 class _Content:
-    """The pages of one group of one image."""
+    """The pages of one group of one image, as far as they are wanted."""
 
     def __init__(self, image: Image) -> None:
         self._image = image
-        self._memory = [page_aligned(_GROUP_BYTES)[2]]
-        self._loaded: list[tuple[int, memoryview]] = []
+        self._memory: list[memoryview] = []
+        self._loaded: list[tuple[int, int, memoryview]] = []
         self.read_bytes = 0
 
-    def load(self, windows: list[_Window]) -> None:
-        """Read the windows of a group."""
+    def load(self, windows: list[_Window], wanted: int) -> None:
+        """Read the chunks of a group that hold the pages `wanted`."""
         self._loaded.clear()
-        while len(self._memory) < len(windows):
-            self._memory.append(page_aligned(_GROUP_BYTES)[2])
-        for window, buffer in zip(windows, self._memory, strict=False):
-            self.read_bytes += self._image.read_chunk(window.chunk, buffer)
-            self._loaded.append((window.mask, buffer))
+        for window in windows:
+            for piece in self._image.pieces(window.chunk, window.mask >> window.shift):
+                taken = piece.taken << window.shift
+                if not taken & wanted:
+                    continue
+                if len(self._memory) == len(self._loaded):
+                    self._memory.append(page_aligned(_GROUP_BYTES)[2])
+                buffer = self._memory[len(self._loaded)]
+                self.read_bytes += self._image.read_chunk(piece.chunk, buffer)
+                self._loaded.append((taken, piece.held << window.shift, buffer))
 
     def page(self, page: int) -> bytes:
         """The bytes of the page that is that single bit of the mask."""
-        mask, buffer = next(loaded for loaded in self._loaded if loaded[0] & page)
-        start = (mask & (page - 1)).bit_count() * PAGE_BYTES
+        _, held, buffer = next(loaded for loaded in self._loaded if loaded[0] & page)
+        start = (held & (page - 1)).bit_count() * PAGE_BYTES
         return bytes(buffer[start : start + PAGE_BYTES])
 
 

@@ -44,7 +44,7 @@ from typing import Any, Final, NamedTuple
 
 from . import door_machine, machine, pools, proc
 from .door_machine import FUNCTIONS, OF_LIBC, OF_PYTHON, Stacks
-from .errors import Busy, LzyError, NotFound, Unsupported
+from .errors import Busy, KernelError, LzyError, NotFound, Unsupported
 from .linux import PAGE_BYTES, memory, process, ptrace
 from .linux.visit import WAITS, holds_signal_frame, is_condition_wait
 from .machine import Call
@@ -64,11 +64,15 @@ _OPTIONAL: Final = ("malloc_trim",)
 
 
 class Patience(NamedTuple):
-    """How long to wait, in seconds: for the main thread to idle, for the GIL, for the answer."""
+    """How long to wait, in seconds: for the main thread to idle, for the GIL, for the answer.
+
+    `list_s`: how long the visitor keeps the GIL at most while lzy lists what is free.
+    """
 
     idle_s: float = 0.5
     begin_s: float = 2.0
     end_s: float = 60.0
+    list_s: float = 2.0
 
 
 _PATIENCE: Final = Patience()
@@ -127,6 +131,15 @@ def ask(
     CPython from 3.8 on), Busy (its main thread computes, or the GIL did not come in time; nothing
     has run), NotFound, AccessDenied; LzyError if the interpreter could not answer.
     """
+    try:
+        return _ask(pid, question, trim, patience)
+    except ProcessLookupError as error:
+        raise NotFound(f"process {pid} ended while lzy asked it", pid=pid) from error
+    except OSError as error:
+        raise KernelError(f"cannot ask pid {pid}: {error}", error.errno or 0, pid=pid) from error
+
+
+def _ask(pid: int, question: dict[str, int], trim: bool, patience: Patience) -> dict[str, Any]:
     text = _text_for(question)
     functions, interpreter = find_functions(pid)
     variables: list[int] | None = None
@@ -448,7 +461,7 @@ def _start_thread(
         region.code + machine.NOTIFY,
         token,
         _fingerprint(os.getpid()),
-        pauses=pauses,
+        pause_ms=round(patience.list_s * 1000) if pauses else 0,
     )
     os.pwrite(tracee.memory, content, region.mailbox)
     reach("door.mapped")

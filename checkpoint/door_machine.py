@@ -39,8 +39,8 @@ function n of `FUNCTIONS`):
     3:      call F(11); mov rdi,r12; call F(12); mov rdi,r12; call F(7)
     4:      call F(11)
             cmp r15d,1; jnz 5f; cmp qword ptr [rbx+112],0; jz 5f       # is a list of pools to come?
-            mov [rbx+4],r15d; mov eax,4; xchg [rbx],eax                # then wait for it, 2 s
-            mov r14d,2000
+            mov [rbx+4],r15d; mov eax,4; xchg [rbx],eax                # then wait for it
+            mov r14d,[rbx+112]                                         # so many ms
     7:      cmp dword ptr [rbx],5; jz 8f
             push 1000000; push 0; mov rdi,rsp; xor esi,esi; mov eax,35; syscall; add rsp,16
             dec r14d; jnz 7b
@@ -73,21 +73,21 @@ CODE: Final = bytes.fromhex(
     "9340010000488dbb80000000488b7340488b5348ff934801000085c07518488d"
     "7b68488db380000000488b53304889d9ff93500100004189c445893eb8ffffff"
     "ffbaffffffff480faeab001000004c89ecff63385341544155415641574889fb"
-    "41bf03000000ff93c000000085c00f849c010000ff93c80000004189c541bf02"
-    "00000031c0b901000000f00fb10b0f855d010000ff93d80000004989c44885c0"
+    "41bf03000000ff93c000000085c00f849a010000ff93c80000004189c541bf02"
+    "00000031c0b901000000f00fb10b0f855b010000ff93d80000004989c44885c0"
     "0f84ad000000ff93e00000004885c00f84860000004c89e7488b73604889c2ff"
     "93e8000000488b7b20be010100004c89e24c89e14531c0ff93f00000004885c0"
     "74594889c7ff93f80000004c89e7488b7358ff93000100004885c0743e4989c6"
     "4889c7ff93100100004885c0742d49964889c7ff93080100004889430841bf04"
     "000000483b431077124889c14c89f6488b7b18f3a441bf01000000ff93180100"
-    "004c89e7ff93200100004c89e7ff93f8000000ff93180100004183ff010f858e"
-    "00000048837b70000f848300000044897b04b804000000870341bed007000083"
-    "3b05742c6840420f006a004889e731f6b8230000000f054883c41041ffce75df"
-    "b804000000b901000000f00fb10b74414c8b63184d8b34244d85f6743441c746"
-    "24ffff0000498d7e30b9fa01000031c0f348ab498dbe00100000be00300000ba"
-    "04000000b81c0000000f054983c408ebc34489efff93d00000004183ff017510"
-    "488b83280100004885c0740431ffffd044897b04b803000000870331c0415f41"
-    "5e415d415c5bc3"
+    "004c89e7ff93200100004c89e7ff93f8000000ff93180100004183ff010f858c"
+    "00000048837b70000f848100000044897b04b8040000008703448b7370833b05"
+    "742c6840420f006a004889e731f6b8230000000f054883c41041ffce75dfb804"
+    "000000b901000000f00fb10b74414c8b63184d8b34244d85f6743441c74624ff"
+    "ff0000498d7e30b9fa01000031c0f348ab498dbe00100000be00300000ba0400"
+    "0000b81c0000000f054983c408ebc34489efff93d00000004183ff017510488b"
+    "83280100004885c0740431ffffd044897b04b803000000870331c0415f415e41"
+    "5d415c5bc3"
 )
 BORROW: Final = 0x00  # offsets into CODE
 VISIT: Final = 0x94
@@ -142,13 +142,13 @@ def pack_mailbox(
     token: int,
     asker: int,
     *,
-    pauses: bool,
+    pause_ms: int,
 ) -> bytes:
     """The mailbox's bytes for `address`: what runs (`text`, UTF-8), with what, and to where.
 
     `answer` is (address, capacity in bytes); `visit` and `notify` are addresses of code. `token`
-    and `asker` (u64 each) tell whose mailbox it is. If it `pauses`, the visitor keeps the GIL after
-    its answer until it is handed a list of free pools (see `pools`) to empty.
+    and `asker` (u64 each) tell whose mailbox it is. For at most `pause_ms` the visitor keeps the
+    GIL after its answer, until it is handed a list of free pools (see `pools`) to empty.
     """
     if len(text) >= TEXT_BYTES or b"\0" in text:
         raise ValueError(f"a text of {len(text)} bytes does not fit")
@@ -158,7 +158,7 @@ def pack_mailbox(
         "<IIQQQQQQQQQQQQQQQ",
         WAITING, 0, 0, answer[1], answer[0], address + TEXT, token, visit, notify,
         stacks.visitor, stacks.visitor_bytes, stacks.borrower_end, keys, keys + len(answer_key),
-        0, pauses, asker,
+        0, pause_ms, asker,
     )  # fmt: skip
     table = struct.pack(f"<{len(FUNCTIONS)}Q", *[functions.get(name, 0) for name in FUNCTIONS])
     content = head.ljust(192, b"\0") + table

@@ -175,12 +175,14 @@ def dump(
                     vmas = proc.mappings(pid)
                     refuse_mappings(pid, vmas)
                     obstacle = obstacle or _why_no_snapshot(vmas)
-                written = tracking.written_ranges(pid, vmas) if base else []
+                written = None  # nobody knows
                 if leave_running and track and number >= 0:
-                    _begin_account(tracee, number, vmas, notes)
+                    written = _begin_account(tracee, number, vmas, notes)
                     reach("dump.tracked")
                     if proc.read_bytes(pid, "maps") != now:  # what is new was joined to the old
                         vmas = proc.mappings(pid)
+                elif base:
+                    written = tracking.written_ranges(pid, vmas)
                 mappings = Mappings(pid, vmas)
                 mappings.take_objects(objects)
                 own["exe_object"] = _take_deleted_executable(pid, objects)
@@ -211,7 +213,7 @@ def dump(
             reach("dump.writing")
             source = ProcessPages(source_pid, shares_pages=bool(snapshot))
             fresh = windows_of(ranges, window_pages)
-            if base:
+            if base and written is not None:
                 kept, fresh = plan_increment(base, fresh, windows_of(written, window_pages))
                 writer.keep(base, kept)
             written_bytes = sum(mask.bit_count() for _, mask in fresh) * PAGE_BYTES
@@ -414,7 +416,7 @@ def wait_for_pager(pid: int, progress: Progress | None) -> tuple[bytes, list[Vma
     leaves_until = moved_at + _PAGER_LEAVES_S
     close_unfinished(pid)
     journal = journal_path(run_directory(), pid)
-    with contextlib.suppress(NotFound):
+    with contextlib.suppress(NotFound, OSError):  # none, or another user's
         rouse(journal)  # should it doze, what is missing is wanted now
     while True:
         places = proc.read_bytes(pid, "maps")
@@ -513,12 +515,15 @@ def _open_account(tracee: Tracee, notes: list[str]) -> int:
         return -1
 
 
-def _begin_account(tracee: Tracee, number: int, vmas: list[Vma], notes: list[str]) -> None:
-    """Have the kernel keep account of writes from now on, as far as it does."""
+def _begin_account(
+    tracee: Tracee, number: int, vmas: list[Vma], notes: list[str]
+) -> list[tuple[int, int]] | None:
+    """Have the kernel keep account of writes from now on; what was written until now, or None."""
     try:
-        tracking.begin_account(tracee, number, vmas)
+        return tracking.begin_account(tracee, number, vmas)
     except OSError as error:
         notes.append(f"the next checkpoint reads more of the memory than was written: {error}")
+        return None
 
 
 def _end_account(pid: int, number: int) -> None:

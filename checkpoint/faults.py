@@ -266,6 +266,7 @@ class FaultServer:
             if heard or self._asked:
                 while self._asked:
                     self._answer(*self._asked.popleft())
+                    self._keep_readers_busy()
                 linger_until = clock() + _LINGER_S
                 continue
             now = clock()
@@ -507,6 +508,26 @@ class FaultServer:
             self._background_failed = True
             self._background_at = now + self._background_s
             self._background_s = min(self._background_s * 2, _LAST_RETRY_S)
+
+    def _keep_readers_busy(self) -> None:
+        """Have more read while faults come one after the other; they may have used what was."""
+        readahead, windows = self._readahead, self._windows
+        if readahead is None or windows is None:
+            return
+        while self._queue:
+            context, step = self._queue[0]
+            if step.number in readahead:
+                break
+            piece = context.missing.find_from(step.address)
+            if piece is not None and piece[0] < step.end:
+                break
+            self._queue.popleft()  # a fault has had it
+            if step.place >= 0 and context.token == MAIN:
+                self._place = step.place
+        for context in reversed(self._contexts.values()):
+            if context.missing:
+                self._read_ahead(context, windows, readahead)
+                break
 
     def _read_ahead(self, context: Context, windows: Windows, readahead: Readahead) -> None:
         """Have read what comes next, as far as there is room."""

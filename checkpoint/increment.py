@@ -25,6 +25,14 @@ class Increment(NamedTuple):
     fresh: list[Window]
 
 
+def runs_by_address(base: Image) -> dict[int, tuple[int, int]]:
+    """{window address: (mask of stored pages, chunk)} of space 0."""
+    first, last = base.space_extent(0)
+    runs = base.runs[3 * first : 3 * last]
+    pairs = zip(runs[1::3].tolist(), runs[2::3].tolist(), strict=True)
+    return dict(zip(runs[0::3].tolist(), pairs, strict=True))
+
+
 def plan_increment(base: Image, present: Iterable[Window], written: Iterable[Window]) -> Increment:
     """How to make a checkpoint of the pages `present`, of which `written` may differ from `base`.
 
@@ -32,15 +40,16 @@ def plan_increment(base: Image, present: Iterable[Window], written: Iterable[Win
     (`lzy.checkpoint.patchwork.is_worth_it`).
     """
     dirty = dict(written)
+    runs = runs_by_address(base)
     kept: list[Window] = []
     fresh: list[Window] = []
     for address, mask in present:
         fresh_mask = dirty.get(address, 0) & mask
         kept_mask = mask & ~fresh_mask
         if kept_mask:
-            index = base.find_run(0, address)
-            if index >= 0:
-                _, stored, chunk = base.run(index)
+            run = runs.get(address)
+            if run is not None:
+                stored, chunk = run
                 if fresh_mask or stored & ~kept_mask or chunk >= base.chunk_count:
                     pieces = renew(base.pieces(chunk, stored), kept_mask)
                     if pieces and not is_worth_it(pieces, fresh_mask):

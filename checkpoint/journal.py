@@ -309,7 +309,6 @@ class Journal:
     def phase(self, value: int) -> None:
         self._words[_STATUS_AT // 8 + _PHASE] = value
 
-
     @property
     def is_roused(self) -> bool:
         """Whether somebody has asked for all of the memory (see `rouse`)."""

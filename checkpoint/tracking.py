@@ -17,7 +17,7 @@ import contextlib
 import errno
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,6 +30,8 @@ from .linux.detached import take_descriptor
 from .machine import Call
 from .proc import Vma
 from .tracee import Tracee
+
+Range = tuple[int, int]
 
 
 class Account(NamedTuple):
@@ -73,56 +75,69 @@ def withdraw(pid: int) -> None:
     _record(pid).unlink(missing_ok=True)
 
 
-def written_ranges(pid: int, vmas: Iterable[Vma]) -> list[tuple[int, int]]:
+def written_ranges(pid: int, vmas: Iterable[Vma]) -> list[Range]:
     """Page ranges, by their starts, that may have been written since the account began.
 
     Precondition: the process is stopped. Mappings that are not under account count whole. In
     mappings of files, so does what is not in memory: where a protected page was dropped
     (MADV_DONTNEED) the kernel leaves a mark, which looks like a page in swap.
     """
-    found: list[tuple[int, int]] = []
-    pagemap = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        for vma in vmas:
-            if not holds_own_pages(vma):
-                continue
+    found: list[Range] = []
+    with _page_map(pid) as pagemap:
+        for vma in filter(holds_own_pages, vmas):
             try:
-                found += memory.scan_pages(
-                    pagemap,
-                    vma.start,
-                    vma.end,
-                    every=memory.PAGE_IS_WRITTEN,
-                    some=memory.PAGE_IS_PRESENT | memory.PAGE_IS_SWAPPED,
-                    only_protectable=True,
-                )
-                if behind_file(vma):
-                    found += memory.scan_pages(
-                        pagemap,
-                        vma.start,
-                        vma.end,
-                        every=memory.PAGE_IS_SWAPPED,
-                        none=memory.PAGE_IS_PRESENT,
-                    )
+                found += _scan(pagemap, vma, protect=False)
             except OSError as error:
                 if error.errno != errno.EPERM:
                     raise
                 found.append((vma.start, vma.end))
+    return sorted(found)
+
+
+def _scan(pagemap: int, vma: Vma, *, protect: bool) -> list[Range]:
+    """What was written of a mapping, protected again if `protect`; EPERM if not under account.
+
+    Only pages that are there, since for others the kernel would make page tables or leave marks.
+    """
+    found = memory.scan_pages(
+        pagemap,
+        vma.start,
+        vma.end,
+        every=memory.PAGE_IS_WRITTEN,
+        none=memory.PAGE_IS_FILE,
+        some=memory.PAGE_IS_PRESENT | memory.PAGE_IS_SWAPPED,
+        only_protectable=True,
+        protect=protect,
+    )
+    if behind_file(vma):
+        found += memory.scan_pages(
+            pagemap,
+            vma.start,
+            vma.end,
+            every=memory.PAGE_IS_SWAPPED,
+            none=memory.PAGE_IS_PRESENT,
+        )
+    return found
+
+
+@contextlib.contextmanager
+def _page_map(pid: int) -> Iterator[int]:
+    pagemap = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        yield pagemap
     finally:
         os.close(pagemap)
-    return sorted(found)
 
 
 def is_under_account(pid: int, address: int) -> bool:
     """Whether writes to the mapping at `address` are accounted for."""
-    pagemap = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        memory.scan_pages(pagemap, address, address + PAGE_BYTES, only_protectable=True)
-    except OSError as error:
-        if error.errno != errno.EPERM:
-            raise
-        return False
-    finally:
-        os.close(pagemap)
+    with _page_map(pid) as pagemap:
+        try:
+            memory.scan_pages(pagemap, address, address + PAGE_BYTES, only_protectable=True)
+        except OSError as error:
+            if error.errno != errno.EPERM:
+                raise
+            return False
     return True
 
 
@@ -149,53 +164,35 @@ def open_account(tracee: Tracee) -> int:
     return number
 
 
-def begin_account(tracee: Tracee, number: int, vmas: Sequence[Vma]) -> None:
+def begin_account(tracee: Tracee, number: int, vmas: Sequence[Vma]) -> list[Range]:
     """Begin the account anew, on the descriptor `number` of the stopped process.
 
+    What was written until now, as `written_ranges` has it, in the same look at the page tables.
     Raises OSError (EBUSY: memory is registered with somebody else's userfaultfd); what is not under
-    account then counts as written.
+    account then will count as written.
     """
     withdraw(tracee.pid)
+    found: list[Range] = []
     pidfd = os.pidfd_open(tracee.pid)
     try:
         ours = take_descriptor(pidfd, number)
     finally:
         os.close(pidfd)
     try:
-        pagemap = os.open(f"/proc/{tracee.pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
-        try:
+        with _page_map(tracee.pid) as pagemap:
             for vma in filter(holds_own_pages, vmas):
-                _protect(pagemap, ours, vma)
-        finally:
-            os.close(pagemap)
+                try:
+                    found += _scan(pagemap, vma, protect=True)
+                except OSError as error:
+                    if error.errno != errno.EPERM:
+                        raise
+                    found.append((vma.start, vma.end))
+                    length_bytes = vma.end - vma.start
+                    uffd.register(ours, vma.start, length_bytes, uffd.REGISTER_MODE_WP)
+                    _scan(pagemap, vma, protect=True)
     finally:
         os.close(ours)
-
-
-def _protect(pagemap: int, ours: int, vma: Vma) -> None:
-    """Protect the pages of a mapping, registering it first where it is not.
-
-    Only those that are there, since for others the kernel would make page tables or leave marks.
-    """
-
-    def protect() -> None:
-        memory.scan_pages(
-            pagemap,
-            vma.start,
-            vma.end,
-            every=memory.PAGE_IS_WRITTEN,
-            none=memory.PAGE_IS_FILE,
-            some=memory.PAGE_IS_PRESENT | memory.PAGE_IS_SWAPPED,
-            protect=True,
-        )
-
-    try:
-        protect()
-    except OSError as error:
-        if error.errno != errno.EPERM:
-            raise
-        uffd.register(ours, vma.start, vma.end - vma.start, uffd.REGISTER_MODE_WP)
-        protect()
+    return sorted(found)
 
 
 def end_account(tracee: Tracee, number: int) -> None:

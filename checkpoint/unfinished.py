@@ -42,7 +42,7 @@ def close_unfinished(pid: int) -> None:
             number = int(note["number"])
             if os.readlink(f"/proc/{pid}/fd/{number}") == "anon_inode:[userfaultfd]":
                 close_descriptor(pid, number)
-    path.unlink(missing_ok=True)
+        path.unlink()
 
 
 def _path(pid: int) -> Path:

@@ -34,6 +34,7 @@ from .image import (
     encode_manifest,
     parse_header,
 )
+from .increment import runs_by_address
 from .linux import PAGE_BYTES
 from .packs import PackFiles
 from .pages import MOST_WINDOW_PAGES
@@ -120,12 +121,13 @@ class ImageWriter:
         numbers: dict[int, int] = {}
         packs = base.packs
         raw_pages = kept_pages = reused_bytes = 0
+        runs = runs_by_address(base)
         for address, mask in windows:
             raw_pages += mask.bit_count()
-            index = base.find_run(0, address)
-            if index < 0:
+            run = runs.get(address)
+            if run is None:
                 continue
-            _, stored, chunk = base.run(index)
+            stored, chunk = run
             pieces = []
             for held, taken, old in renew(base.pieces(chunk, stored), mask):
                 number = numbers.get(old)

@@ -387,8 +387,8 @@ def test_an_old_python_is_refused(name: str) -> None:
 # -- deaths ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("wait", ["poll for a time", "lock"])
-def test_lzy_killed_before_every_step(wait: str) -> None:
+@pytest.mark.parametrize(("wait", "first"), [("poll for a time", 0), ("lock", 1)])
+def test_lzy_killed_before_every_step(wait: str, first: int) -> None:
     """Whenever lzy is killed, the process goes on and answers; the next visit clears up."""
     with waiting(wait) as subject:
         before = subject.ask("tell")
@@ -397,7 +397,10 @@ def test_lzy_killed_before_every_step(wait: str) -> None:
             assert subject.ask("add") == "499500", when
             assert proc.status(subject.pid)["TracerPid"] == "0", when
 
-        kills = kill_at_every_step(lambda: trim_and_list(subject.pid) and None, check)
+        patience = Patience(idle_s=5, list_s=0.02)
+        kills = kill_at_every_step(
+            lambda: trim_and_list(subject.pid, patience) and None, check, first=first, every=2
+        )
         assert kills > 30
         trim_and_list(subject.pid)
         assert regions(subject.pid) == 0
@@ -416,7 +419,8 @@ def test_lzy_killed_at_a_stage(stage: str, monkeypatch: pytest.MonkeyPatch) -> N
         before = subject.ask("tell")
         assert subject.ask("make") == "made"
         monkeypatch.setattr(stages, "_KILL_AT", stage)
-        status = in_child(lambda: trim_and_list(subject.pid) and None)
+        patience = Patience(idle_s=5, list_s=0.05)
+        status = in_child(lambda: trim_and_list(subject.pid, patience) and None)
         assert os.WIFSIGNALED(status)
         assert os.WTERMSIG(status) == signal.SIGKILL
         monkeypatch.undo()
@@ -666,7 +670,7 @@ def test_the_code_is_what_its_source_says() -> None:
         9,
         10,
         11,
-        pauses=False,
+        pause_ms=0,
     )
     assert len(content) == door_machine.TEXT + 5
     assert content[192:200] == (7).to_bytes(8, "little")

@@ -21,6 +21,7 @@ from lzy.checkpoint import history, lineage, retention
 from lzy.checkpoint.compare import compare_images
 from lzy.checkpoint.content import FilePages, windows_of
 from lzy.checkpoint.errors import Busy, LzyError, NotFound
+from lzy.checkpoint.image import Image
 from lzy.checkpoint.log import Checkpoint, ancestors, read_log
 from lzy.checkpoint.retention import choose_kept
 from lzy.checkpoint.store import Store
@@ -434,19 +435,31 @@ def fill(
     window_pages: int = 64,
     vmas: list[tuple[int, int]] | None = None,
     changed: list[int] | None = None,
+    base: Image | None = None,
+    written: set[int] | None = None,
 ) -> None:
-    """An image with those pages (by page number) at its addresses, and mappings (page numbers)."""
+    """An image with those pages (by page number) at its addresses, and mappings (page numbers).
+
+    With `base` only the pages `written` are stored, the others taken from there.
+    """
     with tempfile.TemporaryFile() as file:
         os.ftruncate(file.fileno(), 1024 * PAGE)
         for number, content in pages.items():
             os.pwrite(file.fileno(), content, number * PAGE)
         ranges: list[tuple[int, int]] = []
-        for number in sorted(pages):
+        stored = set(pages) if written is None else written & set(pages)
+        for number in sorted(stored):
             if ranges and ranges[-1][1] == number * PAGE:
                 ranges[-1] = (ranges[-1][0], (number + 1) * PAGE)
             else:
                 ranges.append((number * PAGE, (number + 1) * PAGE))
+        kept: dict[int, int] = {}
+        for number in set(pages) - stored:
+            window = number - number % window_pages
+            kept[window * PAGE] = kept.get(window * PAGE, 0) | 1 << number - window
         with store.writer(name, window_pages=window_pages) as writer:
+            if base is not None:
+                writer.keep(base, sorted(kept.items()))
             source = FilePages(file.fileno())
             writer.add_space(source, windows_of(ranges, window_pages), space=0)
             writer.commit(
@@ -497,6 +510,34 @@ def test_a_comparison_counts_every_page(
         assert mapping.changed_bytes == PAGE * sum(before[n] != after[n] for n in common)
         assert mapping.new_bytes == PAGE * sum(n in after and n not in before for n in here)
         assert mapping.gone_bytes == PAGE * sum(n in before and n not in after for n in here)
+
+
+@given(st.lists(two_memories(), min_size=1, max_size=4), st.sampled_from([16, 64]))
+@settings(max_examples=40, deadline=None)
+def test_a_comparison_sees_through_patchworks(
+    steps: list[tuple[dict[int, bytes], dict[int, bytes]]], window_pages: int
+) -> None:
+    """Checkpoints that store only what was written compare as the memories do."""
+    memories = [steps[0][0], *(after for _, after in steps)]
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Store.open(Path(folder) / "store", create=True) as store,
+    ):
+        fill(store, "step", memories[0], window_pages=window_pages)
+        for number in range(1, len(memories)):
+            old, new = memories[number - 1], memories[number]
+            written = {n for n in new if new[n] != old.get(n)}
+            written |= set(list(new)[:1])  # with what it held before
+            with store.load(history.image_name("step", number)) as base:
+                name = history.image_name("step", number + 1)
+                fill(store, name, new, window_pages=window_pages, base=base, written=written)
+        first, last = memories[0], memories[-1]
+        with store.load("step") as one, store.load(f"step@{len(memories)}") as two:
+            found = compare_images(one, two)
+    common = set(first) & set(last)
+    assert found.sum("changed_bytes") == PAGE * sum(first[n] != last[n] for n in common)
+    assert found.sum("new_bytes") == PAGE * len(set(last) - common)
+    assert found.sum("gone_bytes") == PAGE * len(set(first) - common)
 
 
 def test_what_is_the_same_is_not_read(store: Store) -> None:

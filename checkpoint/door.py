@@ -140,6 +140,7 @@ def ask(
 
 
 def _ask(pid: int, question: dict[str, int], trim: bool, patience: Patience) -> dict[str, Any]:
+    _refuse_closed(pid)
     text = _text_for(question)
     functions, interpreter = find_functions(pid)
     variables: list[int] | None = None
@@ -235,6 +236,20 @@ def _look_up(names: tuple[str, ...], places: list[Library]) -> dict[str, int]:
 def _is_libc(path: str) -> bool:
     name = file_name(path)
     return name.startswith(("libc.so", "libc-", "libpthread", "ld-musl"))
+
+
+def _refuse_closed(pid: int) -> None:
+    """Raise Unsupported if the process was started with code from outside forbidden (PEP 768)."""
+    environment = proc.read_bytes(pid, "environ").split(b"\0")
+    words = proc.read_bytes(pid, "cmdline").split(b"\0")
+    if any(word.startswith(b"PYTHON_DISABLE_REMOTE_DEBUG=") for word in environment) or any(
+        word in (b"disable-remote-debug", b"-Xdisable-remote-debug") for word in words
+    ):
+        raise Unsupported(
+            f"pid {pid} was started with remote debugging disabled, and is not asked",
+            remedy="start it without PYTHON_DISABLE_REMOTE_DEBUG and -X disable-remote-debug",
+            pid=pid,
+        )
 
 
 def _await_idle(pid: int, within_s: float) -> None:

@@ -384,6 +384,18 @@ def test_an_old_python_is_refused(name: str) -> None:
         child.communicate()
 
 
+def test_who_does_not_want_to_be_asked_is_not() -> None:
+    """The switches of PEP 768 by which a program refuses code from outside are heeded."""
+    command = [sys.executable, "-X", "disable-remote-debug", "-c", "print('ready'); input()"]
+    closed = {**os.environ, "PYTHON_DISABLE_REMOTE_DEBUG": "1"}
+    for popen in ({"command": [command[0], "-u", *command[1:]]}, {"env": closed}):
+        with (
+            living("say('ready'), hear()", **popen) as subject,
+            pytest.raises(Unsupported, match="remote debugging disabled"),
+        ):
+            door.ask(subject.pid, {"trim": 1})
+
+
 # -- deaths ----------------------------------------------------------------------------------------
 
 

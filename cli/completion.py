@@ -64,6 +64,4 @@ def completion(shell: str) -> None:
     found = get_completion_class(shell)
     assert found is not None
     writer = found(lzy, {}, "lzy", "_LZY_COMPLETE")
-    if shell == "bash":
-        writer.source_template = _BASH
-    click.echo(writer.source())
+    click.echo(_BASH % writer.source_vars() if shell == "bash" else writer.source())

@@ -24,6 +24,7 @@ from .proc import Vma
 
 ARENA_BYTES: Final = 1 << 20
 POOL_BYTES: Final = 16384
+UNUSED: Final = 0xFFFF  # DUMMY_SIZE_IDX: the size class of a pool that was never used
 VERSIONS: Final = range(10, 15)  # of Python 3: those whose allocator is as described here
 _ARENA: Final = struct.Struct("<QQIIQQQ")  # address, pool_address, nfreepools, ntotalpools,
 # freepools, nextarena, prevarena
@@ -63,7 +64,7 @@ def find_variables(pid: int, vmas: list[Vma], path: str) -> list[int]:
 
 
 def list_free_pools(pid: int, vmas: list[Vma], variables: list[int]) -> list[int]:
-    """Addresses of all free pools that were in use before; nobody may allocate meanwhile."""
+    """Addresses of all free pools that hold something; nobody may allocate meanwhile."""
     writable = _Ranges([v for v in vmas if v.kind == "anonymous" and v.protection & 3 == 3])
     found: list[int] = []
     for place in variables:
@@ -133,8 +134,12 @@ def _read_arenas(pid: int, array: int, writable: _Ranges) -> list[_Arena]:
 
 
 def _free_pools_of(pid: int, arenas: list[_Arena]) -> list[int]:
-    """The free pools of all arenas; none at all if any list is not what its arena says."""
+    """The free pools of all arenas, but for those that were emptied before and not used since.
+
+    None at all if any list is not what its arena says.
+    """
     lists: dict[int, list[int]] = {}
+    worn: list[int] = []
     heads = {index: a.first_free for index, a in enumerate(arenas) if a.address}
     for index, arena in enumerate(arenas):
         if arena.address:
@@ -145,8 +150,10 @@ def _free_pools_of(pid: int, arenas: list[_Arena]) -> list[int]:
         following: dict[int, int] = {}
         for (index, pool), content in zip(heads.items(), contents, strict=True):
             arena = arenas[index]
-            count, _, after, _, owner, _, _, _ = _POOL.unpack(content)
+            count, _, after, _, owner, size_class, _, _ = _POOL.unpack(content)
             lists[index].append(pool)
+            if size_class != UNUSED:
+                worn.append(pool)
             if count & 0xFFFFFFFF or owner != index or len(lists[index]) > arena.total:
                 return []
             if after:
@@ -159,7 +166,7 @@ def _free_pools_of(pid: int, arenas: list[_Arena]) -> list[int]:
         untouched = (arena.address + ARENA_BYTES - arena.pool_address) // POOL_BYTES
         if len(pools) + untouched != arena.free:
             return []
-    return [pool for pools in lists.values() for pool in pools]
+    return worn
 
 
 def _read(pid: int, address: int, length_bytes: int) -> bytes:

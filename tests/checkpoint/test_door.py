@@ -20,7 +20,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 from subjects import PRELUDE, Subject, in_child, kill_at_every_step, living
 
-from lzy.checkpoint import belongings, door, proc, symbols
+from lzy.checkpoint import belongings, door, pools, proc, symbols
 from lzy.checkpoint.door import Patience
 from lzy.checkpoint.errors import Busy, LzyError, NotFound, Unsupported
 from lzy.checkpoint.stages import STAGES
@@ -600,6 +600,10 @@ def test_free_pools_are_emptied(minor: int) -> None:
         trimmed = belongings.trim(subject.pid)
         if minor >= 10:  # before, a pool was a page, with the head that tells of it
             assert trimmed.freed_bytes > 20 << 20
+            vmas = proc.mappings(subject.pid, with_flags=False)
+            _, path = door.find_functions(subject.pid)
+            variables = pools.find_variables(subject.pid, vmas, path)
+            assert len(pools.list_free_pools(subject.pid, vmas, variables)) < 50  # it stays done
         for _ in range(3):
             assert subject.ask("again") == "True"
             belongings.trim(subject.pid)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import signal
 import statistics
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import increments
 from figures import Figure, Floor
 from floors import measure
 from hosting import Command, Subject, follow_to_the_end, memory_with_children, watching
@@ -318,6 +320,114 @@ def kernel(bench: Bench) -> Iterator[Figure]:
         yield figure
 
 
+# -- what comes next ---------------------------------------------------------------------------
+
+CELL = Path(__file__).with_name("cell.py")
+_RUNS = {1 << 10: "64 KiB–1 MiB", 16 << 10: "64 KiB–16 MiB"}
+
+
+def first_cell(bench: Bench) -> Iterator[Figure]:
+    """The cell that a program runs the moment it wakes, with and without knowing its order.
+
+    Known is what two wakes before it have taught. The cell is asked for as soon as the restore
+    returns: nothing has had time to come in behind anybody's back.
+    """
+    name = named(bench, 2048)
+    for most_run_kib, runs in _RUNS.items():
+        without = Figure(
+            f"cell_without_{most_run_kib}",
+            f"first cell after a wake, reads 10 % of {name} in runs of {runs}: order unknown",
+            "s",
+        )
+        known = Figure(f"cell_with_{most_run_kib}", "… order known from two wakes before", "s")
+        with (
+            bench.store() as store,
+            Subject(
+                bench.folder / "subject", str(most_run_kib), bench.size(2048), program=CELL
+            ) as subject,
+        ):
+            resident_ns, checksum = map(int, subject.ask(signal.SIGUSR1, "cell"))
+            Command("dump", str(subject.pid), "--store", store)
+            subject.reap()
+            for _ in range(bench.repeats):
+                for figure in (without, None, known):
+                    if figure is without:
+                        shutil.rmtree(Path(store) / "hints", ignore_errors=True)
+                    _, pager = _wake_here(store)
+                    taken_ns, found = map(int, subject.ask(signal.SIGUSR1, "cell"))
+                    if found != checksum:
+                        raise RuntimeError("the memory is not what it was")
+                    if figure is not None:
+                        figure.values.append(taken_ns / 1e9)
+                    follow_to_the_end(pager)
+                    subject.end()
+        without.floor = known.floor = Floor("the same, all being there", resident_ns / 1e9)
+        yield without
+        yield known
+        yield Figure(
+            f"cell_ratio_{most_run_kib}", "… how much sooner with it", "times",
+            [without.median / known.median], at_least=2.0,
+        )  # fmt: skip
+
+
+def everything(bench: Bench) -> Iterator[Figure]:
+    """A woken process that touches nothing: when all is in, against a restore that waits for it.
+
+    And what huge pages give that are put together again behind it.
+    """
+    name = named(bench, 2048)
+    at_once = Figure("eager_2048", f"eager restore, {name}, in a resident process", "s")
+    behind = Figure("all_in_2048", "… lazy wake until all is in, nothing touched", "s")
+    small = Figure("leap_small", "65536 words, each of another page: from 4 KiB pages", "s")
+    huge = Figure("leap_huge", "… once the pager has put huge pages together", "s")
+    gathered = Figure("gathered", "… which it has, after all was in,", "s")
+    size = bench.size(2048)
+    with (
+        bench.store() as store,
+        Subject(bench.folder / "subject", "1024", size, program=CELL) as subject,
+    ):
+        Command("dump", str(subject.pid), "--store", store)
+        subject.reap()
+        for _ in range(bench.repeats):
+            began_ns, _ = _wake_here(store, eager=True)
+            at_once.values.append((time.monotonic_ns() - began_ns) / 1e9)
+            subject.end()
+            began_ns, pager = _wake_here(store)
+            _await_all_in(subject.pid)
+            behind.values.append((time.monotonic_ns() - began_ns) / 1e9)
+            os.kill(pager, signal.SIGSTOP)
+            small.values.append(int(subject.ask(signal.SIGHUP, "leap")[0]) / 1e9)
+            began_ns = time.monotonic_ns()
+            os.kill(pager, signal.SIGCONT)
+            follow_to_the_end(pager)
+            gathered.values.append((time.monotonic_ns() - began_ns) / 1e9)
+            huge.values.append(int(subject.ask(signal.SIGHUP, "leap")[0]) / 1e9)
+            subject.end()
+    at_once.floor = behind.floor = Floor("memory copy", size / bench.floor("memory_copy"))
+    yield at_once
+    yield behind
+    yield Figure(
+        "all_in_ratio", "… lazy against eager", "times", [behind.median / at_once.median],
+        at_most=1.2,
+    )  # fmt: skip
+    yield small
+    yield huge
+    yield gathered
+
+
+def _await_all_in(pid: int) -> None:
+    """Until the pager of `pid` has nothing left to bring in and has left the process alone."""
+    from lzy.checkpoint.home import run_directory
+    from lzy.checkpoint.journal import journal_path
+
+    journal = journal_path(run_directory(), pid)
+    deadline = time.monotonic() + 300
+    while journal.exists():
+        if time.monotonic() > deadline:
+            raise RuntimeError("not all of the memory comes in")
+        time.sleep(0.001)
+
+
 # -- ways to wake ------------------------------------------------------------------------------
 
 
@@ -358,4 +468,7 @@ CASES: dict[str, Callable[[Bench], Iterator[Figure]]] = {
     "faults": faults,
     "empty": empty,
     "kernel": kernel,
+    "first-cell": first_cell,
+    "everything": everything,
+    **increments.CASES,
 }

@@ -26,11 +26,13 @@ class Subject:
     Its log is a file, so that hearing from it needs nothing that a dump or a restore would touch.
     """
 
-    def __init__(self, folder: Path, kind: str, size_bytes: int) -> None:
+    def __init__(
+        self, folder: Path, kind: str, size_bytes: int, *, program: Path = SUBJECT
+    ) -> None:
         folder.mkdir()
         self.log = folder / "log"
         self._process = subprocess.Popen(
-            [sys.executable, str(SUBJECT), str(self.log), kind, str(size_bytes)],
+            [sys.executable, str(program), str(self.log), kind, str(size_bytes)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=(folder / "errors").open("w"),

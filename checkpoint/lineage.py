@@ -109,7 +109,9 @@ def _create(path: Path) -> int:
 def _read(path: Path) -> Lineage | None:
     """The record in that file if its process lives; a stale one is removed on the way."""
     try:
-        lineage = _parse(path.read_bytes())
+        with open(path, "rb") as file:
+            lineage = _parse(file.read())
+            read = os.fstat(file.fileno()).st_ino
     except OSError:
         return None
     if lineage is not None and lineage.boot_id == proc.boot_id():
@@ -117,7 +119,8 @@ def _read(path: Path) -> Lineage | None:
             if proc.start_time(lineage.pid) == lineage.start_time:
                 return lineage
     with contextlib.suppress(OSError):
-        os.unlink(path)
+        if os.stat(path).st_ino == read:  # and not one that was written meanwhile
+            os.unlink(path)
     return None
 
 

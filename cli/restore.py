@@ -13,6 +13,7 @@ from .restoring import PID_NAMESPACES, restore_image
     Examples:
       lzy restore                           the latest image, memory as it is touched
       lzy restore before-training --eager   all memory first
+      lzy restore before-training@3         its third checkpoint, not the newest
       lzy restore --pid-namespace new       when its pid is taken
       lzy restore --stdin /dev/null --stdout run.log --stderr run.log
     """

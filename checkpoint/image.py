@@ -232,6 +232,11 @@ class Image:
         return self._packs
 
     @property
+    def chunk_records(self) -> memoryview:
+        """The chunk table as it lies in the manifest, CHUNK_RECORD each."""
+        return self._chunks
+
+    @property
     def store_path(self) -> str:
         """The folder of the store it was loaded from, by its present name."""
         return os.path.dirname(os.readlink(f"/proc/self/fd/{self._folder}"))

@@ -1,12 +1,14 @@
 """What the store already has: chunk ids of its packs, found in one dictionary look-up.
 
-Indexes are read and authenticated when a writer starts, newest packs first. Per chunk only its id
-and a running number are kept; the number leads back to the pack and its record.
+Indexes are read and authenticated at the first question, newest packs first: a checkpoint of a
+process that was idle asks none. Per chunk only its id and a running number are kept; the number
+leads back to the pack and its record.
 """
 
 from __future__ import annotations
 
 import os
+import threading
 from bisect import bisect_right
 
 from .errors import LzyError
@@ -21,9 +23,26 @@ class KnownChunks:
     """The chunks of the packs in `folder` (a descriptor of the directory)."""
 
     def __init__(self, folder: int, keys: StoreKeys, *, most: int = MOST_KNOWN_CHUNKS) -> None:
+        self._folder = folder
+        self._keys = keys
+        self._most = most
+        self._lock = threading.Lock()
+        self._loaded = False
         self._numbers: dict[bytes, int] = {}
         self._first_numbers: list[int] = []
         self._packs: list[PackIndex] = []
+
+    def forgo(self) -> None:
+        """Know nothing: so little is to be written that finding it again is not worth the look."""
+        self._loaded = True
+
+    def _load(self) -> None:
+        with self._lock:
+            if not self._loaded:
+                self._read_indexes(self._folder, self._keys, self._most)
+                self._loaded = True
+
+    def _read_indexes(self, folder: int, keys: StoreKeys, most: int) -> None:
         names = []
         with os.scandir(folder) as entries:
             for entry in entries:
@@ -57,10 +76,13 @@ class KnownChunks:
             total += len(index)
 
     def __len__(self) -> int:
+        self._load()
         return len(self._numbers)
 
     def find(self, content_id: bytes) -> tuple[PackIndex, Stored] | None:
         """Where the store has that content, or None."""
+        if not self._loaded:
+            self._load()
         number = self._numbers.get(content_id)
         if number is None:
             return None

@@ -8,11 +8,16 @@ from __future__ import annotations
 
 import struct
 import threading
-from typing import Any
+from array import array
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 from .image import CHUNK_RECORD, encode_pack
 from .packs import Stored
 from .patchwork import Piece, encode_pieces
+
+if TYPE_CHECKING:
+    from .image import Image
 
 _EMPTY_RECORD = bytes(CHUNK_RECORD.size)
 
@@ -39,6 +44,7 @@ class ImageTables:
         self._pack_sizes: list[tuple[int, int]] = []
         self._runs: dict[int, bytes] = {}
         self._kept: dict[int, list[Piece]] = {}
+        self._kept_whole: dict[int, tuple[int, int]] = {}
 
     def number_chunk(self, content_id: bytes) -> tuple[int, bool]:
         """The number of a content, and whether it is new here and now the caller's to store."""
@@ -108,9 +114,45 @@ class ImageTables:
             encode_pack(pack, *self._pack_sizes[number]) for pack, number in self._packs.items()
         )
 
-    def keep(self, address: int, pieces: list[Piece]) -> None:
-        """Take pages of the window at `address` of space 0 from chunks that are there already."""
-        self._kept[address] = pieces
+    def adopt(self, base: Image, chunks: Iterable[int]) -> tuple[dict[int, int], int]:
+        """Take chunks of `base` as they are stored: ({its number: ours}, stored bytes in all)."""
+        numbers: dict[int, int] = {}
+        packs: dict[int, bytes] = {}
+        section, size = base.chunk_records, CHUNK_RECORD.size
+        adopted_bytes = 0
+        with self._lock:
+            for chunk in chunks:
+                record = section[chunk * size : (chunk + 1) * size]
+                content_id = bytes(record[:32])
+                number = self._numbers.get(content_id)
+                if number is None:
+                    number = self._numbers[content_id] = self.chunk_count
+                    self.chunk_count += 1
+                    self._recorded += 1
+                    theirs = int.from_bytes(record[32:36], "little")
+                    if theirs not in packs:
+                        packs[theirs] = self._adopt_pack(base, theirs)
+                    self._records += content_id
+                    self._records += packs[theirs]
+                    self._records += record[36:]
+                    adopted_bytes += int.from_bytes(record[36:40], "little")
+                numbers[chunk] = number
+        return numbers, adopted_bytes
+
+    def _adopt_pack(self, base: Image, number: int) -> bytes:
+        pack, length_bytes = base.packs[number]
+        ours = self._packs.setdefault(pack, len(self._pack_sizes))
+        if ours == len(self._pack_sizes):
+            self._pack_sizes.append((length_bytes, base.pack_chunk_counts[number]))
+        return ours.to_bytes(4, "little")
+
+    def keep(self, whole: dict[int, tuple[int, int]], patchworks: dict[int, list[Piece]]) -> None:
+        """Take pages of windows of space 0 from chunks that are here already.
+
+        `whole`: {window address: (mask, chunk)}; `patchworks`: what consists of pieces of chunks.
+        """
+        self._kept_whole.update(whole)
+        self._kept.update(patchworks)
 
     def encode_runs(self, *, ordered: bool) -> tuple[bytes, bytes]:
         """The run table and the pieces; call it last, when all chunks have their numbers.
@@ -119,7 +161,7 @@ class ImageTables:
         was given twice.
         """
         runs = b"".join(self._runs[number] for number in sorted(self._runs))
-        if ordered and not self._kept:
+        if ordered and not self._kept and not self._kept_whole:
             return runs, b""
         records = sorted(struct.iter_unpack("<QQQ", runs), key=lambda run: (run[2] >> 32, run[0]))
         last = (-1, -1)
@@ -127,26 +169,31 @@ class ImageTables:
             if (owner >> 32, address) == last:
                 raise ValueError(f"window {address:#x} of space {owner >> 32} was given twice")
             last = (owner >> 32, address)
-        pieces = b""
-        if self._kept:
-            records, pieces = self._join(records)
-        return b"".join(struct.pack("<QQQ", *record) for record in records), pieces
+        if not self._kept and not self._kept_whole:
+            return b"".join(struct.pack("<QQQ", *record) for record in records), b""
+        words, pieces = self._join(records)
+        return words.tobytes(), pieces
 
-    def _join(self, records: list[Any]) -> tuple[list[tuple[int, int, int]], bytes]:
+    def _join(self, records: list[Any]) -> tuple[array[int], bytes]:
         """Put what was kept and what was written of the windows of space 0 together."""
         fresh = {address: (mask, chunk) for address, mask, chunk in records if not chunk >> 32}
-        joined: list[tuple[int, int, int]] = []
+        whole, kept = self._kept_whole, self._kept
+        joined = array("Q")
         patchworks: list[list[Piece]] = []
-        for address in sorted(fresh.keys() | self._kept.keys()):
-            pieces = list(self._kept.get(address, ()))
-            if address in fresh:
-                mask, chunk = fresh[address]
+        for address in sorted(fresh.keys() | whole.keys() | kept.keys()):
+            if address in whole and address not in fresh:
+                joined.extend((address, *whole[address]))
+                continue
+            pieces = list(kept.get(address, ()))
+            for mask, chunk in filter(None, (whole.get(address), fresh.get(address))):
                 pieces.append(Piece(mask, mask, chunk))
             mask = sum(piece.taken for piece in pieces)
             if len(pieces) == 1 and pieces[0].held == mask:
-                joined.append((address, mask, pieces[0].chunk))
-            elif pieces:
-                joined.append((address, mask, self.chunk_count + len(patchworks)))
+                joined.extend((address, mask, pieces[0].chunk))
+            else:
+                joined.extend((address, mask, self.chunk_count + len(patchworks)))
                 patchworks.append(pieces)
-        joined += [record for record in records if record[2] >> 32]
+        for record in records:
+            if record[2] >> 32:
+                joined.extend(record)
         return joined, encode_pieces(patchworks)

@@ -81,9 +81,8 @@ class ImageWriter:
         self._failure: BaseException | None = None
         self._closed = False
         self._queue: queue.Queue[Batch | None] = queue.Queue(maxsize=2 * workers)
-        shared = Shared(
-            store.keys, self._tables, self._pending, store.known_chunks(), self._existing
-        )
+        self._known = store.known_chunks()
+        shared = Shared(store.keys, self._tables, self._pending, self._known, self._existing)
         self._threads = [
             threading.Thread(
                 target=self._work,
@@ -111,6 +110,10 @@ class ImageWriter:
         """Bytes written to packs so far."""
         return self._tables.stored_bytes
 
+    def forgo_known(self) -> None:
+        """Do not look for what follows among all that the store has: it is but little."""
+        self._known.forgo()
+
     def keep(self, base: Image, windows: Iterable[tuple[int, int]]) -> None:
         """Take these pages of space 0, (window address, mask), from `base` as they are.
 
@@ -118,32 +121,31 @@ class ImageWriter:
         and are not read again. Damaged when `base` cannot be made sense of.
         """
         tables = self._tables
-        numbers: dict[int, int] = {}
-        packs = base.packs
-        raw_pages = kept_pages = reused_bytes = 0
+        raw_pages = kept_pages = 0
         runs = runs_by_address(base)
+        whole: dict[int, tuple[int, int]] = {}
+        patchworks: dict[int, list[Piece]] = {}
         for address, mask in windows:
             raw_pages += mask.bit_count()
             run = runs.get(address)
             if run is None:
                 continue
             stored, chunk = run
-            pieces = []
-            for held, taken, old in renew(base.pieces(chunk, stored), mask):
-                number = numbers.get(old)
-                if number is None:
-                    content_id, pack, place = base.chunk_place(old)
-                    number, ours = tables.number_chunk(content_id)
-                    numbers[old] = number
-                    if ours:
-                        pack_id, length_bytes = packs[pack]
-                        tables.record_chunk(number, content_id, pack_id, place)
-                        tables.record_pack(pack_id, length_bytes, base.pack_chunk_counts[pack])
-                        reused_bytes += place.stored_bytes
-                pieces.append(Piece(held, taken, number))
-                kept_pages += taken.bit_count()
-            if pieces:
-                tables.keep(address, pieces)
+            kept_pages += (stored & mask).bit_count()
+            if chunk < base.chunk_count and not stored & ~mask:
+                whole[address] = run
+            elif pieces := renew(base.pieces(chunk, stored), mask):
+                patchworks[address] = pieces
+        chunks = {chunk for _, chunk in whole.values()}
+        chunks.update(piece.chunk for pieces in patchworks.values() for piece in pieces)
+        numbers, reused_bytes = tables.adopt(base, sorted(chunks))
+        tables.keep(
+            {address: (mask, numbers[chunk]) for address, (mask, chunk) in whole.items()},
+            {
+                address: [piece._replace(chunk=numbers[piece.chunk]) for piece in pieces]
+                for address, pieces in patchworks.items()
+            },
+        )
         tables.record_batch(
             self._batches,
             b"",

@@ -58,6 +58,7 @@ _BORROWED_STACK_BYTES: Final = 256 << 10
 _ANSWER_BYTES: Final = 1 << 20
 _POOLS_LIMIT: Final = _ANSWER_BYTES // 8 - 1  # of one visit: 2 GiB
 _POLL_S: Final = 0.0005
+_TRACED_FOR_S: Final = 1.0
 _ENDS_WITHIN_S: Final = 2.0  # a thread that has nothing left to do
 _RESTORERS: Final = (bytes.fromhex("48c7c00f0000000f05"), bytes.fromhex("b80f0000000f05"))
 _OPTIONAL: Final = ("malloc_trim",)
@@ -142,17 +143,18 @@ def ask(
 def _ask(pid: int, question: dict[str, int], trim: bool, patience: Patience) -> dict[str, Any]:
     _refuse_closed(pid)
     text = _text_for(question)
-    functions, interpreter = find_functions(pid)
-    variables: list[int] | None = None
+    vmas = proc.mappings(pid, with_flags=False)
+    functions, interpreter = find_functions(pid, vmas)
+    variables: list[int] = []
     if trim:
-        variables = pools.find_variables(pid, proc.mappings(pid, with_flags=False), interpreter)
+        variables = pools.find_variables(pid, vmas, interpreter)
     else:
         functions.pop("malloc_trim", None)
     _await_idle(pid, patience.idle_s)
     token = int.from_bytes(os.urandom(8), "little")
     region = _enter(pid, token, text, functions, patience, pauses=trim)
     reach("door.entered")
-    outcome, content = _await_answer(pid, region, token, patience, variables or [])
+    outcome, content = _await_answer(pid, region, token, patience, variables)
     reach("door.answered")
     with contextlib.suppress(Busy, NotFound):
         _clear(pid, region, token)
@@ -190,16 +192,13 @@ def _read_answer(pid: int, content: bytes) -> dict[str, Any]:
 # -- what is called, and when --------------------------------------------------------------------
 
 
-def find_functions(pid: int) -> tuple[dict[str, int], str]:
+def find_functions(pid: int, vmas: list[Vma]) -> tuple[dict[str, int], str]:
     """Addresses of the functions called inside, and the path of the interpreter.
 
     Unsupported for what is no CPython from 3.8 on.
     """
-    vmas = proc.mappings(pid, with_flags=False)
-    loaded = sorted(
-        libraries(pid, vmas), key=lambda library: "python" not in file_name(library.path)
-    )
-    python = next((library for library in loaded if library.function(OF_PYTHON[1])), None)
+    likely = sorted(vmas, key=lambda vma: "python" not in file_name(vma.path))
+    python = next(filter(lambda it: it.function(OF_PYTHON[1]), libraries(pid, likely)), None)
     if python is None:
         raise Unsupported(
             f"pid {pid} ({proc.stat(pid)[1]}) runs no CPython that lzy could ask",
@@ -213,7 +212,7 @@ def find_functions(pid: int) -> tuple[dict[str, int], str]:
             pid=pid,
         )
     found = _look_up(OF_PYTHON, [python])
-    found |= _look_up(OF_LIBC, [library for library in loaded if _is_libc(library.path)])
+    found |= _look_up(OF_LIBC, list(libraries(pid, [v for v in vmas if _is_libc(v.path)])))
     missing = [name for name in FUNCTIONS if not found.get(name) and name not in _OPTIONAL]
     if missing:
         raise Unsupported(
@@ -347,9 +346,20 @@ class _Visited(Tracee):
 
 @contextlib.contextmanager
 def _visited(pid: int) -> Iterator[_Visited]:
-    """The process with all threads stopped; it runs on when the block is left."""
-    tracee = _Visited(pid)
-    tracee.seize()
+    """The process with all threads stopped; it runs on when the block is left.
+
+    Another lzy that traces it is waited for: it does so for milliseconds.
+    """
+    deadline = time.monotonic() + _TRACED_FOR_S
+    while True:
+        tracee = _Visited(pid)
+        try:
+            tracee.seize()
+            break
+        except (Busy, Unsupported) as error:
+            if "tracer" not in error.facts or time.monotonic() > deadline:
+                raise
+        time.sleep(_POLL_S)
     try:
         yield tracee
     finally:
@@ -367,9 +377,10 @@ def _enter(
 ) -> _Region:
     """Have the process start a thread that runs `text`; where its mailbox is."""
     deadline = time.monotonic() + patience.idle_s
-    vmas = proc.mappings(pid, with_flags=False)
-    restorers = _restorers(pid, vmas)
+    restorers = _restorers(pid, proc.mappings(pid, with_flags=False))
     while True:
+        vmas = proc.mappings(pid, with_flags=False)
+        abandoned = leftovers(pid, vmas)
         with _visited(pid) as tracee:
             leader = tracee.threads[pid]
             try:
@@ -378,6 +389,9 @@ def _enter(
                 if time.monotonic() > deadline:
                     raise
             else:
+                tracee.prepare(arena_bytes=_REGION_BYTES, vmas=vmas)
+                reach("door.prepared")
+                _unmap_abandoned(tracee, abandoned)
                 return _start_thread(tracee, token, text, functions, patience, pauses)
         time.sleep(0.02)  # it had just been woken
 
@@ -440,10 +454,7 @@ def _start_thread(
 ) -> _Region:
     pid = tracee.pid
     leader = tracee.threads[pid]
-    tracee.prepare(arena_bytes=_REGION_BYTES)
-    reach("door.prepared")
     region = _Region(tracee.arena)
-    _unmap_abandoned(tracee)
     calls = [
         *(Call(process.SYS_MPROTECT, (guard, PAGE_BYTES, 0)) for guard in region.guards),
         Call(
@@ -543,9 +554,9 @@ def _hand_pools(
 ) -> None:
     """Tell the visitor, which keeps the GIL and waits, which pools of pymalloc are free."""
     found: list[int] = []
-    version = _read_answer(pid, content).get("python", "").split(".")
-    if version[0] == "3" and int(version[1]) in pools.VERSIONS:
-        with contextlib.suppress(OSError, struct.error):
+    with contextlib.suppress(LzyError, OSError, ValueError):  # it is waiting: hand it none then
+        version = str(_read_answer(pid, content).get("python")).split(".")
+        if version[0] == "3" and int(version[1]) in pools.VERSIONS:
             found = pools.list_free_pools(pid, proc.mappings(pid, with_flags=False), variables)
     table = bytearray(struct.pack(f"<{len(found[:_POOLS_LIMIT]) + 1}Q", *found[:_POOLS_LIMIT], 0))
     with _visited(pid):
@@ -595,8 +606,9 @@ def _clear(pid: int, region: _Region, token: int) -> None:
     """Unmap the region once the visitor's thread is gone, which it is a moment after it is done."""
     deadline = time.monotonic() + _ENDS_WITHIN_S
     while True:
+        vmas = proc.mappings(pid, with_flags=False)
         with _visited(pid) as tracee:
-            tracee.prepare(arena_bytes=PAGE_BYTES)
+            tracee.prepare(arena_bytes=PAGE_BYTES, vmas=vmas)
             _read_state(pid, region, token)
             if _unmap(tracee, region):
                 return
@@ -616,11 +628,15 @@ def _unmap(tracee: Tracee, region: _Region) -> bool:
     return True
 
 
-def _unmap_abandoned(tracee: Tracee) -> None:
+def _unmap_abandoned(tracee: Tracee, starts: list[int]) -> None:
     """Unmap the regions of visits whose lzy has gone; Busy if one of them still waits."""
-    for start in leftovers(tracee.pid):
-        region = _Region(start)
-        head = read_memory(tracee.pid, region.mailbox, door_machine.STATE_BYTES)
+    for region in map(_Region, starts):
+        try:
+            if read_memory(tracee.pid, region.code, len(_CODE)) != _CODE:
+                continue  # its lzy has cleared up since we looked
+            head = read_memory(tracee.pid, region.mailbox, door_machine.STATE_BYTES)
+        except OSError:
+            continue
         asker = door_machine.unpack_state(head).asker
         if asker and asker == _fingerprint(asker & 0xFFFFFFFF):
             raise Busy(
@@ -639,10 +655,10 @@ def _fingerprint(pid: int) -> int:
         return 0
 
 
-def leftovers(pid: int) -> list[int]:
+def leftovers(pid: int, vmas: list[Vma]) -> list[int]:
     """Where regions of visits start: they are known by the code in their last page."""
     found: list[int] = []
-    for vma in proc.mappings(pid, with_flags=False):
+    for vma in vmas:
         if vma.kind == "anonymous" and vma.permissions == "r-xp" and vma.length == PAGE_BYTES:
             with contextlib.suppress(OSError):
                 if read_memory(pid, vma.start, len(_CODE)) == _CODE:

@@ -7,6 +7,7 @@ nothing of the program's where that can be avoided, prints nothing, and catches 
 """
 
 import gc
+import itertools
 import sys
 import time
 
@@ -186,13 +187,9 @@ class Survey:
                 parts = list(thing[::step])  # type: ignore[index]
             else:
                 keys = thing if kind is not dict else thing.items()  # type: ignore[attr-defined]
-                parts = []
-                for number, part in enumerate(keys):  # type: ignore[arg-type]
-                    if not number % step:
-                        parts += part if kind is dict else [part]
-                    if not number & 0xFFFF and time.monotonic() > self.until_s:
-                        self.complete = False
-                        break
+                parts = list(itertools.islice(keys, 0, None, step))  # type: ignore[arg-type]
+                if kind is dict:
+                    parts = [part for pair in parts for part in pair]
             return parts, float(step)
         return gc.get_referents(thing), 1.0
 

@@ -131,7 +131,7 @@ def waiting(wait: str = "read", executable: str = sys.executable) -> Any:
 
 def regions(pid: int) -> int:
     """How many regions of visits are mapped."""
-    return len(door.leftovers(pid))
+    return len(door.leftovers(pid, proc.mappings(pid, with_flags=False)))
 
 
 def assert_as_before(subject: Subject, before: str) -> None:
@@ -601,7 +601,7 @@ def test_free_pools_are_emptied(minor: int) -> None:
         if minor >= 10:  # before, a pool was a page, with the head that tells of it
             assert trimmed.freed_bytes > 20 << 20
             vmas = proc.mappings(subject.pid, with_flags=False)
-            _, path = door.find_functions(subject.pid)
+            _, path = door.find_functions(subject.pid, vmas)
             variables = pools.find_variables(subject.pid, vmas, path)
             assert len(pools.list_free_pools(subject.pid, vmas, variables)) < 50  # it stays done
         for _ in range(3):
@@ -661,7 +661,7 @@ def test_symbols_are_found_as_the_loader_finds_them() -> None:
     """Addresses of functions in our own libraries are those that the loader gives."""
     import ctypes
 
-    found, _ = door.find_functions(os.getpid())
+    found, _ = door.find_functions(os.getpid(), proc.mappings(os.getpid(), with_flags=False))
     for name in ("PyRun_StringFlags", "pthread_create", "malloc_trim", "Py_DecRef"):
         function = getattr(ctypes.pythonapi if name.startswith("Py") else ctypes.CDLL(None), name)
         assert found[name] == ctypes.cast(function, ctypes.c_void_p).value, name

@@ -16,7 +16,7 @@ from .windows import Windows
 _NEAR_WINDOWS = 4  # a fault so little after where a walk has come to belongs to it
 _MOST_WALKS = 8  # that are followed at a time: an expression walks through several arrays at once
 _MOST_AHEAD_BYTES = 16 << 20
-_HELD_BACK_ONE_IN = 16
+_HELD_BACK_ONE_IN = 32
 
 
 class Step(NamedTuple):
@@ -56,6 +56,7 @@ class Course:
     def __init__(self, missing: MissingPages, order: Sequence[int] = ()) -> None:
         self._missing = missing
         self._order = order
+        self._known = frozenset(order)
         self._held_back = set(order[random.randrange(_HELD_BACK_ONE_IN) :: _HELD_BACK_ONE_IN])
         self._walks: list[Walk] = []  # the one that was followed last is last
         self._steps: Iterator[Step] | None = None
@@ -82,6 +83,13 @@ class Course:
         if step is None:
             self._steps = None
         return step
+
+    def is_known(self, window: int) -> bool:
+        """Whether the window at this address of the image is still to come in the order of need.
+
+        To ask for it is no sign of a walk: where that would lead is in the order, too.
+        """
+        return window in self._known
 
     def follow(self, page: int, low: int, high: int, window_bytes: int) -> tuple[int, int]:
         """A fault at `page` had the window [low, high) loaded: go ahead of it if this is a walk.
@@ -112,6 +120,7 @@ class Course:
         for place, window in enumerate(self._order):
             if window not in held_back:
                 yield from self._find_window(windows, window, place + 1)
+        self._known = frozenset()
         address = 0
         while (step := self._find(windows, address, END_OF_ADDRESSES)) is not None:
             address = step.end

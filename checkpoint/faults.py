@@ -361,7 +361,7 @@ class FaultServer:
             high = self._load(context, windows, number, piece, page)
             low = windows.address(number) - shift
             walked = (high, high)
-            if not self._on_demand:
+            if not self._on_demand and not context.course.is_known(windows.address(number)):
                 walked = context.course.follow(page, low, high, windows.length)
             if context.token == MAIN:
                 self._note_need(context, windows, number, walked, shift)

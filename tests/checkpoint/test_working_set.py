@@ -377,9 +377,9 @@ def test_a_known_order_is_brought_in_first(
     process.expect_pager_gone()
     reads = chunks_read(process)
     assert sorted(reads) == list(range(256))
-    held_back = reads[-4:]  # of 64
-    assert reads[:60] == [number for number in order if number not in held_back]
-    assert reads[60:-4] == [number for number in range(256) if number not in order]
+    held_back = reads[-2:]  # of 64
+    assert reads[:62] == [number for number in order if number not in held_back]
+    assert reads[62:-2] == [number for number in range(256) if number not in order]
     assert read_order(process.store, "image") == [window_at(number) for number in order]
     assert process.hear() == b"touched"
     process.channel.say()
@@ -388,7 +388,7 @@ def test_a_known_order_is_brought_in_first(
 
 def test_what_is_asked_for_before_it_came_moves_to_the_front(paged: MakePaged) -> None:
     """New windows join the order, where the stream was when they were asked for."""
-    known = scattered(20, 512, 3)
+    known = scattered(40, 512, 3)
     touched = [number + 2 for number in scattered(5, 400, 4)]
     process = paged(touching(touched), pages=512 * WINDOW_PAGES, holes=False)
     write_order(process.store, "image", [window_at(number) for number in known])
@@ -398,10 +398,10 @@ def test_what_is_asked_for_before_it_came_moves_to_the_front(paged: MakePaged) -
     process.expect_pager_gone()
     learnt = read_order(process.store, "image")
     assert learnt[:5] == [window_at(number) for number in touched]
-    # What was held back and not asked for is dropped, one or two of twenty; the others stay.
+    # What was held back and not asked for is dropped, one or two of forty; the others stay.
     kept = [window_at(number) for number in known]
     assert [window for window in kept if window in learnt] == learnt[5:]
-    assert 18 <= len(learnt) - 5 < 20
+    assert 38 <= len(learnt) - 5 < 40
     process.channel.say()
     process.expect_done()
 

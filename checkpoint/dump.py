@@ -60,7 +60,7 @@ Progress = Callable[[str, int, int], None]
 DOCUMENT_FORMAT = 1
 PAGER_NAME = "lzy-pager"  # as `pager` calls itself
 _PAGER_LEAVES_S = 2.0  # after the last page: the close it injects, and its detaching
-_LITTLE_BYTES = 32 << 20  # so much is stored faster than the indexes of a large store are read
+_LITTLE = 32  # such a part of the memory is stored sooner than it is looked for in the store
 SNAPSHOT_OBJECT_LIMIT_BYTES = 32 << 20  # shared memory up to here is copied while frozen
 
 
@@ -218,7 +218,7 @@ def dump(
                 kept, fresh = plan_increment(base, fresh, windows_of(written, window_pages))
                 writer.keep(base, kept)
             written_bytes = sum(mask.bit_count() for _, mask in fresh) * PAGE_BYTES
-            if base and written_bytes < _LITTLE_BYTES:
+            if base and written_bytes < total // _LITTLE:
                 writer.forgo_known()
             try:
                 with _reporting(progress, "writing", writer, total):

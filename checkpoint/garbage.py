@@ -3,6 +3,10 @@
 Writers hold a shared flock(2) on the store's lock file and the collection an exclusive one, which
 the kernel lets go of however its holder dies. Should a single manifest be unreadable, nothing is
 removed: what it names cannot be known.
+
+A pack of which only some chunks are still named is kept and *hollowed*: the disk blocks of the
+others are freed, while offsets and length stay as manifests have them. So what a store takes is
+what living images need, plus gaps too small to free (below 64 KiB), manifests and indexes.
 """
 
 from __future__ import annotations
@@ -12,13 +16,18 @@ import fcntl
 import os
 from typing import TYPE_CHECKING, NamedTuple
 
-from .errors import Busy
-from .packs import pack_file
+from .errors import Busy, Damaged
+from .image import CHUNK_RECORD
+from .linux.holes import punch_hole
+from .packs import PACK_HEADER_BYTES, pack_file, read_trailer
 from .unavailable import unavailable
 from .working_set import remove_strays
 
 if TYPE_CHECKING:
+    from .image import Image
     from .store import Store
+
+_SMALLEST_HOLE_BYTES = 64 << 10
 
 
 class GarbageReport(NamedTuple):
@@ -29,6 +38,8 @@ class GarbageReport(NamedTuple):
     removed_temporaries: int
     kept_packs: int
     kept_bytes: int
+    hollowed_bytes: int
+    """Disk space freed inside kept packs, in this collection."""
 
 
 def collect_garbage(store: Store) -> GarbageReport:
@@ -45,10 +56,10 @@ def collect_garbage(store: Store) -> GarbageReport:
                 f"store {store.path} is being written",
                 remedy="collect garbage when the dump is over",
             ) from error
-        needed: set[str] = set()
+        needed: dict[str, dict[int, int]] = {}
         for name in store.names():
             with store.load_unchecked(name) as image:
-                needed.update(pack_file(pack) for pack, _ in image.packs)
+                _note_needed(image, needed)
         try:
             return _sweep(store, needed)
         except OSError as error:
@@ -57,13 +68,42 @@ def collect_garbage(store: Store) -> GarbageReport:
         os.close(lock)
 
 
-def _sweep(store: Store, needed: set[str]) -> GarbageReport:
+def _note_needed(image: Image, needed: dict[str, dict[int, int]]) -> None:
+    """Add the chunks of an image to what is needed: {pack file: {offset: length in bytes}}."""
+    packs = [needed.setdefault(pack_file(pack), {}) for pack, _ in image.packs]
+    for _, pack, stored_bytes, offset, _, _ in CHUNK_RECORD.iter_unpack(image.chunk_records):
+        packs[pack][offset] = stored_bytes
+
+
+def _hollow(store: Store, name: str, chunks: dict[int, int]) -> int:
+    """Free what lies between the chunks of a pack; the bytes of disk that this gave back."""
+    descriptor = os.open(name, os.O_RDWR | os.O_CLOEXEC, dir_fd=store.packs)
+    try:
+        before = os.fstat(descriptor).st_blocks
+        _, _, (end, _), _ = read_trailer(descriptor, bytes.fromhex(name.removesuffix(".pack")))
+        position = PACK_HEADER_BYTES
+        for offset, length_bytes in [*sorted(chunks.items()), (end, 0)]:
+            if offset - position >= _SMALLEST_HOLE_BYTES and not punch_hole(
+                descriptor, position, offset - position
+            ):
+                return 0
+            position = max(position, offset + length_bytes)
+        return (before - os.fstat(descriptor).st_blocks) * 512
+    except Damaged:
+        return 0  # `lzy verify` is for that
+    finally:
+        os.close(descriptor)
+
+
+def _sweep(store: Store, needed: dict[str, dict[int, int]]) -> GarbageReport:
     removed_packs = removed_bytes = removed_temporaries = kept_packs = kept_bytes = 0
+    hollowed_bytes = 0
     for name in os.listdir(store.packs):
         length_bytes = os.stat(name, dir_fd=store.packs, follow_symlinks=False).st_size
         if name in needed:
             kept_packs += 1
             kept_bytes += length_bytes
+            hollowed_bytes += _hollow(store, name, needed[name])
         elif name.endswith(".pack"):
             os.unlink(name, dir_fd=store.packs)
             removed_packs += 1
@@ -77,4 +117,6 @@ def _sweep(store: Store, needed: set[str]) -> GarbageReport:
     removed_temporaries += remove_strays(store.path, store.names())
     os.fsync(store.packs)
     os.fsync(store.temporary)
-    return GarbageReport(removed_packs, removed_bytes, removed_temporaries, kept_packs, kept_bytes)
+    return GarbageReport(
+        removed_packs, removed_bytes, removed_temporaries, kept_packs, kept_bytes, hollowed_bytes
+    )

@@ -32,6 +32,7 @@ _MOST_BUFFERS = 512  # below IOV_MAX (1024) of writev(2)
 _MAGIC = b"LZYPACK\n"
 _END = b"LZYPKEND"
 _HEADER = struct.Struct("<8sII16s")
+PACK_HEADER_BYTES = _HEADER.size
 _RECORD = struct.Struct("<IIII")
 _TRAILER = struct.Struct("<8sII16sQII32s")
 _MAC_BYTES = 32

@@ -74,6 +74,7 @@ def gc(store: str | None, as_json: bool) -> None:
             {
                 "removed_bytes": report.removed_bytes,
                 "removed_packs": report.removed_packs,
+                "hollowed_bytes": report.hollowed_bytes,
                 "removed_temporaries": report.removed_temporaries,
                 "kept_bytes": report.kept_bytes,
                 "kept_packs": report.kept_packs,
@@ -81,4 +82,7 @@ def gc(store: str | None, as_json: bool) -> None:
         )
         return
     packs = count(report.removed_packs, "pack")
-    say([f"gave back {size(report.removed_bytes)} ({packs}); {size(report.kept_bytes)} in use"])
+    given = f"gave back {size(report.removed_bytes)} ({packs})"
+    if report.hollowed_bytes:
+        given += f" and {size(report.hollowed_bytes)} inside packs"
+    say([f"{given}; {size(report.kept_bytes)} in use"])

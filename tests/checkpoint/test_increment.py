@@ -149,6 +149,43 @@ def test_windows_in_too_many_pieces_are_stored_anew(store: Store) -> None:
             assert read_space(image, len(content)) == content
 
 
+def test_garbage_inside_packs_is_given_back(store: Store) -> None:
+    """Of the first image a few pages are still needed: the disk keeps little more than those."""
+    content = bytearray(random.Random(1).randbytes(PAGES * PAGE_BYTES * 8))
+    windows = Memory(content).windows(64)
+    with store.writer("a", window_pages=64, workers=1) as writer:
+        writer.add_space(Memory(content), windows, space=0)
+        writer.commit({})
+    half = len(windows) // 2
+    changed = random.Random(2).randbytes(len(content))
+    mixed = Memory(changed[: half * 64 * PAGE_BYTES] + content[half * 64 * PAGE_BYTES :])
+    with store.load("a") as image, store.writer("b", window_pages=64, workers=1) as writer:
+        writer.keep(image, windows[half:])
+        writer.add_space(mixed, windows[:half], space=0)
+        writer.commit({})
+    store.remove("a")
+    needed = sum(mask.bit_count() for _, mask in windows) * PAGE_BYTES
+
+    def on_disk() -> int:
+        return sum(pack.stat().st_blocks * 512 for pack in (store.path / "packs").iterdir())
+
+    before = on_disk()
+    report = store.collect_garbage()
+    assert report.removed_packs == 0
+    assert report.hollowed_bytes == before - on_disk() > needed / 4
+    assert on_disk() < needed + (64 << 10) * len(windows) // 8 + (64 << 10)
+    assert store.collect_garbage().hollowed_bytes == 0
+    store.verify("b")
+    with store.load("b") as image:
+        assert read_space(image, len(content)) == bytes(mixed.content)
+    with store.writer("c", window_pages=64) as writer:  # what was given back is stored anew
+        writer.add_space(Memory(content), windows, space=0)
+        writer.commit({})
+    store.verify("c")
+    with store.load("c") as image:
+        assert read_space(image, len(content)) == content
+
+
 def test_a_damaged_piece_is_found(store: Store) -> None:
     """A patchwork is as authentic as its chunks: a flipped bit in any of them is Damaged."""
     content = bytearray(random.Random(1).randbytes(WINDOW_PAGES * PAGE_BYTES))

@@ -9,7 +9,7 @@ The arenas are found without symbols, by what they are: an array of `struct aren
 variable of the interpreter points, every list of free pools in it being what the arena says it is.
 All is read from outside, while a thread of ours holds the GIL, without which nobody allocates.
 
-Sources: Objects/obmalloc.c and Include/internal/pycore_obmalloc.h of CPython 3.10 to 3.14 (pools
+Sources: Objects/obmalloc.c and Include/internal/pycore_obmalloc.h of CPython 3.10 to 3.13 (pools
 were single pages before).
 """
 
@@ -25,7 +25,7 @@ from .proc import Vma
 ARENA_BYTES: Final = 1 << 20
 POOL_BYTES: Final = 16384
 UNUSED: Final = 0xFFFF  # DUMMY_SIZE_IDX: the size class of a pool that was never used
-VERSIONS: Final = range(10, 15)  # of Python 3: those whose allocator is as described here
+VERSIONS: Final = range(10, 14)  # of Python 3: those with which this was tried
 _ARENA: Final = struct.Struct("<QQIIQQQ")  # address, pool_address, nfreepools, ntotalpools,
 # freepools, nextarena, prevarena
 _POOL: Final = struct.Struct("<QQQQIIII")  # count, freeblock, nextpool, prevpool, arenaindex,

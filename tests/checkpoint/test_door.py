@@ -598,7 +598,7 @@ def test_free_pools_are_emptied(minor: int) -> None:
     """Where single objects keep arenas, their free pools go; the allocator uses them again."""
     with living("", command=[interpreter(minor), "-I", "-S", "-c", PRELUDE + HOLES]) as subject:
         trimmed = belongings.trim(subject.pid)
-        if minor >= 10:  # before, a pool was a page, with the head that tells of it
+        if minor in pools.VERSIONS:  # before, a pool was a page, with the head that tells of it
             assert trimmed.freed_bytes > 20 << 20
             vmas = proc.mappings(subject.pid, with_flags=False)
             _, path = door.find_functions(subject.pid, vmas)

@@ -44,7 +44,7 @@ from typing import Any, Final, NamedTuple
 
 from . import door_machine, machine, pools, proc
 from .door_machine import FUNCTIONS, OF_LIBC, OF_PYTHON, Stacks
-from .errors import Busy, KernelError, LzyError, NotFound, Unsupported
+from .errors import AccessDenied, Busy, KernelError, LzyError, NotFound, Unsupported
 from .linux import PAGE_BYTES, memory, process, ptrace
 from .linux.visit import WAITS, holds_signal_frame, is_condition_wait
 from .machine import Call
@@ -351,6 +351,7 @@ def _visited(pid: int) -> Iterator[_Visited]:
     Another lzy that traces it is waited for: it does so for milliseconds.
     """
     deadline = time.monotonic() + _TRACED_FOR_S
+    denials = 0
     while True:
         tracee = _Visited(pid)
         try:
@@ -358,6 +359,10 @@ def _visited(pid: int) -> Iterator[_Visited]:
             break
         except (Busy, Unsupported) as error:
             if "tracer" not in error.facts or time.monotonic() > deadline:
+                raise
+        except AccessDenied:  # or the other has let go of it before we could see who it was
+            denials += 1
+            if denials > 3:
                 raise
         time.sleep(_POLL_S)
     try:

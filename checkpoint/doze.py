@@ -23,12 +23,13 @@ from typing import TYPE_CHECKING, NamedTuple
 from . import proc, tracking
 from .content import own_page_ranges, windows_of
 from .dump import dump
-from .errors import Busy, LzyError, NotFound, Unsupported
+from .errors import Busy, KernelError, LzyError, NotFound, Unsupported
 from .home import run_directory
 from .inject import close_descriptor
 from .journal import is_held, journal_path, read_status, rouse
 from .linux import PAGE_BYTES, memory, process, uffd
 from .linux.detached import take_descriptor
+from .machine import Call
 from .pager import PagerStart, Plan, begin_pager
 from .pages import present_pages
 from .proc import Vma
@@ -103,9 +104,11 @@ def doze(
         for part in _slices(planned, fit):
             try:
                 released, frozen_s = _drop(pid, account.number, number, part, image)
-            except _LayoutChanged:
+            except BaseException as error:
                 # Nothing below may be heard of now: it could grow to where the pager is mistaken.
                 rouse(journal_path(run_directory(), pid))
+                if not isinstance(error, _LayoutChanged):
+                    raise
                 taken.notes.append("it changed its mappings meanwhile: its memory comes back")
                 break
             dropped += released
@@ -317,7 +320,12 @@ def _drop(pid: int, account: int, number: int, part: _Slice, image: Image) -> tu
         if not vmas:
             return 0, time.monotonic() - frozen_at
         tracee.prepare(arena_bytes=(len(clean) + 4 * len(vmas) + 8) * 192 + 65536)
+        leader = tracee.threads[pid]
+        asked = Call(process.SYS_PRCTL, (process.PR_GET_THP_DISABLE, 0, 0, 0, 0))
+        no_huge_pages = tracee.run_one(leader, asked)
         batch = tracee.batch()
+        # Else khugepaged might fill in what is dropped, before anybody hears of it.
+        batch.call(process.SYS_PRCTL, process.PR_SET_THP_DISABLE, 1)
         spans = [(vma.start, vma.end - vma.start) for vma in vmas]
         ranges = [batch.put(uffd.pack_range(*span)) for span in spans]
         wishes = [batch.put(uffd.pack_register(*span)) for span in spans]
@@ -331,7 +339,13 @@ def _drop(pid: int, account: int, number: int, part: _Slice, image: Image) -> tu
             batch.call(process.SYS_IOCTL, number, uffd.UFFDIO_REGISTER, wish, tolerate=True)
             for wish in wishes
         ]
-        tracee.run(tracee.threads[pid], batch)
+        batch.call(process.SYS_PRCTL, process.PR_SET_THP_DISABLE, no_huge_pages, tolerate=True)
+        try:
+            tracee.run(leader, batch)
+        except KernelError:  # one of the trials failed, and nothing was dropped
+            back = Call(process.SYS_PRCTL, (process.PR_SET_THP_DISABLE, no_huge_pages, 0, 0, 0))
+            tracee.run_one(leader, back)
+            raise
         for vma, index in zip(vmas, registered, strict=True):
             if batch.results[index] < 0:
                 _write_back(pid, image, _within(clean, [(vma.start, vma.end)]))

@@ -155,7 +155,7 @@ def test_killed_at_any_moment(start: Start, lzy: CommandLine, nothing_left_behin
         if ended:
             break
         kills += 1
-        delay_s += 0.05
+        delay_s *= 1.3
         assert program.ask("ping") == "pong"
         if kills % 3 == 0:
             program.prove()

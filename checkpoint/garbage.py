@@ -14,9 +14,10 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
-from .errors import Busy, Damaged
+from .errors import Busy, Damaged, NotFound
 from .image import CHUNK_RECORD
 from .linux.holes import punch_hole
 from .packs import PACK_HEADER_BYTES, pack_file, read_trailer
@@ -81,18 +82,46 @@ def _hollow(store: Store, name: str, chunks: dict[int, int]) -> int:
     try:
         before = os.fstat(descriptor).st_blocks
         _, _, (end, _), _ = read_trailer(descriptor, bytes.fromhex(name.removesuffix(".pack")))
-        position = PACK_HEADER_BYTES
-        for offset, length_bytes in [*sorted(chunks.items()), (end, 0)]:
-            if offset - position >= _SMALLEST_HOLE_BYTES and not punch_hole(
-                descriptor, position, offset - position
-            ):
+        for position, length_bytes in _gaps(chunks, end):
+            if not punch_hole(descriptor, position, length_bytes):
                 return 0
-            position = max(position, offset + length_bytes)
         return (before - os.fstat(descriptor).st_blocks) * 512
     except Damaged:
         return 0  # `lzy verify` is for that
     finally:
         os.close(descriptor)
+
+
+def _gaps(chunks: dict[int, int], end: int) -> Iterator[tuple[int, int]]:
+    """(offset, length in bytes) of what lies between the chunks of a pack, where it is worth it."""
+    position = PACK_HEADER_BYTES
+    for offset, length_bytes in [*sorted(chunks.items()), (end, 0)]:
+        if offset - position >= _SMALLEST_HOLE_BYTES:
+            yield position, offset - position
+        position = max(position, offset + length_bytes)
+
+
+def measure_garbage(store: Store, without: Collection[str] = ()) -> int:
+    """How many bytes a collection would give back, about, were the images `without` removed.
+
+    Raises Damaged when a manifest cannot be trusted, as the collection does.
+    """
+    needed: dict[str, dict[int, int]] = {}
+    for name in store.names():
+        if name not in without:
+            with contextlib.suppress(NotFound), store.load_unchecked(name) as image:
+                _note_needed(image, needed)
+    found = 0
+    for name in os.listdir(store.packs):
+        if not name.endswith(".pack"):
+            continue
+        status = os.stat(name, dir_fd=store.packs, follow_symlinks=False)
+        if name in needed:
+            gaps = sum(length_bytes for _, length_bytes in _gaps(needed[name], status.st_size))
+            found += max(status.st_blocks * 512 - (status.st_size - gaps), 0) if gaps else 0
+        else:
+            found += status.st_size
+    return found
 
 
 def _sweep(store: Store, needed: dict[str, dict[int, int]]) -> GarbageReport:

@@ -1,14 +1,12 @@
-"""Thinning out a session: which checkpoints to keep, and what the others would give back."""
+"""Thinning out a session: which checkpoints to keep, and which must stay."""
 
 from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from .errors import NotFound
-from .packs import pack_file
 from .pager import who_waits
 
 if TYPE_CHECKING:
@@ -67,21 +65,3 @@ def is_in_use(store: Store, image: str) -> bool:
     finally:
         os.close(descriptor)
     return bool(who_waits(store.path, image))
-
-
-def unneeded_bytes(store: Store, without: Collection[str] = ()) -> int:
-    """How much a collection would give back were the images `without` removed."""
-    needed: set[str] = set()
-    for name in store.names():
-        if name in without:
-            continue
-        try:
-            with store.load_unchecked(name) as image:
-                needed.update(pack_file(pack) for pack, _ in image.packs)
-        except NotFound:
-            continue
-    found = 0
-    for file in os.listdir(store.packs):
-        if file.endswith(".pack") and file not in needed:
-            found += os.stat(file, dir_fd=store.packs, follow_symlinks=False).st_size
-    return found

@@ -61,9 +61,10 @@ def forget(
     them).
     """
     from ..checkpoint.errors import Busy, NotFound
+    from ..checkpoint.garbage import measure_garbage
     from ..checkpoint.history import has_number
     from ..checkpoint.log import read_log
-    from ..checkpoint.retention import choose_kept, is_in_use, unneeded_bytes
+    from ..checkpoint.retention import choose_kept, is_in_use
 
     if not (keep_last or keep_hourly or keep_daily):
         raise click.UsageError("Say what to keep: --keep-last, --keep-hourly or --keep-daily.")
@@ -98,7 +99,7 @@ def forget(
         else:
             removed.append(entry)
     gone = {entry.image for entry in removed}
-    freed_bytes = _collect(opened) if collect else unneeded_bytes(opened, gone)
+    freed_bytes = _collect(opened) if collect else measure_garbage(opened, gone)
     if as_json:
         say_json(
             {
@@ -119,13 +120,14 @@ def forget(
     if collect:
         say([f"gave back {size(freed_bytes)}"])
     elif dry_run:
-        say([f"nothing was removed; `lzy gc` would then give back {size(freed_bytes)}"])
+        say([f"nothing was removed; `lzy gc` would then give back about {size(freed_bytes)}"])
     else:
-        say([f"`lzy gc` would give back {size(freed_bytes)}"])
+        say([f"`lzy gc` would give back about {size(freed_bytes)}"])
 
 
 def _collect(store: Store) -> int:
-    return store.collect_garbage().removed_bytes
+    report = store.collect_garbage()
+    return report.removed_bytes + report.hollowed_bytes
 
 
 def _describe(

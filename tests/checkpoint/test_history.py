@@ -21,6 +21,7 @@ from lzy.checkpoint import history, lineage, retention
 from lzy.checkpoint.compare import compare_images
 from lzy.checkpoint.content import FilePages, windows_of
 from lzy.checkpoint.errors import Busy, LzyError, NotFound
+from lzy.checkpoint.garbage import measure_garbage
 from lzy.checkpoint.image import Image
 from lzy.checkpoint.log import Checkpoint, ancestors, read_log
 from lzy.checkpoint.retention import choose_kept
@@ -412,15 +413,15 @@ def test_what_a_collection_would_give_back(store: Store) -> None:
     """The estimate is what the collection then does; an image in use is known as such."""
     fill(store, "calm", {0: b"a" * PAGE})
     fill(store, "calm@2", {0: b"b" * PAGE})
-    assert retention.unneeded_bytes(store) == 0
+    assert measure_garbage(store) == 0
     with store.load("calm"):
         assert retention.is_in_use(store, "calm")
     assert not retention.is_in_use(store, "calm")
     assert not retention.is_in_use(store, "gone")
-    expected = retention.unneeded_bytes(store, {"calm"})
+    expected = measure_garbage(store, {"calm"})
     assert expected > 0
     store.remove("calm")
-    assert retention.unneeded_bytes(store) == expected
+    assert measure_garbage(store) == expected
     assert store.collect_garbage().removed_bytes == expected
 
 

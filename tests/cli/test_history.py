@@ -437,7 +437,9 @@ def test_forget_keeps_what_is_said(cli: Commands, program: Program) -> None:
         done = cli.succeed("forget", *options)
     assert done["removed"] == ["calm@3", "calm@1"]
     assert {"name": "calm@2", "reasons": ["in use"]} in done["kept"]
-    assert cli.succeed("gc")["removed_bytes"] == done["garbage_bytes"]
+    collected = cli.succeed("gc")
+    given_back = collected["removed_bytes"] + collected["hollowed_bytes"]
+    assert abs(done["garbage_bytes"] - given_back) < 64 << 10
     assert cli.succeed("forget", "calm", "--keep-last", "1", "--gc")["collected"] is True
     assert [number for number, _ in cli.log("calm")] == [5]
     assert cli.succeed("verify", "calm")["image"] == "calm@5"

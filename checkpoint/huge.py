@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from . import proc
@@ -19,19 +19,20 @@ from .linux import memory
 from .linux.hugepages import HUGE_PAGE_BYTES, collapse
 
 _SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+_MOST_REFUSED = 8  # one after the other: memory that cannot be huge
 _GIVE_UP = (errno.EPERM, errno.ESRCH, errno.ENOSYS, errno.ENOMEM)
 
 
-def restore_huge_pages(pid: int, pidfd: int, wanted: Callable[[], bool] = lambda: True) -> int:
+def restore_huge_pages(pid: int, pidfd: int) -> int:
     """Collapse every range of 2 MiB that is all there and may be huge; how many it were.
 
     One at a time with as long a pause behind it, for the process cannot fault or map while the
-    kernel copies one. Ends early when `wanted` says no or the kernel refuses. Raises nothing.
+    kernel copies one. Ends early when the kernel refuses again and again. Raises nothing.
     """
     collapsed = refused = 0
     try:
         for start in _whole_ranges(pid):
-            if not wanted() or refused > 8:
+            if refused > _MOST_REFUSED:
                 break
             began = time.monotonic()
             try:

@@ -394,7 +394,10 @@ def test_store_that_is_no_store(start: Start, lzy: CommandLine, tmp_path: Path) 
 
 
 def damage(path: Path, how: str) -> None:
-    """Change one byte in the middle, cut off the end, or take the file away."""
+    """Change some bytes in the middle, cut off the end, or take the file away.
+
+    Not a single bit: a zstd frame has some that change nothing of what it decodes to.
+    """
     path.chmod(0o600)
     content = bytearray(path.read_bytes())
     if how == "gone":
@@ -403,7 +406,8 @@ def damage(path: Path, how: str) -> None:
     if how == "cut":
         del content[len(content) * 2 // 3 :]
     else:
-        content[len(content) // 2] ^= 0x40
+        middle = len(content) // 2
+        content[middle : middle + 16] = bytes(byte ^ 0x5A for byte in content[middle : middle + 16])
     path.write_bytes(content)
 
 

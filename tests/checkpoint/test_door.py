@@ -431,7 +431,7 @@ def test_lzy_killed_at_a_stage(stage: str, monkeypatch: pytest.MonkeyPatch) -> N
         before = subject.ask("tell")
         assert subject.ask("make") == "made"
         monkeypatch.setattr(stages, "_KILL_AT", stage)
-        patience = Patience(idle_s=5, list_s=0.05)
+        patience = Patience(idle_s=5, list_s=5)  # so that its list is in time
         status = in_child(lambda: trim_and_list(subject.pid, patience) and None)
         assert os.WIFSIGNALED(status)
         assert os.WTERMSIG(status) == signal.SIGKILL
@@ -487,7 +487,7 @@ def test_a_process_killed_in_the_midst() -> None:
         await_threads(subject, 2)
         killer = threading.Timer(0.3, lambda: os.kill(subject.pid, signal.SIGKILL))
         killer.start()
-        with pytest.raises(NotFound, match="ended"):
+        with pytest.raises(NotFound, match=r"ended|no process has pid"):
             trim_and_list(subject.pid, Patience(5, begin_s=20))
         killer.join()
 

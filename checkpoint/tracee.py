@@ -192,7 +192,12 @@ class Tracee:
                 return False
             if tid != self.pid and not os.path.exists(f"/proc/{self.pid}/task/{tid}"):
                 return False
-            state = proc.stat(self.pid, tid)[2]
+            try:
+                state = proc.stat(self.pid, tid)[2]
+            except NotFound:
+                if tid == self.pid:
+                    raise
+                return False  # it ended just now
             if state == "Z":  # a main thread that ended stays listed as long as others live
                 self._dead.add(tid)
                 return False

@@ -49,6 +49,7 @@ from .resources.kind import all_kinds
 from .stages import reach
 from .tracee import Tracee, traced_by
 from .unfinished import close_unfinished
+from .working_set import inherit_order, order_windows, read_order, seed_order
 
 if TYPE_CHECKING:
     from .image import Image
@@ -218,6 +219,9 @@ def dump(
                 kept, fresh = plan_increment(base, fresh, windows_of(written, window_pages))
                 writer.keep(base, kept)
             written_bytes = sum(mask.bit_count() for _, mask in fresh) * PAGE_BYTES
+            parent = session["parent"]
+            if not base and parent:  # all of it: as the next wake is thought to need it
+                fresh = order_windows(fresh, read_order(store.path, parent))
             if base and written_bytes < total // _LITTLE:
                 writer.forgo_known()
             try:
@@ -249,6 +253,10 @@ def dump(
             }
             summary = writer.commit(document, progress)
             committed = True
+            if parent:
+                inherit_order(store, parent, summary.name)
+            if base and written is not None:
+                seed_order(store, summary.name, [address for address, _ in fresh])
             reach("dump.committed")
             if leave_running and track and number >= 0:
                 tracking.remember(

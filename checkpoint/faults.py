@@ -49,7 +49,7 @@ _REST_S = 1.0  # the same of one that has nothing to do but to answer
 _DOZE_BYTES = 16 * PAGE_BYTES  # what a fault brings in where only what is touched is wanted
 _LINGER_S = 50e-6  # a fault is often followed by another: so long nothing else is begun
 _AHEAD_BYTES = 4 << 20  # read, authenticated and not yet installed, at most
-_MOST_READERS = 2  # docs/pager.md has the measurements
+_MOST_READERS = 2  # the pager itself wants a core, and two read as fast as it installs
 
 
 class FaultServer:

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parent))
-from deeds import DEEDS, write
+from deeds import BASE, DEEDS, write
 
 from lzy.checkpoint import proc, tracking
 from lzy.checkpoint.content import own_page_ranges
@@ -27,6 +27,7 @@ from lzy.checkpoint.linux import PAGE_BYTES
 from lzy.checkpoint.pages import present_pages
 from lzy.checkpoint.store import Store
 from lzy.checkpoint.tracee import stopped
+from lzy.checkpoint.working_set import read_order, write_order
 
 ZERO_PAGE = bytes(PAGE_BYTES)
 EXAMPLES = int(os.environ.get("LZY_TEST_EXAMPLES", "12"))
@@ -215,3 +216,18 @@ def test_an_account_can_be_ended(subject: Subject) -> None:
     subject.do(write, 4)
     assert subject.checkpoint().base is None
     assert subject.checkpoint().base is not None
+
+
+def test_what_was_written_last_is_needed_first(subject: Subject) -> None:
+    """A checkpoint hands on which memory a wake needs, and adds what was written since the last."""
+    subject.checkpoint()
+    write_order(subject.store.path, "it", [BASE + 64 * PAGE_BYTES, BASE])
+    subject.do(write, 3)
+    report = subject.checkpoint()
+    order = read_order(subject.store.path, report.image)
+    assert order[:2] == read_order(subject.store.path, "it")
+    assert len(order) > 2
+    with subject.store.load(report.image) as image:
+        first, last = image.space_extent(0)
+        places = {image.run(index)[0] for index in range(first, last)}
+    assert places.issuperset(order[2:])

@@ -228,7 +228,7 @@ def test_a_damaged_image_is_told_and_refused(lzy: Run, program: Program, tmp_pat
     """A changed byte: the list says so, restoring and verifying are refused with status 6."""
     for name in ("sound", "spoilt"):
         assert lzy("dump", str(program.pid), "--leave-running", "--name", name).returncode == 0
-    (manifest,) = (tmp_path / "home" / "store").rglob("spoilt*")
+    (manifest,) = (tmp_path / "home" / "store").rglob("spoilt*.image")
     content = bytearray(manifest.read_bytes())
     content[40] ^= 1
     manifest.write_bytes(content)

@@ -408,7 +408,7 @@ def _create(path: Path) -> None:
     folder with a configuration is a whole store, and one without is not looked at.
     """
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    own = {"secret", "config.json", "lock", "images", "packs", "tmp"}
+    own = {"secret", "config.json", "lock", "images", "packs", "tmp", "hints"}
     strangers = [name for name in os.listdir(path) if name not in own]
     if strangers:
         raise NotFound(

@@ -140,7 +140,7 @@ def dump(
     snapshot = 0
     objects = Objects()
     pidfd = os.pidfd_open(pid)
-    number, committed = -1, False
+    number, inode, committed = -1, 0, False
     account = tracking.find_account(pid)
     base = _open_base(account, store, window_pages)
     try:
@@ -162,9 +162,12 @@ def dump(
                 timers = proc.posix_timers(pid)
                 threads = interrogate.describe_threads(tracee)
                 own = interrogate.describe_process(tracee, timers)
+                if tracking.find_account(pid) != account:  # another dump came in between
+                    account = None
                 number = account.number if account else -1
                 if leave_running and track and not account:
                     number = _open_account(tracee, notes)
+                inode = tracking.find_inode(pid, number)
                 tracee.unmap_arena()
                 reach("dump.asked")
 
@@ -183,8 +186,10 @@ def dump(
                     reach("dump.tracked")
                     if proc.read_bytes(pid, "maps") != now:  # what is new was joined to the old
                         vmas = proc.mappings(pid)
-                elif base:
+                elif account:
                     written = tracking.written_ranges(pid, vmas)
+                if not account:
+                    written = None
                 mappings = Mappings(pid, vmas)
                 mappings.take_objects(objects)
                 own["exe_object"] = _take_deleted_executable(pid, objects)
@@ -261,7 +266,13 @@ def dump(
             if leave_running and track and number >= 0:
                 tracking.remember(
                     tracking.Account(
-                        pid, own_start, proc.boot_id(), number, str(store.path), summary.name
+                        pid,
+                        own_start,
+                        proc.boot_id(),
+                        number,
+                        inode,
+                        str(store.path),
+                        summary.name,
                     )
                 )
 
@@ -297,7 +308,7 @@ def dump(
             if snapshot:
                 _end_snapshot(pid, own_start, snapshot)
             if number >= 0 and not account and not committed:
-                _end_account(pid, number)
+                _end_account(pid, number, inode)
             os.close(pidfd)
     return DumpReport(
         image=summary.name,
@@ -309,7 +320,7 @@ def dump(
         threads=len(threads),
         left_running=leave_running,
         snapshot=bool(snapshot),
-        base=base.name if base else None,
+        base=base.name if base and written is not None else None,
         written_bytes=written_bytes,
         notes=notes,
     )
@@ -537,11 +548,12 @@ def _begin_account(
         return None
 
 
-def _end_account(pid: int, number: int) -> None:
+def _end_account(pid: int, number: int, inode: int) -> None:
     """Take the descriptor of an account that is good for nothing out of the running process."""
     tracking.withdraw(pid)
     with contextlib.suppress(LzyError, OSError):
-        close_descriptor(pid, number)
+        if tracking.find_inode(pid, number) == inode:
+            close_descriptor(pid, number)
 
 
 def _split(tracee: Tracee) -> tuple[int, str]:

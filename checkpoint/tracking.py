@@ -37,13 +37,15 @@ Range = tuple[int, int]
 class Account(NamedTuple):
     """An account that stands: since image `image` of `store` was taken of the process.
 
-    `number` is the userfaultfd's descriptor number in the process.
+    `number` is the userfaultfd's descriptor number in the process, `inode` what tells it from any
+    other that comes to have that number: of another dump, or of one with another LZY_HOME.
     """
 
     pid: int
     start_time: int  # clock ticks after boot
     boot_id: str
     number: int
+    inode: int
     store: str
     image: str
 
@@ -58,7 +60,7 @@ def find_account(pid: int) -> Account | None:
         alive = proc.start_time(pid) == account.start_time and proc.boot_id() == account.boot_id
     except LzyError:
         return None
-    return account if alive and _is_ours(pid, account.number) else None
+    return account if alive and _is_ours(pid, account.number, account.inode) else None
 
 
 def remember(account: Account) -> None:
@@ -146,14 +148,19 @@ def open_account(tracee: Tracee) -> int:
 
     The highest free number that its table has room for: to enlarge a table that threads share, the
     kernel takes a grace period (10 ms). All is done by one list of calls that the process makes by
-    itself, so that we cannot die in between and leave a descriptor that nobody would know.
+    itself, so that we cannot die in between and leave a descriptor that nobody would know. Accounts
+    that others keep of it end: beginning ours would make theirs miss what was written before.
     Precondition: an arena is mapped. Raises KernelError when this kernel keeps no accounts.
     """
     used = set(map(int, os.listdir(f"/proc/{tracee.pid}/fd")))
+    others = [number for number in used if find_inode(tracee.pid, number)]
+    used.difference_update(others)
     lowest = next(n for n in range(len(used) + 1) if n not in used)
     most = min(int(proc.status(tracee.pid)["FDSize"]), proc.limits(tracee.pid)[7][0])
     number = next((n for n in range(most - 1, lowest, -1) if n not in used), lowest)
     batch = tracee.batch()
+    for other in others:
+        batch.call(process.SYS_CLOSE, other)
     batch.call(process.SYS_USERFAULTFD, os.O_CLOEXEC | os.O_NONBLOCK, what="userfaultfd")
     request = batch.put(uffd.pack_api(uffd.ACCOUNT_FEATURES))
     batch.call(process.SYS_IOCTL, lowest, uffd.UFFDIO_API, request, what="UFFDIO_API")
@@ -201,10 +208,16 @@ def end_account(tracee: Tracee, number: int) -> None:
     tracee.run_one(tracee.threads[tracee.pid], Call(process.SYS_CLOSE, (number,)))
 
 
-def _is_ours(pid: int, number: int) -> bool:
+def find_inode(pid: int, number: int) -> int:
+    """What tells an account's descriptor from others of its number; 0 if there is none there."""
     with contextlib.suppress(OSError):
-        return uffd.keeps_account(Path(f"/proc/{pid}/fdinfo/{number}").read_text())
-    return False
+        if uffd.keeps_account(Path(f"/proc/{pid}/fdinfo/{number}").read_text()):
+            return os.stat(f"/proc/{pid}/fd/{number}").st_ino
+    return 0
+
+
+def _is_ours(pid: int, number: int, inode: int) -> bool:
+    return inode != 0 and find_inode(pid, number) == inode
 
 
 def _record(pid: int) -> Path:

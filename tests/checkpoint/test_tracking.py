@@ -231,3 +231,42 @@ def test_what_was_written_last_is_needed_first(subject: Subject) -> None:
         first, last = image.space_extent(0)
         places = {image.run(index)[0] for index in range(first, last)}
     assert places.issuperset(order[2:])
+
+
+def test_two_homes_do_not_mislead_each_other(
+    subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another lzy, with another LZY_HOME, begins an account: ours is not relied on any more."""
+    subject.checkpoint()
+    subject.do(write, 1)
+    home = os.environ["LZY_HOME"]
+    monkeypatch.setenv("LZY_HOME", str(tmp_path / "elsewhere"))
+    with Store.open(tmp_path / "other", create=True) as other:
+        dump(subject.pid, other, name="there", leave_running=True)
+    monkeypatch.setenv("LZY_HOME", home)
+    subject.do(write, 2)
+    assert subject.checkpoint().base is None
+
+
+def test_a_dump_between_two_looks_at_the_account(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another dump comes after ours has found its base, before the process stands still."""
+    subject.checkpoint()
+    subject.do(write, 1)
+    find, found = tracking.find_account, []
+
+    def find_then_dump(pid: int) -> tracking.Account | None:
+        account = find(pid)
+        if not found:
+            found.append(account)
+            dump(subject.pid, subject.store, name="between", leave_running=True)
+            subject.do(write, 2)
+        return account
+
+    monkeypatch.setattr(tracking, "find_account", find_then_dump)
+    report = dump(subject.pid, subject.store, name="after", leave_running=True)
+    assert found[0] is not None
+    assert report.base is None
+    with subject.store.load("after") as image:
+        subject.compare(image)

@@ -103,13 +103,16 @@ def doze(
         total = sum(end - start for start, end in planned)
         for part in _slices(planned, fit):
             try:
-                released, frozen_s = _drop(pid, account.number, number, part, image)
+                released, frozen_s = _drop(pid, account, number, part, image)
             except BaseException as error:
                 # Nothing below may be heard of now: it could grow to where the pager is mistaken.
-                rouse(journal_path(run_directory(), pid))
+                with contextlib.suppress(NotFound):  # who dumped it meanwhile has had it roused
+                    rouse(journal_path(run_directory(), pid))
                 if not isinstance(error, _LayoutChanged):
                     raise
-                taken.notes.append("it changed its mappings meanwhile: its memory comes back")
+                taken.notes.append(
+                    "it was dumped or remapped meanwhile: its memory comes back"
+                )
                 break
             dropped += released
             freeze_s = max(freeze_s, frozen_s)
@@ -188,6 +191,12 @@ def _prepare(
     """
     frozen_at = time.monotonic()
     with stopped(pid) as tracee:
+        if tracking.find_account(pid) != account:
+            raise Busy(
+                f"another dump of pid {pid} came in between, so it did not go to doze",
+                remedy="try again",
+                pid=pid,
+            )
         vmas = [vma for vma in proc.mappings(pid) if _is_fit(vma)]
         planned = _unwritten(pid, vmas)
         if not planned:
@@ -272,7 +281,7 @@ def _open_descriptors(tracee: Tracee) -> tuple[int, tuple[int, int]]:
 
 
 class _LayoutChanged(Exception):
-    """A mapping that was planned for is gone, or another one."""
+    """A mapping that was planned for is gone, or another one; or the account is another."""
 
 
 class _Slice(NamedTuple):
@@ -298,7 +307,9 @@ def _slices(ranges: list[Range], fit: list[Range]) -> Iterator[_Slice]:
     yield _Slice(part[::-1], _within(fit, [(0, high)]))
 
 
-def _drop(pid: int, account: int, number: int, part: _Slice, image: Image) -> tuple[int, float]:
+def _drop(
+    pid: int, account: tracking.Account, number: int, part: _Slice, image: Image
+) -> tuple[int, float]:
     """Drop what of a slice is unwritten and have its faults heard of; (bytes, seconds frozen).
 
     All of the slice is registered, and so in the end whole mappings: the program can move and grow
@@ -307,6 +318,8 @@ def _drop(pid: int, account: int, number: int, part: _Slice, image: Image) -> tu
     """
     frozen_at = time.monotonic()
     with stopped(pid) as tracee:
+        if tracking.find_account(pid) != account:  # what is unwritten is so since another image
+            raise _LayoutChanged
         vmas = [
             vma._replace(start=start, end=end)
             for vma in proc.mappings(pid, with_flags=False)
@@ -330,7 +343,7 @@ def _drop(pid: int, account: int, number: int, part: _Slice, image: Image) -> tu
         ranges = [batch.put(uffd.pack_range(*span)) for span in spans]
         wishes = [batch.put(uffd.pack_register(*span)) for span in spans]
         for here, wish in zip(ranges, wishes, strict=True):
-            batch.call(process.SYS_IOCTL, account, uffd.UFFDIO_UNREGISTER, here)
+            batch.call(process.SYS_IOCTL, account.number, uffd.UFFDIO_UNREGISTER, here)
             batch.call(process.SYS_IOCTL, number, uffd.UFFDIO_REGISTER, wish)
             batch.call(process.SYS_IOCTL, number, uffd.UFFDIO_UNREGISTER, here)
         for start, end in clean:  # as long as nobody hears of it, else the pager would forget

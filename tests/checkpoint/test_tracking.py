@@ -19,9 +19,11 @@ from hypothesis import strategies as st
 sys.path.insert(0, str(Path(__file__).parent))
 from deeds import BASE, DEEDS, write
 
+from lzy.checkpoint import doze as engine
 from lzy.checkpoint import proc, tracking
 from lzy.checkpoint.content import own_page_ranges
 from lzy.checkpoint.dump import DumpReport, dump
+from lzy.checkpoint.errors import Busy
 from lzy.checkpoint.image import Image
 from lzy.checkpoint.linux import PAGE_BYTES
 from lzy.checkpoint.pages import present_pages
@@ -269,4 +271,29 @@ def test_a_dump_between_two_looks_at_the_account(
     assert found[0] is not None
     assert report.base is None
     with subject.store.load("after") as image:
+        subject.compare(image)
+
+
+@pytest.mark.parametrize("stage", ["doze.taken", "doze.served"])
+def test_a_dump_while_it_goes_to_doze(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    """What is unwritten since another image is not dropped: every byte is still there."""
+
+    def dump_between(reached: str) -> None:
+        if reached == stage:
+            subject.do(write, 1)
+            dump(subject.pid, subject.store, name="between", leave_running=True)
+            subject.do(write, 2)
+
+    monkeypatch.setattr(engine, "reach", dump_between)
+    if stage == "doze.taken":
+        with pytest.raises(Busy, match="another dump"):
+            engine.doze(subject.pid, subject.store, name="it")
+    else:
+        report = engine.doze(subject.pid, subject.store, name="it")
+        assert report.dropped_bytes == 0
+        assert report.notes
+    seen = dump(subject.pid, subject.store, name="after", leave_running=True)
+    with subject.store.load(seen.image) as image:
         subject.compare(image)

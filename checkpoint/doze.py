@@ -110,9 +110,7 @@ def doze(
                     rouse(journal_path(run_directory(), pid))
                 if not isinstance(error, _LayoutChanged):
                     raise
-                taken.notes.append(
-                    "it was dumped or remapped meanwhile: its memory comes back"
-                )
+                taken.notes.append("it was dumped or remapped meanwhile: its memory comes back")
                 break
             dropped += released
             freeze_s = max(freeze_s, frozen_s)

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from .image import Image
-from .patchwork import is_worth_it, renew
+from .patchwork import MOST_PIECES, is_worth_it, renew
 
 Window = tuple[int, int]
 """(window-aligned address, mask of pages)"""
@@ -33,13 +33,24 @@ def runs_by_address(base: Image) -> dict[int, tuple[int, int]]:
     return dict(zip(runs[0::3].tolist(), pairs, strict=True))
 
 
-def plan_increment(base: Image, present: Iterable[Window], written: Iterable[Window]) -> Increment:
+class TooScattered(Exception):
+    """What cannot be read now lies in more pieces of chunks than a window may have."""
+
+
+def plan_increment(
+    base: Image,
+    present: Iterable[Window],
+    written: Iterable[Window],
+    away: Iterable[Window] = (),
+) -> Increment:
     """How to make a checkpoint of the pages `present`, of which `written` may differ from `base`.
 
     A window of which too little is left in the chunks of `base` is stored anew, whole
-    (`lzy.checkpoint.patchwork.is_worth_it`).
+    (`lzy.checkpoint.patchwork.is_worth_it`), but for those of its pages that are `away`: these
+    cannot be read now, and have not been written. Raises TooScattered.
     """
     dirty = dict(written)
+    unreadable = dict(away)
     runs = runs_by_address(base)
     kept: list[Window] = []
     fresh: list[Window] = []
@@ -53,7 +64,10 @@ def plan_increment(base: Image, present: Iterable[Window], written: Iterable[Win
                 if fresh_mask or stored & ~kept_mask or chunk >= base.chunk_count:
                     pieces = renew(base.pieces(chunk, stored), kept_mask)
                     if pieces and not is_worth_it(pieces, fresh_mask):
-                        kept_mask, fresh_mask = 0, mask
+                        kept_mask = unreadable.get(address, 0) & kept_mask
+                        fresh_mask = mask & ~kept_mask
+                        if len(renew(pieces, kept_mask)) + bool(fresh_mask) > MOST_PIECES:
+                            raise TooScattered
         if kept_mask:
             kept.append((address, kept_mask))
         if fresh_mask:

@@ -17,12 +17,14 @@ import contextlib
 import errno
 import json
 import os
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
 from . import proc
-from .content import behind_file, holds_own_pages
+from .content import behind_file, cut_ranges, holds_own_pages
 from .errors import LzyError
 from .home import run_directory
 from .linux import PAGE_BYTES, memory, process, uffd
@@ -32,6 +34,9 @@ from .proc import Vma
 from .tracee import Tracee
 
 Range = tuple[int, int]
+
+_START = itemgetter(0)
+_CLOSE_BYTES = 1 << 20
 
 
 class Account(NamedTuple):
@@ -80,46 +85,77 @@ def withdraw(pid: int) -> None:
 def written_ranges(pid: int, vmas: Iterable[Vma]) -> list[Range]:
     """Page ranges, by their starts, that may have been written since the account began.
 
-    Precondition: the process is stopped. Mappings that are not under account count whole. In
-    mappings of files, so does what is not in memory: where a protected page was dropped
+    Precondition: the process is stopped. A mapping that has a page outside of the account counts
+    whole. In mappings of files, so does what is not in memory: where a protected page was dropped
     (MADV_DONTNEED) the kernel leaves a mark, which looks like a page in swap.
     """
-    found: list[Range] = []
     with _page_map(pid) as pagemap:
-        for vma in filter(holds_own_pages, vmas):
-            try:
-                found += _scan(pagemap, vma, protect=False)
-            except OSError as error:
-                if error.errno != errno.EPERM:
-                    raise
-                found.append((vma.start, vma.end))
-    return sorted(found)
+        written, strangers = _look(pagemap, list(filter(holds_own_pages, vmas)), protect=False)
+    return _join(written + [(vma.start, vma.end) for vma in strangers])
 
 
-def _scan(pagemap: int, vma: Vma, *, protect: bool) -> list[Range]:
-    """What was written of a mapping, protected again if `protect`; EPERM if not under account.
+def _look(pagemap: int, vmas: Sequence[Vma], *, protect: bool) -> tuple[list[Range], list[Vma]]:
+    """(what was written under account, protected again if `protect`; mappings that are not)
 
-    Only pages that are there, since for others the kernel would make page tables or leave marks.
+    Every question is asked of many mappings at once: one that is asked of each of some hundred
+    takes longer than the answer. Only pages that are there are protected, since for others the
+    kernel would make page tables or leave marks.
     """
-    found = memory.scan_pages(
+    if not vmas:
+        return [], []
+    start, end = vmas[0].start, vmas[-1].end
+    there = memory.PAGE_IS_PRESENT | memory.PAGE_IS_SWAPPED
+    written = memory.scan_pages(
         pagemap,
-        vma.start,
-        vma.end,
-        every=memory.PAGE_IS_WRITTEN,
+        start,
+        end,
+        every=memory.PAGE_IS_WPALLOWED | memory.PAGE_IS_WRITTEN,
         none=memory.PAGE_IS_FILE,
-        some=memory.PAGE_IS_PRESENT | memory.PAGE_IS_SWAPPED,
-        only_protectable=True,
+        some=there,
         protect=protect,
     )
-    if behind_file(vma):
-        found += memory.scan_pages(
+    files = list(filter(behind_file, vmas))
+    for low, high in _neighbourhoods(files):
+        dropped = memory.scan_pages(
             pagemap,
-            vma.start,
-            vma.end,
-            every=memory.PAGE_IS_SWAPPED,
+            low,
+            high,
+            every=memory.PAGE_IS_WPALLOWED | memory.PAGE_IS_SWAPPED,
             none=memory.PAGE_IS_PRESENT,
         )
+        written += cut_ranges(dropped, files)
+    outside = memory.scan_pages(
+        pagemap, start, end, none=memory.PAGE_IS_WPALLOWED | memory.PAGE_IS_FILE, some=there
+    )
+    return written, [vma for vma in vmas if _meets(outside, vma)]
+
+
+def _join(ranges: list[Range]) -> list[Range]:
+    """Ranges in ascending order, each address in one of them."""
+    joined: list[Range] = []
+    for start, end in sorted(ranges):
+        if joined and start <= joined[-1][1]:
+            joined[-1] = (joined[-1][0], max(end, joined[-1][1]))
+        else:
+            joined.append((start, end))
+    return joined
+
+
+def _neighbourhoods(vmas: Iterable[Vma]) -> list[Range]:
+    """The places of ascending mappings; those that are close to one another in one."""
+    found: list[Range] = []
+    for vma in vmas:
+        if found and vma.start - found[-1][1] <= _CLOSE_BYTES:
+            found[-1] = (found[-1][0], vma.end)
+        else:
+            found.append((vma.start, vma.end))
     return found
+
+
+def _meets(ranges: list[Range], vma: Vma) -> bool:
+    """Whether something of ascending `ranges` lies in a mapping."""
+    at = bisect_left(ranges, vma.end, key=_START) - 1
+    return at >= 0 and ranges[at][1] > vma.start
 
 
 @contextlib.contextmanager
@@ -175,11 +211,11 @@ def begin_account(tracee: Tracee, number: int, vmas: Sequence[Vma]) -> list[Rang
     """Begin the account anew, on the descriptor `number` of the stopped process.
 
     What was written until now, as `written_ranges` has it, in the same look at the page tables.
-    Raises OSError (EBUSY: memory is registered with somebody else's userfaultfd); what is not under
-    account then will count as written.
+    What has no page of its own yet is left alone: whatever comes to be there is outside of the
+    account, and so will count as written. Raises OSError (EBUSY: memory is registered with somebody
+    else's userfaultfd); what is not under account then will count as written.
     """
     withdraw(tracee.pid)
-    found: list[Range] = []
     pidfd = os.pidfd_open(tracee.pid)
     try:
         ours = take_descriptor(pidfd, number)
@@ -187,19 +223,15 @@ def begin_account(tracee: Tracee, number: int, vmas: Sequence[Vma]) -> list[Rang
         os.close(pidfd)
     try:
         with _page_map(tracee.pid) as pagemap:
-            for vma in filter(holds_own_pages, vmas):
-                try:
-                    found += _scan(pagemap, vma, protect=True)
-                except OSError as error:
-                    if error.errno != errno.EPERM:
-                        raise
-                    found.append((vma.start, vma.end))
-                    length_bytes = vma.end - vma.start
-                    uffd.register(ours, vma.start, length_bytes, uffd.REGISTER_MODE_WP)
-                    _scan(pagemap, vma, protect=True)
+            own = list(filter(holds_own_pages, vmas))
+            written, strangers = _look(pagemap, own, protect=True)
+            for vma in strangers:
+                uffd.register(ours, vma.start, vma.end - vma.start, uffd.REGISTER_MODE_WP)
+                _look(pagemap, [vma], protect=True)
+                written.append((vma.start, vma.end))
     finally:
         os.close(ours)
-    return sorted(found)
+    return _join(written)
 
 
 def end_account(tracee: Tracee, number: int) -> None:

@@ -53,6 +53,7 @@ _PROCESS_MADVISE: Final = 440
 _PAGEMAP_SCAN: Final = 0xC0606610  # _IOWR('f', 16, struct pm_scan_arg)
 _SCAN_WP_MATCHING: Final = 1
 _SCAN_CHECK_WPASYNC: Final = 2
+PAGE_IS_WPALLOWED: Final = 1 << 0  # of a mapping that is registered for write-protection (async)
 PAGE_IS_WRITTEN: Final = 1 << 1
 PAGE_IS_FILE: Final = 1 << 2
 PAGE_IS_PRESENT: Final = 1 << 3
@@ -158,9 +159,10 @@ def scan_pages(
     `pagemap` is an open /proc/PID/pagemap; flags are PAGE_IS_…. Raises OSError(ENOTTY) on a
     kernel before 6.7; with `only_protectable` OSError(EPERM) where memory is not registered for
     write-protection in async mode. With `protect` each page found is write-protected, so that it is
-    PAGE_IS_WRITTEN no more until it is. Not to be called by two threads at once.
+    PAGE_IS_WRITTEN no more until it is; mappings where that is impossible are passed over. Not to
+    be called by two threads at once.
     """
-    flags = _SCAN_CHECK_WPASYNC if only_protectable or protect else 0
+    flags = _SCAN_CHECK_WPASYNC if only_protectable else 0
     flags |= _SCAN_WP_MATCHING if protect else 0  # never without a vector: then it asks no flags
     found: list[tuple[int, int]] = []
     wanted = every | none | some or PAGE_IS_PRESENT

@@ -17,16 +17,29 @@ libc = ctypes.CDLL(None, use_errno=True)
 PAGES = 1536
 BASE = 0x6000_0000_0000
 ASIDE = 0x6100_0000_0000
+FILE_BASE, FILE_PAGES = 0x6200_0000_0000, 96
+HUGE_PAGES = 512
 
 _POINTER, _LENGTH, _INT = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
 FIXED, MAYMOVE = 0x10, 1
 
 
-def _mmap(address: int, length: int) -> None:
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | FIXED
+def _mmap(address: int, length: int, file: int = -1) -> None:
+    flags = mmap.MAP_PRIVATE | FIXED | (mmap.MAP_ANONYMOUS if file < 0 else 0)
     libc.mmap.restype = _POINTER
     libc.mmap.argtypes = [_POINTER, _LENGTH, _INT, _INT, _INT, ctypes.c_long]
-    assert libc.mmap(address, length, 3, flags, -1, 0) == address
+    assert libc.mmap(address, length, 3, flags, file, 0) == address
+
+
+def mapped_file() -> str:
+    """The file whose head is mapped: the C library, which is large enough."""
+    lines = open("/proc/self/maps").read().splitlines()
+    return next(line.split()[-1] for line in lines if "libc.so" in line or "libc-" in line)
+
+
+def _drop(address: int, length: int) -> None:
+    libc.madvise.argtypes = [_POINTER, _LENGTH, _INT]
+    assert libc.madvise(address, length, mmap.MADV_DONTNEED) == 0
 
 
 def write(seed: int) -> None:
@@ -42,8 +55,7 @@ def write(seed: int) -> None:
 def drop(seed: int) -> None:
     """MADV_DONTNEED a run, and write to half of it again."""
     start = random.Random(seed).randrange(PAGES - 200)
-    libc.madvise.argtypes = [_POINTER, _LENGTH, _INT]
-    assert libc.madvise(BASE + start * PAGE_BYTES, 200 * PAGE_BYTES, mmap.MADV_DONTNEED) == 0
+    _drop(BASE + start * PAGE_BYTES, 200 * PAGE_BYTES)
     ctypes.memset(BASE + start * PAGE_BYTES, 7, 50 * PAGE_BYTES)
     for page in range(60, 120):  # a read brings in the page of zeros
         ctypes.string_at(BASE + (start + page) * PAGE_BYTES, 1)
@@ -127,12 +139,32 @@ def read_into(seed: int) -> None:
     os.close(writing)
 
 
+def rewrite(seed: int) -> None:
+    """Write to every page of some huge pages; to all, or to all but a few words."""
+    pick = random.Random(seed)
+    for unit in pick.sample(range(PAGES // HUGE_PAGES), pick.randrange(1, 4)):
+        start = BASE + unit * HUGE_PAGES * PAGE_BYTES
+        if seed % 2:
+            ctypes.memset(start, seed & 0xFF, HUGE_PAGES * PAGE_BYTES)
+        else:
+            for page in range(HUGE_PAGES):
+                ctypes.memset(start + page * PAGE_BYTES + seed % 4096, seed & 0xFF, 1)
+
+
+def change_file(seed: int) -> None:
+    """Write to pages of a file that is mapped privately, and drop others: the file's bytes again."""
+    pick = random.Random(seed)
+    for _ in range(pick.randrange(1, 20)):
+        ctypes.memset(FILE_BASE + pick.randrange(FILE_PAGES) * PAGE_BYTES, seed & 0xFF, 100)
+    _drop(FILE_BASE + pick.randrange(FILE_PAGES - 24) * PAGE_BYTES, 24 * PAGE_BYTES)
+
+
 def nothing(seed: int) -> None:
     """Be idle."""
 
 
 DEEDS: list[Callable[[int], None]] = [
-    write, drop, remap, unmap, grow, protect, fork, huge, read_into, nothing,
+    write, drop, remap, unmap, grow, protect, fork, huge, read_into, rewrite, change_file, nothing,
 ]  # fmt: skip
 
 
@@ -140,6 +172,8 @@ def main() -> None:
     # Else the kernel tells the C library, in its memory, which processor it is on: rseq(2).
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     _mmap(BASE, PAGES * PAGE_BYTES)
+    with open(mapped_file(), "rb") as file:
+        _mmap(FILE_BASE, FILE_PAGES * PAGE_BYTES, file.fileno())
     for page in range(0, PAGES, 2):
         ctypes.memset(BASE + page * PAGE_BYTES, page % 255 + 1, PAGE_BYTES)
     os.write(1, b".")

@@ -1,0 +1,68 @@
+"""How long to wait before acting on a pause: never twice as dear as having known its length.
+
+Each gap is a game of ski rental (Karlin, Manasse, Rudolph, Sleator 1988). Holding a share costs a
+second per second; a step and the way back cost `break_even_s` seconds of holding, once. Who knew
+that a gap lasts g would pay min(g, break_even); who acts after a window w pays g if g ≤ w, else
+w + break_even. With w = break_even that is at most twice the best, for every gap, and no other
+window promises that for a single one.
+
+Over *many* gaps there is room. Let slack be twice the best so far less what was paid so far; it
+begins at 0. With B for break_even_s, a gap g and a window w change it by
+
+    2·min(g, B) - g        ≥ min(0, 2B - w)    if g ≤ w
+    2·min(g, B) - (w + B)  ≥ w - B             if g > w and w ≤ B, since then min(g, B) ≥ w
+                           = B - w             if g > w and w > B
+
+so every w with |w - B| ≤ slack leaves slack ≥ 0: *at no time have a session's windows cost more
+than twice the best in hindsight*. Within these bounds the window is the one that would have cost
+least over the session's last gaps. That one's own past predicts better than everybody's average was
+found for workstations (Wyckoff, Jeong, Johnson: Finding Idle Work Periods on Networks of
+Workstations, NYU TR1998-761) and for serverless functions (Shahrad et al.: Serverless in the Wild,
+USENIX ATC 2020).
+
+Three steps (GPU back, doze, hibernate) are three such games over the same gaps: ski rental with
+several slopes whose prices add up falls apart into one game for each (Lotker, Patt-Shamir, Rawitz:
+Rent, Lease or Buy, STACS 2008), so the bound holds for their sum.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+REMEMBERED_GAPS = 32
+"""Gaps a session remembers; the windows follow a change of habits within a day or two."""
+LARGEST_SLACK = 4.0
+"""In break-evens: a good month must not pay for a bad week."""
+
+
+@lru_cache(maxsize=8192)  # a session's facts are asked several times between two of its gaps
+def choose_window(gaps_s: tuple[float, ...], slack_s: float, break_even_s: float) -> float:
+    """The window within break_even_s ± slack_s that would have cost least over `gaps_s`.
+
+    All in seconds. Without gaps it is `break_even_s`; of equals the longest wins.
+    """
+    lowest_s, highest_s = max(break_even_s - slack_s, 0.0), break_even_s + max(slack_s, 0.0)
+    if not gaps_s or lowest_s >= highest_s:
+        return break_even_s
+    ordered = sorted(gaps_s)
+    count = len(ordered)
+    # Least cost is at a bound or just at a gap's end: between two of them cost only grows with w.
+    best_s, best_cost = lowest_s, -1.0
+    paid_s, at = 0.0, 0
+    for window_s in (lowest_s, *ordered, highest_s):
+        if not lowest_s <= window_s <= highest_s:
+            continue
+        while at < count and ordered[at] <= window_s:
+            paid_s += ordered[at]
+            at += 1
+        cost = paid_s + (window_s + break_even_s) * (count - at)
+        if best_cost < 0 or cost <= best_cost:
+            best_s, best_cost = window_s, cost
+    return best_s
+
+
+def settle_gap(slack_s: float, gap_s: float, window_s: float, break_even_s: float) -> float:
+    """The slack after a gap of `gap_s` seconds for which `window_s` had been chosen."""
+    best_s = min(gap_s, break_even_s)
+    paid_s = gap_s if gap_s <= window_s else window_s + break_even_s
+    return min(slack_s + 2 * best_s - paid_s, LARGEST_SLACK * break_even_s)

@@ -52,22 +52,28 @@ def plan_increment(
     dirty = dict(written)
     unreadable = dict(away)
     runs = runs_by_address(base)
+    chunks = base.chunk_count
+    nothing = (0, 0)
     kept: list[Window] = []
     fresh: list[Window] = []
-    for address, mask in present:
-        fresh_mask = dirty.get(address, 0) & mask
+    for window in present:
+        address, mask = window
+        stored, chunk = runs.get(address, nothing)
+        if address not in dirty:  # as a rule
+            if stored & mask == stored and chunk < chunks:
+                kept.append(window)
+                continue
+            fresh_mask = 0
+        else:
+            fresh_mask = dirty[address] & mask
         kept_mask = mask & ~fresh_mask
-        if kept_mask:
-            run = runs.get(address)
-            if run is not None:
-                stored, chunk = run
-                if fresh_mask or stored & ~kept_mask or chunk >= base.chunk_count:
-                    pieces = renew(base.pieces(chunk, stored), kept_mask)
-                    if pieces and not is_worth_it(pieces, fresh_mask):
-                        kept_mask = unreadable.get(address, 0) & kept_mask
-                        fresh_mask = mask & ~kept_mask
-                        if len(renew(pieces, kept_mask)) + bool(fresh_mask) > MOST_PIECES:
-                            raise TooScattered
+        if kept_mask and stored:
+            pieces = renew(base.pieces(chunk, stored), kept_mask)
+            if pieces and not is_worth_it(pieces, fresh_mask):
+                kept_mask = unreadable.get(address, 0) & kept_mask
+                fresh_mask = mask & ~kept_mask
+                if len(renew(pieces, kept_mask)) + bool(fresh_mask) > MOST_PIECES:
+                    raise TooScattered
         if kept_mask:
             kept.append((address, kept_mask))
         if fresh_mask:

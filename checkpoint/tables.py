@@ -6,11 +6,12 @@ dictionary that finds a repeated content again.
 
 from __future__ import annotations
 
+import itertools
 import struct
 import threading
 from array import array
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING
 
 from .image import CHUNK_RECORD, encode_pack
 from .packs import Stored
@@ -20,6 +21,11 @@ if TYPE_CHECKING:
     from .image import Image
 
 _EMPTY_RECORD = bytes(CHUNK_RECORD.size)
+_ID = struct.Struct(f"32s{CHUNK_RECORD.size - 32}x")
+_PACK_AT, _SIZE_AT = 8, 9  # of a record's words of 32 bits: number of the pack, stored bytes
+
+Run = tuple[int, ...]
+"""(address, mask, space and chunk), as a run record has them"""
 
 
 class ImageTables:
@@ -114,37 +120,50 @@ class ImageTables:
             encode_pack(pack, *self._pack_sizes[number]) for pack, number in self._packs.items()
         )
 
-    def adopt(self, base: Image, chunks: Iterable[int]) -> tuple[dict[int, int], int]:
-        """Take chunks of `base` as they are stored: ({its number: ours}, stored bytes in all)."""
-        numbers: dict[int, int] = {}
-        packs: dict[int, bytes] = {}
-        section, size = base.chunk_records, CHUNK_RECORD.size
-        adopted_bytes = 0
-        with self._lock:
-            for chunk in chunks:
-                record = section[chunk * size : (chunk + 1) * size]
-                content_id = bytes(record[:32])
-                number = self._numbers.get(content_id)
-                if number is None:
-                    number = self._numbers[content_id] = self.chunk_count
-                    self.chunk_count += 1
-                    self._recorded += 1
-                    theirs = int.from_bytes(record[32:36], "little")
-                    if theirs not in packs:
-                        packs[theirs] = self._adopt_pack(base, theirs)
-                    self._records += content_id
-                    self._records += packs[theirs]
-                    self._records += record[36:]
-                    adopted_bytes += int.from_bytes(record[36:40], "little")
-                numbers[chunk] = number
-        return numbers, adopted_bytes
+    def adopt(self, base: Image, chunks: Collection[int]) -> tuple[Sequence[int] | None, int]:
+        """Take chunks of `base` as they are stored; (ours of each of its numbers, stored bytes).
 
-    def _adopt_pack(self, base: Image, number: int) -> bytes:
-        pack, length_bytes = base.packs[number]
-        ours = self._packs.setdefault(pack, len(self._pack_sizes))
-        if ours == len(self._pack_sizes):
-            self._pack_sizes.append((length_bytes, base.pack_chunk_counts[number]))
-        return ours.to_bytes(4, "little")
+        None means that they keep their numbers. Records that lie in one row in the table of `base`
+        are copied in one go: what is to be done for each of them takes its time.
+        """
+        taken = sorted(chunks)
+        with self._lock:
+            ids = _ids(_copy_records(base, taken))
+            here = {
+                n: self._numbers[i] for n, i in zip(taken, ids, strict=True) if i in self._numbers
+            }
+            if here:
+                taken = [number for number in taken if number not in here]
+            records = _copy_records(base, taken)
+            self._renumber_packs(records, base)
+            first = self.chunk_count
+            self._records += records
+            self._recorded += len(taken)
+            self.chunk_count += len(taken)
+            self._numbers.update(zip(_ids(records), range(first, self.chunk_count), strict=True))
+        stored_bytes = sum(_column(records, _SIZE_AT))
+        if not first and not here and taken == list(range(len(taken))):
+            return None, stored_bytes
+        numbers = [-1] * base.chunk_count
+        for number, ours in itertools.chain(zip(taken, itertools.count(first)), here.items()):
+            numbers[number] = ours
+        return numbers, stored_bytes
+
+    def _renumber_packs(self, records: bytearray, base: Image) -> None:
+        """List the packs that records of `base` name, and have these name them by our numbers."""
+        ours: dict[int, int] = {}
+        named = _column(records, _PACK_AT)
+        for number in sorted(set(named)):
+            pack, length_bytes = base.packs[number]
+            ours[number] = self._packs.setdefault(pack, len(self._pack_sizes))
+            if ours[number] == len(self._pack_sizes):
+                self._pack_sizes.append((length_bytes, base.pack_chunk_counts[number]))
+        moved = {number for number, mine in ours.items() if mine != number}
+        if moved:
+            for at, number in enumerate(named):
+                if number in moved:
+                    place = at * CHUNK_RECORD.size + 4 * _PACK_AT
+                    records[place : place + 4] = ours[number].to_bytes(4, "little")
 
     def keep(self, whole: dict[int, tuple[int, int]], patchworks: dict[int, list[Piece]]) -> None:
         """Take pages of windows of space 0 from chunks that are here already.
@@ -161,7 +180,8 @@ class ImageTables:
         was given twice.
         """
         runs = b"".join(self._runs[number] for number in sorted(self._runs))
-        if ordered and not self._kept and not self._kept_whole:
+        joins = bool(self._kept or self._kept_whole)
+        if ordered and not joins:
             return runs, b""
         records = sorted(struct.iter_unpack("<QQQ", runs), key=lambda run: (run[2] >> 32, run[0]))
         last = (-1, -1)
@@ -169,31 +189,49 @@ class ImageTables:
             if (owner >> 32, address) == last:
                 raise ValueError(f"window {address:#x} of space {owner >> 32} was given twice")
             last = (owner >> 32, address)
-        if not self._kept and not self._kept_whole:
-            return b"".join(struct.pack("<QQQ", *record) for record in records), b""
-        words, pieces = self._join(records)
-        return words.tobytes(), pieces
+        pieces = b""
+        if joins:
+            records, pieces = self._join(records)
+        return array("Q", itertools.chain.from_iterable(records)).tobytes(), pieces
 
-    def _join(self, records: list[Any]) -> tuple[array[int], bytes]:
+    def _join(self, records: list[Run]) -> tuple[list[Run], bytes]:
         """Put what was kept and what was written of the windows of space 0 together."""
         fresh = {address: (mask, chunk) for address, mask, chunk in records if not chunk >> 32}
         whole, kept = self._kept_whole, self._kept
-        joined = array("Q")
+        joined = [(address, *run) for address, run in whole.items() if address not in fresh]
         patchworks: list[list[Piece]] = []
-        for address in sorted(fresh.keys() | whole.keys() | kept.keys()):
-            if address in whole and address not in fresh:
-                joined.extend((address, *whole[address]))
-                continue
+        for address in sorted(fresh.keys() | kept.keys()):
             pieces = list(kept.get(address, ()))
             for mask, chunk in filter(None, (whole.get(address), fresh.get(address))):
                 pieces.append(Piece(mask, mask, chunk))
             mask = sum(piece.taken for piece in pieces)
             if len(pieces) == 1 and pieces[0].held == mask:
-                joined.extend((address, mask, pieces[0].chunk))
+                joined.append((address, mask, pieces[0].chunk))
             else:
-                joined.extend((address, mask, self.chunk_count + len(patchworks)))
+                joined.append((address, mask, self.chunk_count + len(patchworks)))
                 patchworks.append(pieces)
-        for record in records:
-            if record[2] >> 32:
-                joined.extend(record)
+        joined.sort()
+        joined += [record for record in records if record[2] >> 32]
         return joined, encode_pieces(patchworks)
+
+
+def _copy_records(base: Image, chunks: Sequence[int]) -> bytearray:
+    """The records of ascending numbers, one behind the other."""
+    section, size = base.chunk_records, CHUNK_RECORD.size
+    records = bytearray()
+    begin = 0
+    for at in range(1, len(chunks) + 1):
+        if at == len(chunks) or chunks[at] != chunks[at - 1] + 1:
+            records += section[chunks[begin] * size : (chunks[at - 1] + 1) * size]
+            begin = at
+    return records
+
+
+def _ids(records: bytearray) -> list[bytes]:
+    return [content_id for (content_id,) in _ID.iter_unpack(records)]
+
+
+def _column(records: bytearray, word: int) -> list[int]:
+    """One field of every record, by its place among the record's words of 32 bits."""
+    with memoryview(records) as view, view.cast("I") as words:
+        return words[word :: CHUNK_RECORD.size // 4].tolist()

@@ -121,31 +121,22 @@ class ImageWriter:
         and are not read again. Damaged when `base` cannot be made sense of.
         """
         tables = self._tables
-        raw_pages = kept_pages = 0
+        windows = list(windows)
         runs = runs_by_address(base)
-        whole: dict[int, tuple[int, int]] = {}
-        patchworks: dict[int, list[Piece]] = {}
-        for address, mask in windows:
-            raw_pages += mask.bit_count()
-            run = runs.get(address)
-            if run is None:
-                continue
-            stored, chunk = run
-            kept_pages += (stored & mask).bit_count()
-            if chunk < base.chunk_count and not stored & ~mask:
-                whole[address] = run
-            elif pieces := renew(base.pieces(chunk, stored), mask):
-                patchworks[address] = pieces
+        whole, patchworks = _sort_out(base, runs, windows)
         chunks = {chunk for _, chunk in whole.values()}
         chunks.update(piece.chunk for pieces in patchworks.values() for piece in pieces)
-        numbers, reused_bytes = tables.adopt(base, sorted(chunks))
-        tables.keep(
-            {address: (mask, numbers[chunk]) for address, (mask, chunk) in whole.items()},
-            {
+        numbers, reused_bytes = tables.adopt(base, chunks)
+        if numbers is not None:
+            whole = {address: (mask, numbers[chunk]) for address, (mask, chunk) in whole.items()}
+            patchworks = {
                 address: [piece._replace(chunk=numbers[piece.chunk]) for piece in pieces]
                 for address, pieces in patchworks.items()
-            },
-        )
+            }
+        tables.keep(whole, patchworks)
+        raw_pages = sum([mask.bit_count() for _, mask in windows])
+        kept_pages = sum([mask.bit_count() for mask, _ in whole.values()])
+        kept_pages += sum(p.taken.bit_count() for pieces in patchworks.values() for p in pieces)
         tables.record_batch(
             self._batches,
             b"",
@@ -341,3 +332,23 @@ class ImageWriter:
             with contextlib.suppress(OSError):
                 os.unlink(temporary, dir_fd=self._store.manifests)
             raise
+
+
+def _sort_out(
+    base: Image, runs: dict[int, tuple[int, int]], windows: list[tuple[int, int]]
+) -> tuple[dict[int, tuple[int, int]], dict[int, list[Piece]]]:
+    """Of kept windows those that take a whole chunk, {address: (mask, chunk)}, and the others."""
+    chunk_count = base.chunk_count
+    whole = {
+        address: run
+        for address, mask in windows
+        if (run := runs.get(address)) and run[1] < chunk_count and run[0] & mask == run[0]
+    }
+    patchworks: dict[int, list[Piece]] = {}
+    if len(whole) < len(windows):
+        for address, mask in windows:
+            if address not in whole and (run := runs.get(address)):
+                stored, chunk = run
+                if pieces := renew(base.pieces(chunk, stored), mask):
+                    patchworks[address] = pieces
+    return whole, patchworks

@@ -33,8 +33,8 @@ def _mmap(address: int, length: int, file: int = -1) -> None:
 
 def mapped_file() -> str:
     """The file whose head is mapped: the C library, which is large enough."""
-    lines = open("/proc/self/maps").read().splitlines()
-    return next(line.split()[-1] for line in lines if "libc.so" in line or "libc-" in line)
+    with open("/proc/self/maps") as maps:
+        return next(line.split()[-1] for line in maps if "libc.so" in line or "libc-" in line)
 
 
 def _drop(address: int, length: int) -> None:
@@ -152,7 +152,7 @@ def rewrite(seed: int) -> None:
 
 
 def change_file(seed: int) -> None:
-    """Write to pages of a file that is mapped privately, and drop others: the file's bytes again."""
+    """Write to pages of a file that is mapped privately, and drop some: the file shows again."""
     pick = random.Random(seed)
     for _ in range(pick.randrange(1, 20)):
         ctypes.memset(FILE_BASE + pick.randrange(FILE_PAGES) * PAGE_BYTES, seed & 0xFF, 100)

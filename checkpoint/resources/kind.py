@@ -7,6 +7,7 @@ to support another, add one such file. The table of an image names the module of
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -136,12 +137,11 @@ def kind_named(name: str) -> Kind:
 @cache
 def all_kinds() -> Sequence[Kind]:
     """Every kind there is, in the order in which they are asked."""
-    import pkgutil
-
-    package = importlib.import_module(__package__ or "")
     kinds = []
-    for found in pkgutil.iter_modules(package.__path__):
-        module = importlib.import_module(f".{found.name}", __package__)
-        if hasattr(module, "KIND"):
-            kinds.append(kind_named(found.name))
+    for file in os.listdir(os.path.dirname(__file__)):  # pkgutil would take inspect, and 6 ms
+        name, _, suffix = file.partition(".")
+        if suffix == "py" and name != "__init__":
+            module = importlib.import_module(f".{name}", __package__)
+            if hasattr(module, "KIND"):
+                kinds.append(kind_named(name))
     return sorted(kinds, key=lambda kind: (kind.rank, kind.name))

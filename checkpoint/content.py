@@ -6,12 +6,17 @@ Pages are named by windows (see `lzy.checkpoint`): (window-aligned address, mask
 from __future__ import annotations
 
 import errno
+import itertools
+import mmap
 import os
-from collections.abc import Iterable, Sequence
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
 
 from .errors import Unsupported
 from .linux import PAGE_BYTES, memory
 from .proc import Vma
+
+_RUNS_AT_ONCE = 512
 
 
 def windows_of(ranges: Iterable[tuple[int, int]], window_pages: int) -> list[tuple[int, int]]:
@@ -152,6 +157,43 @@ class ProcessPages:
         os.close(self._memory)
 
 
+class CopiedPages:
+    """A `PageSource` over a copy of those pages, so that the process can run on meanwhile."""
+
+    def __init__(self, source: ProcessPages, windows: Iterable[tuple[int, int]]) -> None:
+        runs = [run for address, mask in windows for run in _runs(address, mask)]
+        self._starts = [address for address, _ in runs]
+        self._offsets = [0, *itertools.accumulate(length for _, length in runs)]
+        self._content = memoryview(mmap.mmap(-1, self._offsets[-1] or PAGE_BYTES))
+        for first in range(0, len(runs), _RUNS_AT_ONCE):
+            part = runs[first : first + _RUNS_AT_ONCE]
+            begin, end = self._offsets[first], self._offsets[first + len(part)]
+            source.read_runs(part, self._content[begin:end])
+
+    def read_runs(self, runs: Sequence[tuple[int, int]], into: memoryview) -> None:
+        position = 0
+        for address, length in runs:
+            index = bisect_right(self._starts, address) - 1
+            begin = self._offsets[index] + address - self._starts[index]
+            into[position : position + length] = self._content[begin : begin + length]
+            position += length
+
+    def close(self) -> None:
+        self._content.release()
+
+
+def _runs(address: int, mask: int) -> Iterator[tuple[int, int]]:
+    """The pages of a window as (address, length in bytes)."""
+    while mask:
+        skipped = (mask & -mask).bit_length() - 1
+        mask >>= skipped
+        pages = (mask + 1 & ~mask).bit_length() - 1
+        address += skipped * PAGE_BYTES
+        yield address, pages * PAGE_BYTES
+        mask >>= pages
+        address += pages * PAGE_BYTES
+
+
 class FilePages:
     """A `PageSource` over an open file; what lies behind its end reads as zeros."""
 
@@ -193,9 +235,47 @@ def data_ranges(descriptor: int, length_bytes: int) -> list[tuple[int, int]]:
             position = end
     finally:
         os.close(own)
+    return join_ranges(found)
+
+
+def intersect(ranges: list[tuple[int, int]], part: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """What of ascending `ranges` lies in ascending `part`; each without overlaps."""
+    found: list[tuple[int, int]] = []
+    at = 0
+    for start, end in ranges:
+        while at < len(part) and part[at][1] <= start:
+            at += 1
+        index = at
+        while index < len(part) and part[index][0] < end:
+            found.append((max(start, part[index][0]), min(end, part[index][1])))
+            index += 1
+    return found
+
+
+def subtract(ranges: list[tuple[int, int]], part: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """What of ascending `ranges` does not lie in ascending `part`; each without overlaps."""
+    found: list[tuple[int, int]] = []
+    at = 0
+    for start, end in ranges:
+        while at < len(part) and part[at][1] <= start:
+            at += 1
+        index = at
+        while start < end:
+            if index == len(part) or part[index][0] >= end:
+                found.append((start, end))
+                break
+            if part[index][0] > start:
+                found.append((start, part[index][0]))
+            start = max(start, part[index][1])
+            index += 1
+    return found
+
+
+def join_ranges(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Ranges [start, end) in ascending order, each address in one of them."""
     joined: list[tuple[int, int]] = []
-    for start, end in found:
-        if joined and start < joined[-1][1]:
+    for start, end in sorted(ranges):
+        if joined and start <= joined[-1][1]:
             joined[-1] = (joined[-1][0], max(end, joined[-1][1]))
         else:
             joined.append((start, end))

@@ -25,22 +25,31 @@ class Context:
     """The restored process's memory (`token` 0), or that of a child it forked.
 
     `order`: window addresses of the image in the order in which it is thought to need them.
+    `moved`: where memory has been moved to; as in a map of what is missing, but without shifts.
     """
 
-    __slots__ = ("course", "missing", "token", "uffd")
+    __slots__ = ("course", "missing", "moved", "token", "uffd")
 
     def __init__(
-        self, token: int, fd: int, missing: MissingPages, order: Sequence[int] = ()
+        self,
+        token: int,
+        fd: int,
+        missing: MissingPages,
+        order: Sequence[int] = (),
+        *,
+        keeps_account: bool = False,
     ) -> None:
         self.token = token
-        self.uffd = Userfaultfd(fd)
+        self.uffd = Userfaultfd(fd, keeps_account=keeps_account)
         self.missing = missing
+        self.moved = MissingPages()
         self.course = Course(missing, order)
 
-    def install(self, target: int, source: int, length_bytes: int) -> int:
+    def install(self, target: int, source: int, length_bytes: int, *, forgets: bool = False) -> int:
         """Copy pages to `target`; pages that are there or have no place any more are passed over.
 
-        Returns the bytes really installed. Raises LayoutChanged, MemoryGone, OSError (ENOMEM…).
+        Returns the bytes really installed; with `forgets` they, and only they, are missing no more.
+        Raises LayoutChanged, MemoryGone, OSError (ENOMEM…).
         """
         installed = 0
         uffd = self.uffd
@@ -48,6 +57,8 @@ class Context:
             try:
                 done = uffd.copy(target, source, length_bytes)
                 installed += done
+                if forgets:
+                    self.missing.forget(target, target + done)
             except OSError as error:
                 number = error.errno
                 if number == errno.EEXIST:
@@ -57,7 +68,7 @@ class Context:
                     # The range may reach over the end of a VMA: find out page by page, in halves.
                     if length_bytes > PAGE_BYTES:
                         done = (length_bytes // PAGE_BYTES + 1) // 2 * PAGE_BYTES
-                        installed += self.install(target, source, done)
+                        installed += self.install(target, source, done, forgets=forgets)
                     else:
                         done = PAGE_BYTES
                 else:

@@ -4,12 +4,17 @@ Its pid, threads, descriptors and terminal stay as they are. First a checkpoint 
 other; then, a slice at a time, the pages that have not been written since are dropped, and a pager
 answers for them out of the image.
 
+One userfaultfd both hears of missing pages and keeps account of writes (a mapping has but one), so
+dozing again takes what was written since, and what came back unwritten just goes again: another
+pager takes over, which knows both what is away still and what is to go.
+
 *Guarantees.* A page is dropped only if the kernel's account says, while the process stands still,
 that it is what the committed image has. Dropping a slice and having its faults heard of is one
 list of calls that the process makes by itself: whoever dies, it is done whole or not at all. The
 pager knows all that is to be dropped before the first page goes. Slices go from the highest
 address down: a mapping that grows grows upwards, into what is heard of already, so that nothing
-planned and not yet dropped is ever mistaken for what is there.
+planned and not yet dropped is ever mistaken for what is there. Where one pager takes over from
+another, the journal of the first stands until that of the second takes its place.
 """
 
 from __future__ import annotations
@@ -17,11 +22,12 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from . import proc, tracking
-from .content import own_page_ranges, windows_of
+from .away import NotAsItIs, end_pager, find_doze, hold_pager, is_unroused, read_away, read_moved
+from .content import intersect, join_ranges, own_page_ranges, subtract, windows_of
 from .dump import dump
 from .errors import Busy, KernelError, LzyError, NotFound, Unsupported
 from .home import run_directory
@@ -30,7 +36,7 @@ from .journal import is_held, journal_path, read_status, rouse
 from .linux import PAGE_BYTES, memory, process, uffd
 from .linux.detached import take_descriptor
 from .machine import Call
-from .pager import PagerStart, Plan, begin_pager
+from .pager import PagerStart, Plan, begin_pager, resume_pager
 from .pages import present_pages
 from .proc import Vma
 from .stages import reach
@@ -94,16 +100,16 @@ def doze(
         )
     reach("doze.taken")
     with store.load(taken.image) as image:
-        planned, fit, freeze_s, pager, number = _prepare(pid, account, image)
-        if pager is None:
+        plan, freeze_s = _prepare(pid, account, image)
+        if plan is None:
             return _report(taken, before, 0, freeze_s, began, None)
-        pager_pid = pager.wait()
+        pager_pid = plan.pager.wait()
         reach("doze.served")
         dropped = 0
-        total = sum(end - start for start, end in planned)
-        for part in _slices(planned, fit):
+        total = sum(end - start for start, end in plan.ranges)
+        for part in _slices(plan.ranges, plan.fit):
             try:
-                released, frozen_s = _drop(pid, account, number, part, image)
+                released, frozen_s = _drop(pid, account, plan, part, image)
             except BaseException as error:
                 # Nothing below may be heard of now: it could grow to where the pager is mistaken.
                 with contextlib.suppress(NotFound):  # who dumped it meanwhile has had it roused
@@ -179,51 +185,115 @@ def _report(
     )
 
 
-def _prepare(
-    pid: int, account: tracking.Account, image: Image
-) -> tuple[list[Range], list[Range], float, PagerStart | None, int]:
-    """Find what can be dropped, and start a pager that knows it.
+class _Dropping(NamedTuple):
+    """What is to be dropped, and by whose leave."""
 
-    (what can be dropped, the mappings it is in, seconds frozen, the pager, the number of its
-    userfaultfd in the process)
-    """
+    ranges: list[Range]
+    fit: list[Range]
+    """The mappings that they are in, and others like them."""
+    heard_of: list[Range]
+    """Those whose missing pages are heard of already: it has dozed before."""
+    number: int
+    """Of the userfaultfd in the process that hears of missing pages."""
+    pager: PagerStart
+
+
+def _prepare(pid: int, account: tracking.Account, image: Image) -> tuple[_Dropping | None, float]:
+    """Find what can be dropped, and start a pager that knows it; and the seconds frozen."""
     frozen_at = time.monotonic()
-    with stopped(pid) as tracee:
+    with contextlib.ExitStack() as held:
+        tracee = held.enter_context(stopped(pid))
         if tracking.find_account(pid) != account:
-            raise Busy(
-                f"another dump of pid {pid} came in between, so it did not go to doze",
-                remedy="try again",
-                pid=pid,
-            )
+            raise _overtaken(pid)
         vmas = [vma for vma in proc.mappings(pid) if _is_fit(vma)]
-        planned = _unwritten(pid, vmas)
-        if not planned:
-            return [], [], time.monotonic() - frozen_at, None, -1
-        tracee.prepare(arena_bytes=16384)
-        note_descriptor(pid, _lowest_free(pid))
-        number, harbour = _open_descriptors(tracee)
-    frozen_s = time.monotonic() - frozen_at
+        fit = [(vma.start, vma.end) for vma in vmas]
+        heard_of = [(vma.start, vma.end) for vma in vmas if "um" in vma.flags]
+        before = find_doze(pid)
+        if before is None:
+            if heard_of:
+                raise _overtaken(pid)
+            ranges = _unwritten(pid, vmas, [])
+            if not ranges:
+                return None, time.monotonic() - frozen_at
+            tracee.prepare(arena_bytes=16384)
+            note_descriptor(pid, _lowest_free(pid))
+            number, harbour = _open_descriptors(tracee)
+            held.close()
+            frozen_s = time.monotonic() - frozen_at
+            pager = _begin_pager(account, image, number, harbour, ranges, is_new=True)
+            forget_descriptor(pid)
+            return _Dropping(ranges, fit, heard_of, number, pager), frozen_s
+        pagers = held.enter_context(hold_pager(before))
+        try:
+            away = read_away(before, own_page_ranges(pid, vmas))
+        except NotAsItIs:
+            raise _overtaken(pid) from None
+        ranges = _unwritten(pid, vmas, away.moved)
+        if not ranges:
+            return None, time.monotonic() - frozen_at
+        end_pager(
+            before, pagers
+        )  # whoever looks for a page that is away now waits for the next one
+        reach("doze.replacing")
+        number, harbour = before.uffd_number, before.harbour_numbers
+        try:
+            pager = _begin_pager(
+                account,
+                image,
+                number,
+                harbour,
+                join_ranges([*away.missing, *ranges]),
+                moved=away.moved,
+            )
+        except BaseException:
+            held.close()
+            with contextlib.suppress(LzyError):
+                resume_pager(pid)
+            raise
+    return _Dropping(ranges, fit, heard_of, number, pager), time.monotonic() - frozen_at
+
+
+def _overtaken(pid: int) -> Busy:
+    return Busy(
+        f"another dump of pid {pid} came in between, or it is being roused; it did not go to doze",
+        remedy="try again",
+        pid=pid,
+    )
+
+
+def _begin_pager(
+    account: tracking.Account,
+    image: Image,
+    number: int,
+    harbour: tuple[int, int],
+    ranges: list[Range],
+    *,
+    moved: Sequence[Range] = (),
+    is_new: bool = False,
+) -> PagerStart:
+    """A pager for these descriptors of the process, which are closed again if it fails and new."""
+    pid = account.pid
     pidfd = os.pidfd_open(pid)
     ours = -1
     try:
         ours = take_descriptor(pidfd, number)
-        uffd.enable(ours)
+        if is_new:
+            uffd.enable(ours, uffd.DOZE_FEATURES)
         plan = Plan(
             pid=pid,
             start_time=account.start_time,
             uffd_number=number,
             store=account.store,
             image=account.image,
-            ranges=planned,
+            ranges=ranges,
             harbour_numbers=harbour,
             on_demand=True,
+            keeps_account=True,
+            moved=moved,
         )
-        fit = [(vma.start, vma.end) for vma in vmas]
-        pager = begin_pager(plan, ours, pidfd, image)
-        forget_descriptor(pid)
-        return planned, fit, frozen_s, pager, number
+        return begin_pager(plan, ours, pidfd, image)
     except BaseException:
-        for opened in (number, *harbour):
+        for opened in (number, *harbour) if is_new else ():
             with contextlib.suppress(LzyError, OSError):
                 close_descriptor(pid, opened)
         raise
@@ -240,24 +310,10 @@ def _is_fit(vma: Vma) -> bool:
     )
 
 
-def _unwritten(pid: int, vmas: list[Vma]) -> list[Range]:
+def _unwritten(pid: int, vmas: list[Vma], moved: list[Range]) -> list[Range]:
     """Pages of these mappings that are as the account's image has them, ascending."""
-    written = tracking.written_ranges(pid, vmas)
-    found: list[Range] = []
-    at = 0
-    for start, end in own_page_ranges(pid, vmas):
-        while at < len(written) and written[at][1] <= start:
-            at += 1
-        index = at
-        while start < end:
-            if index == len(written) or written[index][0] >= end:
-                found.append((start, end))
-                break
-            if written[index][0] > start:
-                found.append((start, written[index][0]))
-            start = max(start, written[index][1])
-            index += 1
-    return found
+    written = join_ranges([*tracking.written_ranges(pid, vmas), *moved])
+    return subtract(own_page_ranges(pid, vmas), written)
 
 
 def _lowest_free(pid: int) -> int:
@@ -300,49 +356,64 @@ def _slices(ranges: list[Range], fit: list[Range]) -> Iterator[_Slice]:
             size += end - low
             end = low
             if size >= _SLICE_BYTES or len(part) >= _SLICE_RANGES:
-                yield _Slice(part[::-1], _within(fit, [(low, high)]))
+                yield _Slice(part[::-1], intersect(fit, [(low, high)]))
                 part, size, high = [], 0, low
-    yield _Slice(part[::-1], _within(fit, [(0, high)]))
+    yield _Slice(part[::-1], intersect(fit, [(0, high)]))
 
 
 def _drop(
-    pid: int, account: tracking.Account, number: int, part: _Slice, image: Image
+    pid: int, account: tracking.Account, plan: _Dropping, part: _Slice, image: Image
 ) -> tuple[int, float]:
     """Drop what of a slice is unwritten and have its faults heard of; (bytes, seconds frozen).
 
     All of the slice is registered, and so in the end whole mappings: the program can move and grow
     them as before. It is tried before anything is dropped; should it fail all the same, what was
-    dropped is written back.
+    dropped is written back. Where faults are heard of already, only what is dropped is taken out
+    and put back: of what is dropped where nobody hears nobody is told. The pager is held meanwhile,
+    so that it is not roused: from then on it forgets what it finds no place for.
     """
     frozen_at = time.monotonic()
-    with stopped(pid) as tracee:
+    number = plan.number
+    with contextlib.ExitStack() as held:
+        tracee = held.enter_context(stopped(pid))
         if tracking.find_account(pid) != account:  # what is unwritten is so since another image
             raise _LayoutChanged
+        doze = find_doze(pid)
+        if doze is None:  # it is being roused
+            raise _LayoutChanged
+        held.enter_context(hold_pager(doze))
+        if not is_unroused(doze):
+            raise _LayoutChanged
+        moved = read_moved(doze)
         vmas = [
             vma._replace(start=start, end=end)
             for vma in proc.mappings(pid, with_flags=False)
             if vma.kind == "anonymous" and not vma.shared
-            for start, end in _within([(vma.start, vma.end)], part.fit)
+            for start, end in intersect([(vma.start, vma.end)], part.fit)
             if tracking.is_under_account(pid, start)
         ]
-        if _within(part.ranges, [(vma.start, vma.end) for vma in vmas]) != part.ranges:
+        if intersect(part.ranges, [(vma.start, vma.end) for vma in vmas]) != part.ranges:
             raise _LayoutChanged
-        clean = _within(_unwritten(pid, vmas), part.ranges)
+        clean = intersect(_unwritten(pid, vmas, moved), part.ranges)
         if not vmas:
             return 0, time.monotonic() - frozen_at
-        tracee.prepare(arena_bytes=(len(clean) + 4 * len(vmas) + 8) * 192 + 65536)
+        unheard = subtract([(vma.start, vma.end) for vma in vmas], plan.heard_of)
+        heard = intersect(clean, plan.heard_of)
+        tracee.prepare(arena_bytes=(4 * len(clean) + 4 * len(vmas) + 8) * 192 + 65536)
         leader = tracee.threads[pid]
         asked = Call(process.SYS_PRCTL, (process.PR_GET_THP_DISABLE, 0, 0, 0, 0))
         no_huge_pages = tracee.run_one(leader, asked)
         batch = tracee.batch()
         # Else khugepaged might fill in what is dropped, before anybody hears of it.
         batch.call(process.SYS_PRCTL, process.PR_SET_THP_DISABLE, 1)
-        spans = [(vma.start, vma.end - vma.start) for vma in vmas]
-        ranges = [batch.put(uffd.pack_range(*span)) for span in spans]
-        wishes = [batch.put(uffd.pack_register(*span)) for span in spans]
-        for here, wish in zip(ranges, wishes, strict=True):
-            batch.call(process.SYS_IOCTL, account.number, uffd.UFFDIO_UNREGISTER, here)
-            batch.call(process.SYS_IOCTL, number, uffd.UFFDIO_REGISTER, wish)
+        spans = [*unheard, *heard]
+        ranges = [batch.put(uffd.pack_range(start, end - start)) for start, end in spans]
+        mode = uffd.REGISTER_MODE_MISSING | uffd.REGISTER_MODE_WP
+        wishes = [batch.put(uffd.pack_register(start, end - start, mode)) for start, end in spans]
+        for index, (here, wish) in enumerate(zip(ranges, wishes, strict=True)):
+            if index < len(unheard):
+                batch.call(process.SYS_IOCTL, account.number, uffd.UFFDIO_UNREGISTER, here)
+                batch.call(process.SYS_IOCTL, number, uffd.UFFDIO_REGISTER, wish)
             batch.call(process.SYS_IOCTL, number, uffd.UFFDIO_UNREGISTER, here)
         for start, end in clean:  # as long as nobody hears of it, else the pager would forget
             batch.call(process.SYS_MADVISE, start, end - start, memory.MADV_DONTNEED, tolerate=True)
@@ -357,9 +428,9 @@ def _drop(
             back = Call(process.SYS_PRCTL, (process.PR_SET_THP_DISABLE, no_huge_pages, 0, 0, 0))
             tracee.run_one(leader, back)
             raise
-        for vma, index in zip(vmas, registered, strict=True):
+        for span, index in zip(spans, registered, strict=True):
             if batch.results[index] < 0:
-                _write_back(pid, image, _within(clean, [(vma.start, vma.end)]))
+                _write_back(pid, image, intersect(clean, [span]))
     return sum(end - start for start, end in clean), time.monotonic() - frozen_at
 
 
@@ -376,20 +447,6 @@ def _write_back(pid: int, image: Image, ranges: list[Range]) -> None:
             at = (stored & ((1 << bit) - 1)).bit_count() * PAGE_BYTES
             page = buffer[at : at + PAGE_BYTES]
             memory.write_process(pid, [(address + bit * PAGE_BYTES, PAGE_BYTES)], page)
-
-
-def _within(ranges: list[Range], part: list[Range]) -> list[Range]:
-    """What of ascending `ranges` lies in ascending `part`."""
-    found: list[Range] = []
-    at = 0
-    for start, end in ranges:
-        while at < len(part) and part[at][1] <= start:
-            at += 1
-        index = at
-        while index < len(part) and part[index][0] < end:
-            found.append((max(start, part[index][0]), min(end, part[index][1])))
-            index += 1
-    return found
 
 
 def _page_out_files(pid: int) -> None:

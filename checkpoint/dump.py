@@ -6,6 +6,9 @@ process runs on. Where a snapshot would not cover everything (see `_why_no_snaps
 process is to end anyway, it stays stopped until its image is committed. An image is committed when
 every byte of it has been read back from the store and authenticated; only then is anything ended.
 
+A process that dozes is dumped as it is: what is away is taken from the image that its pager has.
+Its pager would take a snapshot for a forked child; what is to be written of it is copied instead.
+
 *Guarantee*: a dump that fails or is killed leaves the process running, untouched.
 """
 
@@ -20,7 +23,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import interrogate, machine, proc, resources, tracking
+from .away import Away, Doze, NotAsItIs, find_doze, hold_pager, read_away
 from .content import (
+    CopiedPages,
     FilePages,
     Objects,
     ProcessPages,
@@ -28,6 +33,8 @@ from .content import (
     cut_ranges,
     data_ranges,
     guard_ranges,
+    intersect,
+    join_ranges,
     own_page_ranges,
     windows_of,
 )
@@ -35,7 +42,7 @@ from .errors import Busy, KernelError, LzyError, NotFound, StoreUnavailable, Uns
 from .history import ASKED, next_checkpoint, remember
 from .home import run_directory
 from .host import describe_host
-from .increment import plan_increment
+from .increment import TooScattered, plan_increment
 from .inject import close_descriptor
 from .interrupts import Deferred
 from .journal import is_held, journal_path, rouse
@@ -63,6 +70,7 @@ PAGER_NAME = "lzy-pager"  # as `pager` calls itself
 _PAGER_LEAVES_S = 2.0  # after the last page: the close it injects, and its detaching
 _LITTLE = 32  # such a part of the memory is stored sooner than it is looked for in the store
 SNAPSHOT_OBJECT_LIMIT_BYTES = 32 << 20  # shared memory up to here is copied while frozen
+COPY_LIMIT_BYTES = 256 << 20  # and so much memory of a process that dozes
 
 
 class DumpReport(NamedTuple):
@@ -117,15 +125,49 @@ def dump(
 
     # 1. What can be refused without touching the process is refused now.
     refuse_unfit(pid)
-    places, vmas = wait_for_pager(pid, progress)
-    refuse_mappings(pid, vmas)
+    close_unfinished(pid)
     if trim:
         from .belongings import trim_if_idle
 
         variables = trim_if_idle(pid, notes)
-        places, vmas = wait_for_pager(pid, progress)
+
+    def write(doze: Doze | None) -> DumpReport:
+        return _dump(
+            pid, store, name, leave_running, window_pages, why, track, variables, notes, doze,
+            progress, began,
+        )  # fmt: skip
+
+    doze = _find_fit_doze(pid, store, window_pages, leave_running)
+    if doze:
+        with contextlib.suppress(NotAsItIs):
+            return write(doze)
+    return write(None)
+
+
+def _dump(
+    pid: int,
+    store: Store,
+    name: str | None,
+    leave_running: bool,
+    window_pages: int,
+    why: str,
+    track: bool,
+    variables: dict[str, Any],
+    notes: list[str],
+    doze: Doze | None,
+    progress: Progress | None,
+    began: float,
+) -> DumpReport:
+    """As `dump`; with `doze` what that process lacks is taken from the image its pager has.
+
+    Raises NotAsItIs when all of its memory has to come in first; it runs on as it was.
+    """
+    places, vmas = look_at_mappings(pid) if doze else wait_for_pager(pid, progress)
+    refuse_mappings(pid, vmas)
     all_kinds()  # their modules are loaded: what can be done before the process is stopped, is
-    obstacle = _why_no_snapshot(vmas) if leave_running else "the process ends"
+    obstacle = "the process ends"
+    if leave_running:
+        obstacle = "it dozes" if doze else _why_no_snapshot(vmas)
     comm = proc.stat(pid)[1]
     taken = time.time()
     name, session = next_checkpoint(
@@ -143,6 +185,8 @@ def dump(
     number, inode, committed = -1, 0, False
     account = tracking.find_account(pid)
     base = _open_base(account, store, window_pages)
+    if not base and doze:
+        account, base = None, store.load(doze.image)
     try:
         if base and not leave_running:
             store.verify(base.name, progress)  # what is taken from it is not read again below
@@ -172,7 +216,8 @@ def dump(
                 reach("dump.asked")
 
                 # 4. Its descriptors, with what is in flight in them.
-                descriptors = resources.describe_descriptors(pid, pidfd, objects)
+                own_numbers = doze.numbers if doze else frozenset()
+                descriptors = resources.describe_descriptors(pid, pidfd, objects, own_numbers)
                 reach("dump.described")
 
                 # 5. Its mappings; and the snapshot, if the process goes on.
@@ -190,6 +235,13 @@ def dump(
                     written = tracking.written_ranges(pid, vmas)
                 if not account:
                     written = None
+                ranges: list[tuple[int, int]] = []
+                away = Away([], [])
+                if doze:
+                    with hold_pager(doze):
+                        ranges = own_page_ranges(pid, vmas)
+                        away = read_away(doze, ranges)
+                    written = [*(ranges if written is None else written), *away.moved]
                 mappings = Mappings(pid, vmas)
                 mappings.take_objects(objects)
                 own["exe_object"] = _take_deleted_executable(pid, objects)
@@ -197,8 +249,7 @@ def dump(
                     obstacle = f"it shares {objects.total_bytes >> 20} MiB of memory"
                 if not obstacle:
                     snapshot, obstacle = _split(tracee)
-                if leave_running and obstacle:
-                    notes.append(f"stopped until written, no snapshot: {obstacle}")
+                runs_on = bool(snapshot)
                 if snapshot:
                     reach("dump.split")
                     _write_objects(writer, objects, window_pages)
@@ -213,17 +264,42 @@ def dump(
             own |= interrogate.describe_inherited(source_pid)
             mappings.renew_flags(proc.mappings(source_pid), of_snapshot=bool(snapshot))
             vmas = mappings.vmas
-            ranges = own_page_ranges(source_pid, vmas)
+            if not doze:
+                ranges = own_page_ranges(source_pid, vmas)
             guards = guard_ranges(source_pid, vmas)
             host = describe_host(source_pid, vmas, interrogate.decode(threads[0]["xstate"]))
+            policies = proc.memory_policies(source_pid)
+            ranges = join_ranges([*ranges, *away.missing])
             total = sum(end - start for start, end in ranges) + objects.total_bytes
             reach("dump.writing")
+            source: ProcessPages | CopiedPages
             source = ProcessPages(source_pid, shares_pages=bool(snapshot))
             fresh = windows_of(ranges, window_pages)
             if base and written is not None:
-                kept, fresh = plan_increment(base, fresh, windows_of(written, window_pages))
-                writer.keep(base, kept)
+                written = join_ranges(written)
+                try:
+                    kept, fresh = plan_increment(
+                        base,
+                        fresh,
+                        windows_of(written, window_pages),
+                        windows_of(away.missing, window_pages),
+                    )
+                except TooScattered:
+                    raise NotAsItIs from None
             written_bytes = sum(mask.bit_count() for _, mask in fresh) * PAGE_BYTES
+            if leave_running and not snapshot:
+                most = SNAPSHOT_OBJECT_LIMIT_BYTES
+                if doze and written_bytes <= COPY_LIMIT_BYTES and objects.total_bytes <= most:
+                    source = _copy(source, fresh)
+                    _write_objects(writer, objects, window_pages)
+                    with Deferred():
+                        tracee.let_go()
+                    runs_on, freeze_s = True, time.monotonic() - frozen_at
+                    reach("dump.resumed")
+                else:
+                    notes.append(f"stopped until written, no snapshot: {obstacle}")
+            if base and written is not None:
+                writer.keep(base, kept)
             parent = session["parent"]
             if not base and parent:  # all of it: as the next wake is thought to need it
                 fresh = order_windows(fresh, read_order(store.path, parent))
@@ -232,7 +308,7 @@ def dump(
             try:
                 with _reporting(progress, "writing", writer, total):
                     writer.add_space(source, fresh, space=0)
-                    if not snapshot:
+                    if not runs_on:
                         _write_objects(writer, objects, window_pages)
             finally:
                 source.close()
@@ -251,7 +327,7 @@ def dump(
                 "vmas": mappings.describe(),
                 "guards": guards,
                 "changed": cut_ranges(ranges, filter(behind_file, vmas)),
-                "memory_policies": proc.memory_policies(source_pid),
+                "memory_policies": policies,
                 "objects": objects.described,
                 "descriptors": descriptors,
                 "variables": variables,
@@ -278,7 +354,7 @@ def dump(
 
         # 8. Only now is the process ended, or let go.
         if leave_running:
-            if not snapshot:
+            if not runs_on:
                 tracee.let_go()
                 freeze_s = time.monotonic() - frozen_at
             remember(store, pid, session, notes)
@@ -426,30 +502,64 @@ def refuse_separate_threads(tracee: Tracee) -> None:
                 )
 
 
+def look_at_mappings(pid: int) -> tuple[bytes, list[Vma]]:
+    """Both /proc/PID/maps as it is and the mappings with their flags.
+
+    Should the first read the same later, the second still hold. The first is empty where they
+    disagree, so that it never does: a leaving pager, say, maps a page for its last call inside the
+    process just between the two.
+    """
+    places = proc.read_bytes(pid, "maps")
+    vmas = proc.mappings(pid)
+    agree = [vma[:4] for vma in proc.parse_mappings(places)] == [vma[:4] for vma in vmas]
+    return places if agree else b"", vmas
+
+
+def _find_fit_doze(pid: int, store: Store, window_pages: int, leave_running: bool) -> Doze | None:
+    """How the process dozes, if it can be dumped as it is; if not, all has to come in first."""
+    doze = find_doze(pid)
+    if doze is None or os.path.realpath(doze.store) != os.path.realpath(store.path):
+        return None
+    try:
+        with store.load(doze.image) as image:
+            if image.window_pages != window_pages:
+                return None
+    except LzyError:
+        return None
+    if leave_running:
+        vmas = proc.mappings(pid)
+        there = join_ranges(own_page_ranges(pid, vmas))
+        written = intersect(there, join_ranges(tracking.written_ranges(pid, vmas)))
+        if sum(end - start for start, end in written) > COPY_LIMIT_BYTES:
+            return None
+    return doze
+
+
+def _copy(source: ProcessPages, windows: list[tuple[int, int]]) -> CopiedPages:
+    try:
+        return CopiedPages(source, windows)
+    finally:
+        source.close()
+
+
 def wait_for_pager(pid: int, progress: Progress | None) -> tuple[bytes, list[Vma]]:
     """Wait until memory that a lazy restore still brings in is all there; the mappings then.
 
-    Both /proc/PID/maps as it is and the mappings with their flags: should the first read the same
-    later, the second still hold. The first is empty where they disagree, so that it never does: a
-    leaving pager, say, maps a page for its last call inside the process just between the two.
-    Raises Busy if nothing arrives: the pager died.
+    As `look_at_mappings` has them. Raises Busy if nothing arrives: the pager died.
     """
     last, moved_at = -1, time.monotonic()
     leaves_until = moved_at + _PAGER_LEAVES_S
-    close_unfinished(pid)
     journal = journal_path(run_directory(), pid)
     with contextlib.suppress(NotFound, OSError):  # none, or another user's
         rouse(journal)  # should it doze, what is missing is wanted now
     while True:
-        places = proc.read_bytes(pid, "maps")
-        vmas = proc.mappings(pid)
+        places, vmas = look_at_mappings(pid)
         missing = sum(vma.length for vma in vmas if "um" in vma.flags)
         if not missing and time.monotonic() < leaves_until and _pager_is_leaving(pid):
             time.sleep(0.005)
             continue
         if not missing:
-            agree = [vma[:4] for vma in proc.parse_mappings(places)] == [vma[:4] for vma in vmas]
-            return places if agree else b"", vmas
+            return places, vmas
         if journal.exists() and not is_held(journal):
             raise Busy(
                 f"memory of pid {pid} is not all there, and its pager has died",
@@ -628,16 +738,7 @@ def _end(tracee: Tracee, pidfd: int, descriptors: dict[str, Any]) -> None:
     """Kill the process and wait until it is gone, its inner connections without a trace."""
     held = resources.hold_connections(pidfd, descriptors)
     signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-    for tid in sorted(tracee.threads, key=lambda tid: tid == tracee.pid):
-        try:
-            while True:
-                _, status = os.waitpid(tid, ptrace.WALL)
-                if not os.WIFSTOPPED(status):
-                    break
-        except ChildProcessError:
-            continue
-    tracee.threads.clear()
-    tracee.close()
+    tracee.await_end()
     resources.release_descriptors(held)
 
 

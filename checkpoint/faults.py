@@ -8,7 +8,9 @@ is what makes it right:
   after the last event we read still holds when the kernel takes our page. On EAGAIN we read again
   and look everything up afresh.
 - A page is forgotten from the map only when it is installed, or when the kernel says that no
-  registered VMA is there. A page that is in no map is zero (or there already: EEXIST).
+  registered VMA is there. A page that is in no map is zero (or there already: EEXIST). Of a process
+  that goes to doze the map says more than is missing: what is there, or not heard of, may go yet.
+  So what is asked for one by one is forgotten only if it was really installed.
 - Bytes that do not authenticate are never installed, and neither are zeros in their place: that
   fault stays open, is tried again later, and all others go on.
 """
@@ -27,11 +29,11 @@ from .contexts import Context, LayoutChanged, MemoryGone
 from .course import Step
 from .errors import LzyError
 from .harbour import Harbour
-from .journal import CLOSING, CONTEXT, GONE, MAIN, PIECE, SOURCE, Journal, Record
+from .journal import CLOSING, CONTEXT, GONE, MAIN, MOVED, PIECE, SOURCE, Journal, Record
 from .linux import PAGE_BYTES, address_of
 from .linux import uffd as kernel
 from .linux.uffd import MESSAGE_BYTES
-from .missing import MissingPages
+from .missing import MissingPages, follow
 from .readahead import Readahead
 from .windows import ChunkSource, Windows
 from .working_set import merge_order
@@ -150,7 +152,13 @@ class FaultServer:
     # -- the journal
 
     def _replay(self) -> None:
-        main = Context(MAIN, self._uffd, MissingPages(), self._order)
+        main = Context(
+            MAIN,
+            self._uffd,
+            MissingPages(),
+            self._order,
+            keeps_account=self._journal.facts.get("keeps_account", False),
+        )
         self._contexts = {MAIN: main}
         source: Context = main
         for kind, a, b, c in self._journal.replay():
@@ -158,6 +166,8 @@ class FaultServer:
                 source = self._contexts[a]
             elif kind == PIECE:
                 source.missing.add(a, b, c if c < 1 << 63 else c - (1 << 64))
+            elif kind == MOVED:
+                source.moved.add(a, b)
             elif kind == GONE:
                 self._contexts.pop(a, None)
             elif kind == CONTEXT:
@@ -179,23 +189,21 @@ class FaultServer:
                 records.append((CONTEXT, token, 0, 0))
             records.append((SOURCE, token, 0, 0))
             records += [(PIECE, start, end, shift) for start, end, shift in context.missing]
+            records += [(MOVED, start, end, 0) for start, end, _ in context.moved]
         records.append((SOURCE, MAIN, 0, 0))
         self._journal.rewrite(records)
 
     def _apply(self, context: Context, event: Record) -> Context | None:
         """Follow what the process did; the context of its child if it forked."""
-        kind, a, b, c = event
-        if kind in (kernel.EVENT_REMOVE, kernel.EVENT_UNMAP):
-            context.missing.forget(a, b)
-        elif kind == kernel.EVENT_REMAP:
-            context.missing.move(a, b, c)
-        elif kind == kernel.EVENT_FORK:
+        kind, a, _, _ = event
+        if follow(event, context.missing, context.moved):
+            return None
+        if kind == kernel.EVENT_FORK:
             fd = a & 0xFFFFFFFF
             self._poll = None
             self._contexts[fd] = child = Context(fd, fd, context.missing.copy())
             return child
-        else:
-            self._log(f"the kernel sent an event of unknown kind {kind:#x}")
+        self._log(f"the kernel sent an event of unknown kind {kind:#x}")
         return None
 
     def _attend(self, context: Context) -> bool:
@@ -392,6 +400,7 @@ class FaultServer:
             low = max(low, page & -_DOZE_BYTES)
             high = min(high, (page & -_DOZE_BYTES) + _DOZE_BYTES)
         parts = windows.parts(number, low, high, shift, page)
+        may_go_yet = self._on_demand and context.token == MAIN
         if parts:
             readahead = self._readahead
             if page >= 0:
@@ -399,14 +408,15 @@ class FaultServer:
             slot = readahead.take(number) if readahead is not None else None
             if slot is None or readahead is None:
                 windows.read(number, self._buffer)
-                self._install(context, parts, self._buffer_address)
+                self._install(context, parts, self._buffer_address, forgets=may_go_yet)
             else:
                 try:
                     windows.check(number, slot.length_bytes)
-                    self._install(context, parts, slot.address)
+                    self._install(context, parts, slot.address, forgets=may_go_yet)
                 finally:
                     readahead.give_back(slot)
-        context.missing.forget(low, high)
+        if not may_go_yet:
+            context.missing.forget(low, high)
         return high
 
     def _await_reader(self, number: int) -> None:
@@ -428,9 +438,12 @@ class FaultServer:
             if not readahead.is_ready(number):
                 readahead.wait_done(_READ_PATIENCE_S)
 
-    def _install(self, context: Context, parts: list[tuple[int, int, int]], source: int) -> None:
+    def _install(
+        self, context: Context, parts: list[tuple[int, int, int]], source: int, *, forgets: bool
+    ) -> None:
         for address, offset, length in parts:
-            self._installed_bytes += context.install(address, source + offset, length)
+            installed = context.install(address, source + offset, length, forgets=forgets)
+            self._installed_bytes += installed
 
     # -- the order of need
 

@@ -39,6 +39,7 @@ SOURCE = 0xE1  # what follows comes from context A
 PIECE = 0xE2  # addresses [A, B) of the present source wait for the image's at + C (mod 2^64)
 GONE = 0xE3  # context A is served no more; its descriptor is about to be closed
 CONTEXT = 0xE4  # snapshot: context A exists (in a pager's shared table), nothing missing yet
+MOVED = 0xE5  # snapshot: what is at [A, B) of the present source has been moved there
 
 MAIN = 0
 """The context of the restored process itself; those of forked children go by descriptor number."""
@@ -72,6 +73,7 @@ class Status(NamedTuple):
     stalled_faults: int
     missing_bytes: int
     message: str
+    roused: bool
 
 
 def journal_path(directory: Path, pid: int) -> Path:
@@ -118,9 +120,15 @@ class Journal:
 
     @classmethod
     def create(
-        cls, path: Path, facts: dict[str, Any], pieces: Iterable[tuple[int, int, int]]
+        cls,
+        path: Path,
+        facts: dict[str, Any],
+        pieces: Iterable[tuple[int, int, int]],
+        moved: Iterable[tuple[int, int]] = (),
     ) -> Journal:
         """A new journal, locked, saying that `pieces` (start, end, shift) are missing.
+
+        `moved` are ranges whose content, missing or not, has come from elsewhere.
 
         Raises Busy when a living pager holds the one that is there; a stale one is replaced.
         """
@@ -131,6 +139,7 @@ class Journal:
         with contextlib.suppress(NotFound):
             os.close(_open_locked(path))
         records = [(PIECE, start, end, shift) for start, end, shift in pieces]
+        records += [(MOVED, start, end, 0) for start, end in moved]
         capacity = _area_bytes(len(records))
         draft = path.with_suffix(f".{os.getpid()}.new")
         fd = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
@@ -362,6 +371,7 @@ def read_status(path: Path) -> tuple[dict[str, Any], Status]:
         stalled_faults=words[at + _STALLED],
         missing_bytes=words[at + _MISSING],
         message=text.decode("utf-8", "replace"),
+        roused=words[at + _ROUSED] != 0,
     )
     return facts, status
 

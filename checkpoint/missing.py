@@ -11,6 +11,8 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 
+from .linux import uffd
+
 END_OF_ADDRESSES = 1 << 64
 
 
@@ -129,3 +131,22 @@ class MissingPages:
         other._pieces = self._pieces.copy()
         other.length_bytes = self.length_bytes
         return other
+
+
+def follow(event: tuple[int, int, int, int], missing: MissingPages, moved: MissingPages) -> bool:
+    """Follow what a process did to its own memory, as the kernel tells it; whether it is that.
+
+    In `moved`, without shifts, stands where memory was moved to: missing or not, it is not what the
+    image has at that address.
+    """
+    kind, a, b, c = event
+    if kind in (uffd.EVENT_REMOVE, uffd.EVENT_UNMAP):
+        missing.forget(a, b)
+        if kind == uffd.EVENT_UNMAP:
+            moved.forget(a, b)
+    elif kind == uffd.EVENT_REMAP:
+        missing.move(a, b, c)
+        moved.add(b, b + c)
+    else:
+        return False
+    return True

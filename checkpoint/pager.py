@@ -19,7 +19,6 @@ import gc
 import os
 import select
 import signal
-import stat
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -80,6 +79,10 @@ class Plan(NamedTuple):
     where userfaultfds of forked children are kept (`lzy.checkpoint.harbour`); closed at the end."""
     on_demand: bool = False
     """Bring in only what is touched, until `lzy.checkpoint.journal.rouse` asks for the rest."""
+    keeps_account: bool = False
+    """The userfaultfd has DOZE_FEATURES: what is brought in counts as not written."""
+    moved: Sequence[tuple[int, int]] = ()
+    """Ranges whose content has been moved there since the image was taken, or may have been."""
 
 
 class PagerReport(NamedTuple):
@@ -168,11 +171,13 @@ def begin_pager(
         "uffd_number": plan.uffd_number,
         "harbour_numbers": plan.harbour_numbers,
         "on_demand": plan.on_demand,
+        "keeps_account": plan.keeps_account,
+        "inodes": _inodes(plan.pid, (plan.uffd_number, *(plan.harbour_numbers or ()))),
         "store": os.path.abspath(plan.store),
         "image": plan.image,
         "began_unix_s": round(time.time(), 3),
     }
-    journal = Journal.create(journal_path(run_directory(), plan.pid), facts, missing)
+    journal = Journal.create(journal_path(run_directory(), plan.pid), facts, missing, plan.moved)
     harbour: list[int] = []
     try:
         harbour += _take_harbour(journal, pidfd)
@@ -265,7 +270,7 @@ def _resume(
             uffd = take_descriptor(pidfd, facts["uffd_number"])
         except OSError as error:
             uffd = _no_descriptor(journal, pid, str(error))
-        if uffd >= 0 and not is_userfaultfd(uffd):
+        if uffd >= 0 and not (is_userfaultfd(uffd) and _is_the_one(uffd, facts, 0)):
             os.close(uffd)
             uffd = _no_descriptor(journal, pid, "it is something else now")
         if uffd < 0:
@@ -303,13 +308,23 @@ def _resume(
         journal.close()
 
 
+def _inodes(pid: int, numbers: Sequence[int]) -> list[int]:
+    """What tells descriptors of process `pid` from others that come to have their numbers."""
+    return [os.stat(f"/proc/{pid}/fd/{number}").st_ino for number in numbers]
+
+
+def _is_the_one(fd: int, facts: dict[str, Any], place: int) -> bool:
+    """Whether our duplicate is of what the process had there when the journal was written."""
+    return os.fstat(fd).st_ino == facts["inodes"][place]
+
+
 def _take_harbour(journal: Journal, pidfd: int) -> list[int]:
     """Duplicates of the two ends of the process's socket pair; none if it has none."""
     taken: list[int] = []
     try:
-        for number in journal.facts["harbour_numbers"] or ():
+        for place, number in enumerate(journal.facts["harbour_numbers"] or (), 1):
             taken.append(take_descriptor(pidfd, number))
-            if not stat.S_ISSOCK(os.fstat(taken[-1]).st_mode):
+            if not _is_the_one(taken[-1], journal.facts, place):
                 raise OSError(errno.ENOTSOCK, os.strerror(errno.ENOTSOCK))
     except OSError:  # the process has closed it: then children hang on pager and keeper alone
         for fd in taken:

@@ -32,6 +32,7 @@ STAGES: Final = (
     "restore.committing",
     "restore.committed",
     "doze.taken",
+    "doze.replacing",
     "doze.served",
     "doze.dropped",
     "pager.serving",

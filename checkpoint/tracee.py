@@ -307,6 +307,15 @@ class Tracee:
                     continue  # our own child: whoever started it here waits for it
                 os.waitpid(tid, ptrace.WALL | (0 if tid in killed else os.WNOHANG))
 
+    def await_end(self) -> None:
+        """Wait until a process that has been killed is gone."""
+        for tid in sorted(self.threads, key=self.pid.__eq__):
+            with contextlib.suppress(ChildProcessError):
+                while os.WIFSTOPPED(os.waitpid(tid, ptrace.WALL)[1]):
+                    pass
+        self.threads.clear()
+        self.close()
+
     def close(self) -> None:
         """Close what lzy holds open of the process."""
         if self.memory >= 0:

@@ -132,7 +132,12 @@ def test_killed_at_each_stage(
     """Whenever lzy dies, the process has all of its memory, here or on its way; it dozes again."""
     program = start("memory_pattern", "16").await_ready()
     where = ("--store", str(lzy.store), "--name", "session")
+    if stage == "doze.replacing":  # only who dozes already has a pager to be replaced
+        doze(lzy, program, "--name", "session")
+        program.prove()
     assert lzy.run("doze", str(program.pid), *where, kill_at=stage).returncode == -signal.SIGKILL
+    if stage == "doze.replacing":  # what is away waits for somebody to take over
+        lzy.succeed("pager", "--resume", str(program.pid))
     program.prove()
     doze(lzy, program)
     program.prove()

@@ -29,6 +29,8 @@ UFFDIO_ZEROPAGE = 0xC020AA04
 REGISTER_MODE_MISSING = 1
 REGISTER_MODE_WP = 2
 
+COPY_MODE_WP = 2
+
 FEATURE_EVENT_FORK = 1 << 1
 FEATURE_EVENT_REMAP = 1 << 2
 FEATURE_EVENT_REMOVE = 1 << 3
@@ -39,9 +41,13 @@ PAGER_FEATURES = (
 """Every way in which a process can change what lies where: the pager must hear of all of them."""
 
 FEATURE_WP_UNPOPULATED = 1 << 13  # which WP_ASYNC implies
-ACCOUNT_FEATURES = 1 << 15 | 1 << 11 | 1 << 8
+FEATURE_WP_ASYNC = 1 << 15
+ACCOUNT_FEATURES = FEATURE_WP_ASYNC | 1 << 11 | 1 << 8
 """WP_ASYNC, which is what an account of writes needs (`lzy.checkpoint.tracking`), with
 EXACT_ADDRESS and THREAD_ID, which mean nothing to it: by this combination it is known again."""
+
+DOZE_FEATURES = PAGER_FEATURES | FEATURE_WP_ASYNC
+"""By one userfaultfd, for a mapping has but one, pages are served and writes are accounted for."""
 
 EVENT_PAGEFAULT = 0x12
 EVENT_FORK = 0x13
@@ -159,10 +165,12 @@ class Userfaultfd:
     ESRCH    the memory is gone: its process ended or called execve
     """
 
-    __slots__ = ("_argument", "_argument_address", "fd")
+    __slots__ = ("_argument", "_argument_address", "_copy_mode", "fd")
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, fd: int, *, keeps_account: bool = False) -> None:
+        """With `keeps_account` what is copied counts as not written (see DOZE_FEATURES)."""
         self.fd = fd
+        self._copy_mode = COPY_MODE_WP if keeps_account else 0
         buffer = (ctypes.c_int64 * 5)()
         self._argument = memoryview(buffer).cast("B").cast("q")
         self._argument_address = ctypes.addressof(buffer)
@@ -191,7 +199,7 @@ class Userfaultfd:
         argument[0] = target
         argument[1] = source
         argument[2] = length_bytes
-        argument[3] = 0
+        argument[3] = self._copy_mode
         argument[4] = 0
         call = _ioctl_held if length_bytes <= _SHORT_COPY_BYTES else _ioctl
         if call(self.fd, UFFDIO_COPY, self._argument_address):

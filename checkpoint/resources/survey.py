@@ -93,8 +93,11 @@ class Opened:
 class Survey:
     """Everything the process has open, for kinds that must look at their neighbours."""
 
-    def __init__(self, pid: int, pidfd: int, objects: ObjectSink) -> None:
+    def __init__(
+        self, pid: int, pidfd: int, objects: ObjectSink, left_out: frozenset[int] = frozenset()
+    ) -> None:
         self.pid = pid
+        self._left_out = left_out
         self.pidfd = pidfd
         self.objects = objects
         self.duplicates: list[int] = []
@@ -126,7 +129,7 @@ class Survey:
     def look(self) -> None:
         """Find descriptors, group them by description, and find who claims each."""
         directory = f"/proc/{self.pid}/fd"
-        numbers = sorted(int(name) for name in os.listdir(directory))
+        numbers = sorted(set(map(int, os.listdir(directory))) - self._left_out)
         _allow_descriptors(2 * len(numbers) + 64)
         groups: dict[str, list[int]] = {}
         folder = os.open(f"/proc/{self.pid}/fdinfo", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -248,8 +251,10 @@ def _allow_descriptors(count: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def describe_descriptors(pid: int, pidfd: int, objects: ObjectSink) -> dict[str, Any]:
-    """Describe everything the frozen process `pid` has open, changing none of it.
+def describe_descriptors(
+    pid: int, pidfd: int, objects: ObjectSink, left_out: frozenset[int] = frozenset()
+) -> dict[str, Any]:
+    """Describe everything the frozen process `pid` has open but `left_out`, changing none of it.
 
     `pidfd` refers to the same process; the caller must be allowed to trace it. The answer can be
     written as JSON: `descriptions`, a list of entries, and `descriptors`, number (as text) to
@@ -258,7 +263,7 @@ def describe_descriptors(pid: int, pidfd: int, objects: ObjectSink) -> dict[str,
     Raises Unsupported with the number, the kind and a way out for what cannot be made again,
     NotFound when the process ends meanwhile, AccessDenied, KernelError.
     """
-    survey = Survey(pid, pidfd, objects)
+    survey = Survey(pid, pidfd, objects, left_out)
     try:
         survey.look()
         return {

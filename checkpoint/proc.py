@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+from functools import lru_cache
 from typing import NamedTuple
 
 from .errors import AccessDenied, NotFound
@@ -14,7 +15,7 @@ from .errors import AccessDenied, NotFound
 _HEADER = re.compile(
     rb"^([0-9a-f]+)-([0-9a-f]+) (....) ([0-9a-f]+) ([0-9a-f]+):([0-9a-f]+) (\d+) *(.*)$"
 )
-_SMAPS = re.compile(rb"^(?:[0-9a-f]+-[0-9a-f]+ .*|VmFlags: .*|ProtectionKey: +[1-9]\d*)$", re.M)
+_KEYED = re.compile(rb"\nProtectionKey: +[1-9]")
 _SPECIAL = {
     b"[vdso]": "vdso",
     b"[vvar]": "vvar",
@@ -61,29 +62,46 @@ def _unescape(path: bytes) -> bytes:
 
 def parse_mappings(text: bytes) -> list[Vma]:
     """The VMAs of /proc/PID/maps or, with flags, of /proc/PID/smaps."""
+    pieces = text.split(b"\nVmFlags: ")
+    if len(pieces) == 1:
+        return [_vma(line, frozenset()) for line in text.split(b"\n") if line]
     found: list[Vma] = []
-    pending: re.Match[bytes] | None = None
-    keyed = False  # the line of a protection key comes before that of the flags
-    for line in _SMAPS.findall(text):
-        if line.startswith(b"ProtectionKey:"):
-            keyed = True
-            continue
-        if line.startswith(b"VmFlags:"):
-            if pending:
-                flags = line[8:].decode().split() + ["pk"] * keyed
-                found.append(_vma(pending, frozenset(flags)))
-                pending, keyed = None, False
-            continue
-        if pending:
-            found.append(_vma(pending, frozenset()))
-        pending = _HEADER.match(line)
-    if pending:
-        found.append(_vma(pending, frozenset()))
+    known: dict[bytes, frozenset[str]] = {}
+    details = pieces[0]  # those of a mapping end in its flags; the next one's follow
+    for piece in pieces[1:]:
+        words, _, following = piece.partition(b"\n")
+        flags = known.get(words)
+        if flags is None:
+            flags = known[words] = frozenset(words.decode().split())
+        if _KEYED.search(details):
+            flags |= {"pk"}
+        found.append(_vma(details.partition(b"\n")[0], flags))
+        details = following
     return found
 
 
-def _vma(match: re.Match[bytes], flags: frozenset[str]) -> Vma:
+def _vma(line: bytes, flags: frozenset[str]) -> Vma:
+    match = _HEADER.match(line)
+    if match is None:
+        raise ValueError(f"no mapping of /proc/PID/maps: {line!r}")
     start, end, permissions, offset, major, minor, inode, name = match.groups()
+    path, kind, device = _behind(name, inode, major, minor)
+    return Vma(
+        int(start, 16),
+        int(end, 16),
+        permissions.decode(),
+        int(offset, 16),
+        device,
+        int(inode),
+        path,
+        kind,
+        flags,
+    )
+
+
+@lru_cache(maxsize=4096)
+def _behind(name: bytes, inode: bytes, major: bytes, minor: bytes) -> tuple[str, str, int]:
+    """(path, kind, device) of a mapping. A library is mapped in five parts or so."""
     path = _unescape(name)
     if path in _SPECIAL:
         kind = _SPECIAL[path]
@@ -97,17 +115,7 @@ def _vma(match: re.Match[bytes], flags: frozenset[str]) -> Vma:
         kind = "memory"
     else:
         kind = "file"
-    return Vma(
-        int(start, 16),
-        int(end, 16),
-        permissions.decode(),
-        int(offset, 16),
-        os.makedev(int(major, 16), int(minor, 16)),
-        int(inode),
-        os.fsdecode(path),
-        kind,
-        flags,
-    )
+    return os.fsdecode(path), kind, os.makedev(int(major, 16), int(minor, 16))
 
 
 def read_file(path: str) -> bytes:

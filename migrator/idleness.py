@@ -83,10 +83,7 @@ def break_even(action: str, session: SessionFacts, settings: Settings) -> float:
     unwritten_bytes = max(session.memory_bytes - session.image_bytes, 0)
     if action == DOZE:
         set_s = own.doze_after_s
-        work_s = (
-            session.memory_bytes / own.doze_bytes_per_s
-            + session.memory_bytes / own.rouse_bytes_per_s
-        )
+        work_s = doze_time(session, own) + session.memory_bytes / own.rouse_bytes_per_s
     elif action == GIVE_GPU_BACK:
         set_s = own.gpu_back_after_s
         work_s = 2 * (session.memory_bytes / own.dump_bytes_per_s + own.wake_s) + own.gpu_attach_s
@@ -94,6 +91,13 @@ def break_even(action: str, session: SessionFacts, settings: Settings) -> float:
         set_s = own.hibernate_after_s
         work_s = unwritten_bytes / own.dump_bytes_per_s + own.wake_s
     return max(set_s, work_s, own.sample_s * own.looks)
+
+
+def doze_time(session: SessionFacts, settings: Settings) -> float:
+    """Seconds until `session` dozes: what its image has already need only be dropped."""
+    known_bytes = min(session.image_bytes, session.memory_bytes)
+    new_s = (session.memory_bytes - known_bytes) / settings.doze_bytes_per_s
+    return new_s + known_bytes / settings.doze_again_bytes_per_s
 
 
 def window_of(action: str, session: SessionFacts, settings: Settings) -> float:

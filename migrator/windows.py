@@ -29,6 +29,8 @@ from __future__ import annotations
 
 from functools import lru_cache
 
+from .facts import NEVER_S
+
 REMEMBERED_GAPS = 32
 """Gaps a session remembers; the windows follow a change of habits within a day or two."""
 LARGEST_SLACK = 4.0
@@ -41,22 +43,22 @@ def choose_window(gaps_s: tuple[float, ...], slack_s: float, break_even_s: float
 
     All in seconds. Without gaps it is `break_even_s`; of equals the longest wins.
     """
-    lowest_s, highest_s = max(break_even_s - slack_s, 0.0), break_even_s + max(slack_s, 0.0)
-    if not gaps_s or lowest_s >= highest_s:
+    lowest_s = max(break_even_s - slack_s, 0.0)
+    if not gaps_s or lowest_s >= break_even_s:
         return break_even_s
     ordered = sorted(gaps_s)
     count = len(ordered)
     # Least cost is at a bound or just at a gap's end: between two of them cost only grows with w.
-    best_s, best_cost = lowest_s, -1.0
+    best_s, best_cost = break_even_s, NEVER_S
     paid_s, at = 0.0, 0
-    for window_s in (lowest_s, *ordered, highest_s):
-        if not lowest_s <= window_s <= highest_s:
+    for window_s in (lowest_s, *ordered, break_even_s):
+        if not lowest_s <= window_s <= break_even_s:
             continue
         while at < count and ordered[at] <= window_s:
             paid_s += ordered[at]
             at += 1
         cost = paid_s + (window_s + break_even_s) * (count - at)
-        if best_cost < 0 or cost <= best_cost:
+        if cost < best_cost:
             best_s, best_cost = window_s, cost
     return best_s
 

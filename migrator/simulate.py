@@ -1,0 +1,455 @@
+"""Simulation: a trace of sessions, replayed through `decide` on rented nodes, event by event.
+
+The rules asked are those that a real migrator asks. They are asked when something can change: when
+somebody waits, and, on the grid of looks, when a session's next step may be due. What a look could
+not know (when the next cell comes) they are not told.
+
+What is not modelled: cores are never short among sessions that run (they are reserved); dozing and
+moving take their time from the session but are begun without queueing at the disk; memory grows
+only while it computes.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from .facts import (
+    DOZING,
+    HIBERNATED,
+    NEVER_S,
+    RUNNING,
+    Fleet,
+    Requests,
+    SessionFacts,
+    Settings,
+    Verdict,
+    share_of,
+)
+from .idleness import DOZE, GIVE_GPU_BACK, HIBERNATE, doze_time, next_step, remember_gap
+from .placement import need_of
+from .policy import MIGRATE, WAIT, WAKE, Decision, decide
+from .stock import Kind, Stock
+from .tally import Tally
+from .traces import BUSY, END, START, Event
+
+IDLE = (Verdict("cells", False, "no cell runs"),)
+ACTIVE = (Verdict("cells", True, "a cell runs"),)
+
+
+class World(NamedTuple):
+    """What things take that the rules do not decide upon, in seconds; `A`: assumed."""
+
+    pause_s: float = 300.0
+    """A: of pauses up to this long the user is taken to be at work; see `tally`."""
+    doze_reply_s: float = 0.1
+    """A: first reply of a dozing session, beside what it touches: 770 faults of 130 µs."""
+    touched_share: float = 0.1
+    """A: of its memory, by the first cell after a wake."""
+    hibernate_dozing_s: float = 0.3
+    """A: what dozing has written need not be written again."""
+    node_start_s: float = 40.0  # A
+    linger_s: float = 600.0
+    """A: an empty node is kept on for so long."""
+    kernel_start_s: float = 0.96
+    """Measured: a new notebook kernel, docs/performance.md."""
+    rerun_share: float = 0.25
+    """A: of what a killed kernel has computed, what its user computes again."""
+
+
+class Policy(NamedTuple):
+    """A name, the rules' figures, and whether hibernating means killing, as elsewhere."""
+
+    name: str
+    settings: Settings
+    kills: bool = False
+
+
+def always_on() -> Policy:
+    """A session holds its share from its start to its end."""
+    never = Settings(gpu_back_after_s=NEVER_S, doze_after_s=NEVER_S, hibernate_after_s=NEVER_S,
+                     adaptive=False)  # fmt: skip
+    return Policy("always on", never)
+
+
+def fixed_timeout(timeout_s: float = 3600.0) -> Policy:
+    """What cullers do: a kernel idle for `timeout_s` is killed, and its variables with it."""
+    settings = always_on().settings
+    return Policy("idle timeout", settings._replace(hibernate_after_s=timeout_s), kills=True)
+
+
+class _Session:
+    """One session in the simulated world."""
+
+    __slots__ = (
+        "busy_until_s", "check_s", "computed_s", "cpu", "gpu_busy_until_s", "gpus", "image_bytes",
+        "mark_s", "memory_bytes", "name", "node", "paused", "peak_bytes", "price", "protected_s",
+        "since_s", "state", "story", "user", "waiting_since_s", "wants_gpus", "work",
+    )  # fmt: skip
+
+    def __init__(self, event: Event) -> None:
+        self.name, self.user, self.cpu = event.session, event.user, event.cpu
+        self.state, self.node = HIBERNATED, ""
+        self.since_s = self.mark_s = self.busy_until_s = self.gpu_busy_until_s = event.at_s
+        self.memory_bytes = self.peak_bytes = 2**28
+        self.image_bytes = self.gpus = self.wants_gpus = 0
+        self.protected_s = 0.0
+        self.computed_s = 0.0
+        self.waiting_since_s: float | None = None
+        self.work: list[Event] = []  # what came while it could not run
+        self.price = 0.0  # of its share, by the hour
+        self.paused: list[tuple[float, float, float]] = []  # held since it last computed
+        self.check_s = NEVER_S  # when it is looked at next
+        self.story = SessionFacts(event.session, event.user, RUNNING)  # its gaps and slack
+
+
+class Simulation:
+    """One policy's run over one trace: feed it events in order, then `finish`."""
+
+    def __init__(self, policy: Policy, kinds: list[Kind], world: World, days: float) -> None:
+        self.policy, self.world = policy, world
+        self.settings = policy.settings
+        self.stock = Stock(kinds, world.linger_s)
+        self.tally = Tally(policy.name, days)
+        self._sessions: dict[str, _Session] = {}
+        self._waiting: dict[str, _Session] = {}
+        self._checks: list[tuple[float, str]] = []
+        self._looks = self.settings.sample_s
+        limits = (self.settings.gpu_back_after_s, self.settings.doze_after_s)
+        self._steps = min(*limits, self.settings.hibernate_after_s) < NEVER_S
+        self._soonest_s = self._looks * self.settings.looks
+
+    def feed(self, events: Iterable[Event]) -> None:
+        """Replay `events`, in order. Raises ValueError for those that make no sense."""
+        for event in events:
+            if self._checks and self._checks[0][0] <= event.at_s:
+                self._run_checks(event.at_s)
+            if event.kind == BUSY:
+                session = self._sessions.get(event.session)
+                if session is None:
+                    session = self._start(event)
+                self._compute(session, event)
+            elif event.kind == START:
+                if event.session in self._sessions:
+                    raise ValueError(f"{event.session} starts twice, at {event.at_s:g} s again")
+                self._start(event)
+            elif event.kind == END and event.session in self._sessions:
+                self._end(self._sessions.pop(event.session), event.at_s)
+
+    def finish(self, now_s: float) -> Tally:
+        """Run on to `now_s`, the end of the trace, and close the books."""
+        self._run_checks(now_s)
+        for session in [*self._sessions.values()]:
+            self._end(session, max(now_s, session.mark_s))
+        self.stock.settle(now_s)
+        self.tally.close(self.stock)
+        return self.tally
+
+    # -- what people do -------------------------------------------------------------------------
+
+    def _start(self, event: Event) -> _Session:
+        session = self._sessions[event.session] = _Session(event)
+        session.waiting_since_s = event.at_s
+        self.tally.sessions += 1
+        self._ask([session], event.at_s)
+        return session
+
+    def _compute(self, session: _Session, event: Event) -> None:
+        now_s = event.at_s
+        if session.waiting_since_s is not None:
+            session.work.append(event)
+            return
+        gap_s = now_s - session.busy_until_s
+        if session.state == RUNNING:
+            self._account(session, now_s)
+            if event.gpu <= session.gpus:
+                self._pass_gap(session, gap_s, now_s)
+                self._run(session, event, now_s, 0.0)
+                return
+        if gap_s > 0:
+            self._pass_gap(session, gap_s, now_s)
+        session.wants_gpus = max(event.gpu, session.gpus)
+        session.waiting_since_s = now_s
+        session.work.append(event)
+        self._ask([session], now_s)
+
+    def _run(self, session: _Session, event: Event, asked_s: float, wait_s: float) -> None:
+        """The session computes `event`, as soon as it has computed what came before."""
+        begin_s = max(asked_s + wait_s, session.busy_until_s)
+        self.tally.add_wait(wait_s)
+        end_s = begin_s + event.duration_s
+        session.busy_until_s = end_s
+        session.computed_s += event.duration_s
+        if event.gpu:
+            if asked_s > session.gpu_busy_until_s and self.settings.adaptive:
+                gap_s = asked_s - session.gpu_busy_until_s
+                session.story = remember_gap(session.story, gap_s, self.settings, gpu=True)
+            session.gpu_busy_until_s = end_s
+            self.tally.gpu_computing_s += event.duration_s
+        if event.memory_bytes and event.memory_bytes != session.memory_bytes:
+            self._resize(session, event.memory_bytes)
+        if self._steps:
+            self._check_after(session, end_s)
+
+    def _pass_gap(self, session: _Session, gap_s: float, now_s: float) -> None:
+        """A pause has ended: it was work if it was short; the windows learn from it."""
+        if gap_s <= self.world.pause_s:
+            self.tally.use(session.paused)
+        session.paused.clear()
+        if gap_s > 0 and self.settings.adaptive:
+            story = session.story._replace(
+                memory_bytes=session.memory_bytes, image_bytes=session.image_bytes
+            )
+            session.story = remember_gap(story, gap_s, self.settings)
+
+    def _end(self, session: _Session, now_s: float) -> None:
+        self._account(session, now_s)
+        self._vacate(session, now_s)
+        if session.node:
+            self.stock.leave(session.node, now_s)
+        self._waiting.pop(session.name, None)
+        session.state = "ended"
+        self._retry(now_s)
+
+    # -- what the rules do ----------------------------------------------------------------------
+
+    def _ask(self, sessions: list[_Session], now_s: float) -> None:
+        """Have the rules decide about `sessions`, and do what they say."""
+        facts = tuple(self._facts(session, now_s) for session in sessions)
+        freed = False
+        for decision in decide(Fleet(self.stock.nodes(now_s), facts), self.settings, now_s):
+            freed |= self._carry_out(decision, now_s)
+        if self._waiting and any(session.waiting_since_s is not None for session in sessions):
+            # Somebody must wait: let the rules see who could make room.
+            everybody = tuple(self._facts(s, now_s) for s in self._sessions.values())
+            for decision in decide(Fleet(self.stock.nodes(now_s), everybody), self.settings, now_s):
+                freed |= self._carry_out(decision, now_s)
+        if freed:
+            self._retry(now_s)
+
+    def _retry(self, now_s: float) -> None:
+        """Room has come free: those who wait ask again."""
+        if not self._waiting:
+            return
+        facts = tuple(self._facts(session, now_s) for session in self._waiting.values())
+        for decision in decide(Fleet(self.stock.nodes(now_s), facts), self.settings, now_s):
+            self._carry_out(decision, now_s)
+
+    def _carry_out(self, decision: Decision, now_s: float) -> bool:
+        """Do it; whether that made room somewhere."""
+        session = self._sessions[decision.session]
+        self._account(session, now_s)
+        if decision.action == WAIT:
+            self._waiting[session.name] = session
+            return False
+        self.tally.actions[decision.action] = self.tally.actions.get(decision.action, 0) + 1
+        if decision.action == WAKE:
+            self._wake(session, decision.to, now_s)
+        elif decision.action in (MIGRATE, GIVE_GPU_BACK):
+            self._migrate(session, decision, now_s)
+        elif decision.action == DOZE:
+            self._spend(session, now_s, doze_time(self._facts(session, now_s), self.settings))
+            self._vacate(session, now_s)
+            session.state, session.image_bytes = DOZING, session.memory_bytes
+        elif decision.action == HIBERNATE:
+            self._hibernate(session, now_s)
+        return decision.action != WAKE
+
+    def _wake(self, session: _Session, to: str, now_s: float) -> None:
+        world, settings = self.world, self.settings
+        asleep = session.state == DOZING and session.node == to
+        cold = to not in self.stock.on
+        touched_s = world.touched_share * session.memory_bytes / settings.rouse_bytes_per_s
+        if asleep:
+            takes_s = world.doze_reply_s + touched_s
+        elif self.policy.kills or not session.computed_s:
+            takes_s = world.kernel_start_s + world.rerun_share * session.computed_s
+            self.tally.rerun_s += world.rerun_share * session.computed_s
+            session.computed_s = 0.0
+        else:
+            takes_s = settings.wake_s + touched_s
+        takes_s += (settings.gpu_attach_s if session.wants_gpus else 0.0) + (
+            world.node_start_s if cold else 0.0
+        )
+        protect_s = settings.protect_after_rouse_s if asleep else settings.protect_after_wake_s
+        session.protected_s = now_s + takes_s + protect_s
+        self._go(session, to, now_s)
+        self._resume(session, now_s + takes_s)
+
+    def _migrate(self, session: _Session, decision: Decision, now_s: float) -> None:
+        """Hibernate here, wake there: no faster way has been measured yet."""
+        back = decision.action == GIVE_GPU_BACK
+        takes_s = session.memory_bytes / self.settings.dump_bytes_per_s + self.settings.wake_s
+        takes_s += 0.0 if back else self.settings.gpu_attach_s
+        takes_s += self.world.node_start_s if decision.to not in self.stock.on else 0.0
+        if back:
+            session.wants_gpus = 0
+        self._spend(session, now_s, takes_s)
+        self._vacate(session, now_s)
+        self._go(session, decision.to, now_s)
+        if session.waiting_since_s is not None:
+            session.protected_s = now_s + takes_s + self.settings.protect_after_wake_s
+            self._resume(session, now_s + takes_s)
+
+    def _hibernate(self, session: _Session, now_s: float) -> None:
+        if self.policy.kills:
+            self.tally.killed += 1
+            session.memory_bytes = session.peak_bytes = 2**28
+        elif session.state == DOZING:
+            self._spend(session, now_s, self.world.hibernate_dozing_s)
+        else:
+            self._spend(session, now_s, session.memory_bytes / self.settings.dump_bytes_per_s)
+        self._vacate(session, now_s)
+        self.stock.leave(session.node, now_s)
+        session.state, session.node, session.wants_gpus = HIBERNATED, "", 0
+        session.image_bytes, session.since_s = session.memory_bytes, now_s
+
+    def _resume(self, session: _Session, ready_s: float) -> None:
+        """From `ready_s` on it computes what has come meanwhile."""
+        session.waiting_since_s = None
+        self._waiting.pop(session.name, None)
+        session.busy_until_s = max(session.busy_until_s, ready_s)
+        work, session.work = session.work, []
+        for event in work:
+            self._run(session, event, event.at_s, max(ready_s - event.at_s, 0.0))
+        if not work and self._steps:
+            self._check_after(session, ready_s)
+
+    # -- looking at sessions --------------------------------------------------------------------
+
+    def _check_at(self, session: _Session, at_s: float) -> None:
+        """Look at the session at `at_s`, unless that is to happen sooner anyway."""
+        if at_s < session.check_s:
+            session.check_s = at_s
+            heapq.heappush(self._checks, (at_s, session.name))
+
+    def _check_after(self, session: _Session, idle_since_s: float) -> None:
+        """Look at it when it may have been idle for long enough."""
+        self._check_at(session, self._grid(idle_since_s) + self._soonest_s)
+
+    def _run_checks(self, until_s: float) -> None:
+        """Everything that is due on the grid of looks up to `until_s`."""
+        checks = self._checks
+        while checks and checks[0][0] <= until_s:
+            now_s = checks[0][0]
+            due = []
+            while checks and checks[0][0] == now_s:
+                session = self._sessions.get(heapq.heappop(checks)[1])
+                if session is None or session.check_s != now_s:
+                    continue  # it has ended, or is to be looked at at another time
+                session.check_s = NEVER_S
+                if session.state == HIBERNATED:
+                    continue
+                idle_since_s = self._grid(session.busy_until_s)
+                if now_s - idle_since_s < self._soonest_s and not session.gpus:
+                    self._check_after(session, idle_since_s)
+                    continue
+                step = next_step(self._facts(session, now_s), self.settings, now_s)
+                if not step.action:
+                    computing_s = max(session.busy_until_s, session.gpu_busy_until_s, now_s)
+                    self._check_after(session, computing_s)
+                elif step.due_s <= now_s:
+                    due.append(session)
+                    self._check_at(session, now_s + self._looks)
+                elif step.due_s < NEVER_S:
+                    self._check_at(session, max(self._grid(step.due_s), now_s + self._looks))
+            if due:
+                self._ask(due, now_s)
+
+    def _grid(self, at_s: float) -> float:
+        """The first look at or after `at_s`."""
+        return -(-at_s // self._looks) * self._looks
+
+    def _facts(self, session: _Session, now_s: float) -> SessionFacts:
+        idle_s = now_s - self._grid(session.busy_until_s)
+        gpu_idle_s = now_s - self._grid(session.gpu_busy_until_s)
+        return SessionFacts(
+            session.name,
+            session.user,
+            session.state,
+            session.node,
+            session.since_s,
+            session.memory_bytes,
+            session.peak_bytes,
+            image_bytes=session.image_bytes,
+            cpu_share=1.0 if idle_s < 0 else 0.0,
+            gpu_count=session.gpus,
+            gpu_share=1.0 if gpu_idle_s < 0 else 0.0,
+            idle_for_s=max(idle_s, 0.0),
+            gpu_idle_for_s=max(gpu_idle_s, 0.0),
+            verdicts=IDLE if idle_s >= 0 else ACTIVE,
+            protected_until_s=session.protected_s or None,
+            waiting_since_s=session.waiting_since_s,
+            idle_gaps_s=session.story.idle_gaps_s,
+            gpu_gaps_s=session.story.gpu_gaps_s,
+            slack=session.story.slack,
+            requests=Requests(session.cpu, 0, session.wants_gpus),
+        )
+
+    # -- who holds what -------------------------------------------------------------------------
+
+    def _go(self, session: _Session, to: str, now_s: float) -> None:
+        """Live on `to`, running, and hold a share there."""
+        was = session.node
+        rented = self.stock.take(to, now_s)
+        if was:
+            self.stock.leave(was, now_s)
+        session.node, session.state, session.since_s = to, RUNNING, now_s
+        session.gpus = session.wants_gpus
+        session.mark_s = max(session.mark_s, now_s)
+        need = need_of(self._facts(session, now_s), self.settings)
+        facts = rented.facts
+        rented.facts = facts._replace(
+            reserved_cpu=facts.reserved_cpu + need.cpu,
+            reserved_memory_bytes=facts.reserved_memory_bytes + need.memory_bytes,
+            reserved_gpus=facts.reserved_gpus + session.gpus,
+        )
+        share = share_of(facts, need.cpu, need.memory_bytes, session.gpus)
+        session.price = share * facts.price_per_hour
+
+    def _vacate(self, session: _Session, now_s: float) -> None:
+        """Hold nothing any more."""
+        if session.state != RUNNING:
+            return
+        rented = self.stock.on[session.node]
+        need = need_of(self._facts(session, now_s), self.settings)
+        facts = rented.facts
+        rented.facts = facts._replace(
+            reserved_cpu=facts.reserved_cpu - need.cpu,
+            reserved_memory_bytes=facts.reserved_memory_bytes - need.memory_bytes,
+            reserved_gpus=facts.reserved_gpus - session.gpus,
+        )
+        session.gpus, session.price = 0, 0.0
+
+    def _resize(self, session: _Session, memory_bytes: int) -> None:
+        """Its memory is another; what it holds follows the most it has had."""
+        session.memory_bytes = memory_bytes
+        if memory_bytes <= session.peak_bytes:
+            return
+        rented, facts = self.stock.on[session.node], self.stock.on[session.node].facts
+        before_bytes = int(session.peak_bytes * self.settings.growth)
+        session.peak_bytes = memory_bytes
+        grown_bytes = int(memory_bytes * self.settings.growth) - before_bytes
+        rented.facts = facts._replace(
+            reserved_memory_bytes=facts.reserved_memory_bytes + grown_bytes
+        )
+        need = need_of(self._facts(session, session.mark_s), self.settings)
+        share = share_of(facts, need.cpu, need.memory_bytes, session.gpus)
+        session.price = share * facts.price_per_hour
+
+    def _account(self, session: _Session, now_s: float) -> None:
+        """Count what it has held since it was last counted: computing first, then pausing."""
+        if session.state == RUNNING and now_s > session.mark_s:
+            middle_s = min(max(session.busy_until_s, session.mark_s), now_s)
+            if middle_s > session.mark_s:
+                self.tally.hold(session.mark_s, middle_s, session.price, session.gpus, True)
+            if now_s > middle_s:
+                self.tally.hold(middle_s, now_s, session.price, session.gpus, False)
+                session.paused.append((middle_s, now_s, session.price))
+        session.mark_s = max(session.mark_s, now_s)
+
+    def _spend(self, session: _Session, now_s: float, time_s: float) -> None:
+        """Its share is held for `time_s` more while it is written or moved."""
+        if session.state == RUNNING and time_s > 0:
+            self.tally.hold(now_s, now_s + time_s, session.price, session.gpus, False)

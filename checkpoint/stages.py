@@ -1,4 +1,4 @@
-"""The stages of a dump, a restore and a pager, so that tests can end lzy at each of them.
+"""The stages of dumps, restores, pagers and the agent, so that tests can end lzy at each of them.
 
 `LZY_TEST_KILL_AT=dump.seized lzy dump …` makes lzy kill itself (SIGKILL) on reaching that stage.
 """
@@ -39,6 +39,11 @@ STAGES: Final = (
     "pager.loaded",
     "pager.unregistered",
     "pager.closed",
+    "operation.intended",
+    "operation.begun",
+    "operation.done",
+    "operation.heard",
+    "operation.recorded",
     "door.prepared",
     "door.mapped",
     "door.borrowed",

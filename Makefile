@@ -32,7 +32,7 @@ lint: $(VENV)/.test
 	@status=0; \
 	$(RUN)/ruff check . || status=1; \
 	$(RUN)/ruff format --check . || status=1; \
-	$(RUN)/mypy -p lzy.checkpoint -p lzy.cli || status=1; \
+	$(RUN)/mypy -p lzy.checkpoint -p lzy.agent -p lzy.migrator -p lzy.cli || status=1; \
 	MYPYPATH=bench $(RUN)/mypy --explicit-package-bases bench/*.py || status=1; \
 	$(RUN)/lint-imports --no-logo || status=1; \
 	exit $$status

@@ -8,6 +8,19 @@ import click
 
 # name, module of this package, help in one line; in the order in which a person needs them.
 COMMANDS = (
+    ("up", "daemons", "Look after sessions on this machine from now on."),
+    ("down", "daemons", "Stop that; sessions stay as they are."),
+    ("attach", "attach", "Have a running process looked after."),
+    ("detach", "attach", "Look after a session no longer."),
+    ("ps", "sessions", "List the sessions."),
+    ("hibernate", "sleep", "Write a session into the store and end its process."),
+    ("wake", "sleep", "Have a session run again."),
+    ("hold", "holding", "Do not doze or hibernate a session for a while."),
+    ("release", "holding", "Hold a session no longer."),
+    ("why", "sessions", "Tell why a session is, or is not, considered idle."),
+    ("signal", "holding", "Send a session's process a signal."),
+    ("events", "events", "Tell what happened to sessions."),
+    ("logs", "events", "Show what a woken session prints."),
     ("dump", "dump", "Write a running process into an image, and end it."),
     ("restore", "restore", "Bring a process back from its image."),
     ("doze", "doze", "Have a process give its memory back, and stay."),
@@ -72,7 +85,13 @@ def lzy(ctx: click.Context) -> None:
     """Make a running Python process movable: dump it, let it go, bring it back in a blink.
 
     \b
-    lzy dump 4121           the process with pid 4121 into an image; it ends
+    lzy up                  look after sessions on this machine
+    lzy attach 4121         the process with pid 4121 is one of them now
+    lzy ps                  how they are; idle ones doze, and later hibernate
+    lzy wake analysis       it goes on where it was
+
+    \b
+    lzy dump 4121           by hand: the process into an image; it ends
     lzy restore             the latest image; the process goes on where it was
     lzy images              what there is
     lzy doctor              whether this machine can do all that

@@ -115,7 +115,7 @@ def say(lines: Iterable[str]) -> None:
         print(line)
 
 
-def say_json(document: dict[str, Any]) -> None:
+def say_json(document: dict[str, Any] | list[Any]) -> None:
     """Print one JSON document on stdout."""
     import json
 

@@ -129,8 +129,9 @@ def read_settings(node: Mapping[str, Any], sessions: list[dict[str, Any]]) -> Se
         }
 
     return Settings(
-        **figures(node),
         sample_s=node["sample_s"],
+        doze_after_s=figures(node)["doze_after_s"],
+        hibernate_after_s=figures(node)["hibernate_after_s"],
         protect_after_wake_s=node["after_wake_s"],
         moves_a_node=int(node["operations"]),
         per_session={session["name"]: figures(session["settings"]) for session in sessions},

@@ -1,0 +1,392 @@
+"""The doors of the agent: each path and verb, who may use it, and what it answers.
+
+Every request is somebody's, known by the kernel. Root may do everything; others see and touch their
+own sessions only. Whoever tries another's is refused, and that stands in the events (the audit).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import re
+import signal
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, Final, NamedTuple
+
+from ..checkpoint.errors import (
+    AccessDenied,
+    Busy,
+    Incompatible,
+    LzyError,
+    NotFound,
+    StoreUnavailable,
+    Unsupported,
+)
+from . import errors
+from .attaching import attach
+from .documents import describe_event, describe_node, describe_session, write_metrics
+from .fields import BadBody, Field, parse
+from .http import Request, Response
+from .node import Agent
+from .operations import CHECKPOINT, DOZE, HIBERNATE, ROUSE, WAKE
+from .session import Session
+from .settings import LONGEST_HOLD_S, OF_A_SESSION, Settings, check_settings
+from .state import ASLEEP
+from .watching import Watcher
+
+_STATUSES: Final = (
+    (BadBody, 400),
+    (AccessDenied, 403),
+    (NotFound, 404),
+    (Busy, 409),
+    (Unsupported, 422),
+    (Incompatible, 422),
+    (StoreUnavailable, 503),
+    (LzyError, 500),
+)
+_FOLLOW_S = 15.0
+_WAIT = Field("boolean", "false: answer at once, with 202")
+_IF_IDLE = Field("boolean", "only if every probe says idle, now and after the notice")
+_REASON = Field("string", "why, for the events")
+
+
+class Route(NamedTuple):
+    """One door: `{name}` in its path is a session's. `fields` are those of its body."""
+
+    method: str
+    path: str
+    handle: str
+    words: str
+    fields: dict[str, Field]
+    query: dict[str, Field]
+
+    @property
+    def pattern(self) -> re.Pattern[str]:
+        return re.compile(re.escape(self.path).replace(r"\{name\}", "([^/]+)"))
+
+
+def _route(
+    method: str, path: str, handle: str, words: str, fields: dict[str, Field] | None = None,
+    query: dict[str, Field] | None = None,
+) -> Route:  # fmt: skip
+    return Route(method, path, handle, words, fields or {}, query or {})
+
+
+_S = "/v1/sessions/{name}"
+ROUTES: Final = (
+    _route("GET", "/v1/node", "node", "The node and its settings."),
+    _route("POST", "/v1/node/settings", "set_node", "Change settings of the node (root only).",
+           {"settings": Field("object", "names and values", required=True)}),
+    _route("GET", "/v1/sessions", "sessions", "All sessions that the caller may see."),
+    _route("POST", "/v1/sessions", "attach", "Look after a running process.",
+           {"pid": Field("integer", "the process", 1, 1 << 22, required=True),
+            "name": Field("string", "the session's name", 1, 200),
+            "settings": Field("object", "settings of the session")}),
+    _route("GET", _S, "session", "One session."),
+    _route("POST", f"{_S}/detach", "detach", "Look after it no longer."),
+    _route("POST", f"{_S}/checkpoint", "checkpoint", "Take a checkpoint.", {"wait": _WAIT}),
+    _route("POST", f"{_S}/hibernate", "hibernate", "Dump it and end its process.",
+           {"wait": _WAIT, "if_idle": _IF_IDLE, "reason": _REASON}),
+    _route("POST", f"{_S}/doze", "doze", "Have it give its memory back.",
+           {"wait": _WAIT, "if_idle": _IF_IDLE, "reason": _REASON}),
+    _route("POST", f"{_S}/rouse", "rouse", "Bring all its memory back.", {"wait": _WAIT}),
+    _route("POST", f"{_S}/wake", "wake", "Have it run again.",
+           {"wait": _WAIT, "image": Field("string", "an earlier checkpoint", 1, 250),
+            "terminal": Field("string", "the caller's terminal", 1, 200)}),
+    _route("POST", f"{_S}/hold", "hold", "Do not evict it for a while.",
+           {"for_s": Field("number", "for how long", 1, LONGEST_HOLD_S, required=True)}),
+    _route("POST", f"{_S}/release", "release", "Hold it no longer."),
+    _route("POST", f"{_S}/signal", "signal", "Send its process a signal; wakes it if need be.",
+           {"signal": Field("integer", "the signal's number", 1, 64, required=True)}),
+    _route("POST", f"{_S}/settings", "set_session", "Change settings of a session.",
+           {"settings": Field("object", "names and values", required=True)}),
+    _route("GET", "/v1/events", "events", "What happened, oldest first.", None,
+           {"after": Field("integer", "only events numbered above this", 0, 1 << 53),
+            "last": Field("integer", "only so many of the newest", 0, 20000),
+            "session": Field("string", "only of this session", 1, 250),
+            "follow": Field("string", "1: go on as they come, a line each", 1, 1)}),
+    _route("GET", "/v1/metrics", "metrics", "Metrics for Prometheus (root only)."),
+    _route("GET", "/v1/openapi.json", "openapi", "This document."),
+)  # fmt: skip
+_PATTERNS: Final = [(route, route.pattern) for route in ROUTES]
+
+
+class Api:
+    """Answers requests to an agent."""
+
+    def __init__(self, agent: Agent, watcher: Watcher) -> None:
+        self._agent = agent
+        self._watcher = watcher
+
+    async def answer(self, request: Request) -> Response:
+        """Find the door and go through it; every error of lzy's becomes an answer."""
+        try:
+            return await self._dispatch(request)
+        except LzyError as error:
+            status = next(code for kind, code in _STATUSES if isinstance(error, kind))
+            return Response(status, errors.describe(error))
+
+    async def _dispatch(self, request: Request) -> Response:
+        others = []
+        for route, pattern in _PATTERNS:
+            if not (found := pattern.fullmatch(request.path)):
+                continue
+            if route.method != request.method:
+                others.append(route.method)
+                continue
+            try:
+                body = parse(request.body, route.fields)
+                query = _parse_query(request, route)
+            except LzyError as error:
+                return Response(400, errors.describe(error))
+            handle: Callable[..., Awaitable[Response]] = getattr(self, f"_{route.handle}")
+            if not found.groups():
+                return await handle(request, body | query)
+            session = self._find(request, found[1], route)
+            return await handle(request, body | query, session)
+        if others:
+            unfit = LzyError(f"{request.method} is not for {request.path[:200]}")
+            return Response(405, errors.describe(unfit), headers={"Allow": ", ".join(others)})
+        raise NotFound(f"there is no {request.path[:200]}", remedy="see /v1/openapi.json")
+
+    def _find(self, request: Request, name: str, route: Route) -> Session:
+        """The session, if the caller may touch it; whoever may not is written down."""
+        session = self._agent.find(name)
+        record = session.record
+        if request.uid not in (0, record.owner_uid):
+            words = f"user {request.uid} may not {route.handle} it (process {request.pid})"
+            self._agent.update(session, "refused", words, request.uid)
+            raise AccessDenied(
+                f"session {name} belongs to user {record.owner_uid}, not to {request.uid}",
+                remedy="ask its owner, or root",
+            )
+        return session
+
+    def _refuse_others(self, request: Request) -> None:
+        if request.uid not in (0, os.geteuid()):
+            words = f"user {request.uid} may not {request.method} {request.path}"
+            self._agent.state.tell("", 0, "refused", words, request.uid)
+            self._agent.ring()
+            raise AccessDenied("only root and the agent's own user may do that")
+
+    # -- the node
+
+    async def _node(self, request: Request, asked: dict[str, Any]) -> Response:
+        return Response(document=describe_node(self._agent))
+
+    async def _set_node(self, request: Request, asked: dict[str, Any]) -> Response:
+        self._refuse_others(request)
+        values = _settings(asked["settings"], frozenset(Settings._fields))
+        self._agent.state.set(values)
+        words = ", ".join(f"{name} {value}" for name, value in values.items())
+        self._agent.state.tell("", 0, "set", words, request.uid)
+        self._agent.ring()
+        return Response(document=describe_node(self._agent))
+
+    async def _metrics(self, request: Request, asked: dict[str, Any]) -> Response:
+        self._refuse_others(request)
+        return Response(text=write_metrics(self._agent))
+
+    async def _openapi(self, request: Request, asked: dict[str, Any]) -> Response:
+        from .openapi import write_openapi
+
+        return Response(document=write_openapi(ROUTES))
+
+    async def _events(self, request: Request, asked: dict[str, Any]) -> Response:
+        state = self._agent.state
+        after = asked["after"] if "after" in asked else state.last_event(asked.get("last", 100))
+        session = asked.get("session", "")
+        if asked.get("follow") == "1":
+            return Response(lines=self._follow(request, after, session))
+        found = state.events(after, session=session, most=20000)
+        return Response(
+            document={"events": [describe_event(e) for e in found if _may_see(request, e)]}
+        )
+
+    async def _follow(self, request: Request, after: int, session: str) -> AsyncIterator[Any]:
+        while not self._agent.is_stopping:
+            found = self._agent.state.events(after, session=session)
+            if not found:
+                await self._agent.await_event(_FOLLOW_S)
+            for event in found:
+                after = event.number
+                if _may_see(request, event):
+                    yield describe_event(event)
+
+    # -- sessions
+
+    async def _sessions(self, request: Request, asked: dict[str, Any]) -> Response:
+        found = [
+            describe_session(self._agent, session)
+            for session in self._agent.sessions.values()
+            if request.uid in (0, session.record.owner_uid)
+        ]
+        return Response(document={"sessions": found})
+
+    async def _session(self, request: Request, asked: dict[str, Any], session: Session) -> Response:
+        return Response(document=describe_session(self._agent, session))
+
+    async def _attach(self, request: Request, asked: dict[str, Any]) -> Response:
+        settings = _settings(asked.get("settings", {}), OF_A_SESSION)
+        try:
+            attached = attach(self._agent, asked["pid"], asked.get("name"), settings, request.uid)
+        except AccessDenied as error:
+            self._agent.state.tell("", 0, "refused", str(error), request.uid)
+            self._agent.ring()
+            raise
+        document = describe_session(self._agent, attached.session)
+        return Response(document={"session": document, "notes": attached.notes})
+
+    async def _detach(self, request: Request, asked: dict[str, Any], session: Session) -> Response:
+        await self._agent.detach(session, request.uid)
+        return Response(document={"session": describe_session(self._agent, session)})
+
+    async def _checkpoint(self, *call: Any) -> Response:
+        return await self._operate(CHECKPOINT, *call)
+
+    async def _hibernate(self, *call: Any) -> Response:
+        return await self._operate(HIBERNATE, *call)
+
+    async def _doze(self, *call: Any) -> Response:
+        return await self._operate(DOZE, *call)
+
+    async def _rouse(self, *call: Any) -> Response:
+        return await self._operate(ROUSE, *call)
+
+    async def _wake(self, request: Request, asked: dict[str, Any], session: Session) -> Response:
+        if terminal := asked.get("terminal"):
+            _check_terminal(terminal, request.uid)
+        image = asked.get("image", "")
+        if image and image.rpartition("@")[0] != session.record.name != image:
+            raise BadBody(f"{image} is no checkpoint of {session.record.name}")
+        return await self._operate(WAKE, request, asked, session)
+
+    async def _operate(
+        self, verb: str, request: Request, asked: dict[str, Any], session: Session
+    ) -> Response:
+        """Start an operation; answer at its end, at once, or line by line, as the caller likes."""
+
+        def work(progress: Callable[[dict[str, Any]], None] | None) -> Awaitable[dict[str, Any]]:
+            if asked.get("if_idle"):
+                reason = asked.get("reason") or "it is idle"
+                return self._watcher.evict(session, verb, reason, request.uid, progress)
+            self._agent.call_off(session)
+            return self._agent.operate(
+                session,
+                verb,
+                why=asked.get("reason") or ("hibernate" if verb == HIBERNATE else "asked"),
+                actor_uid=request.uid,
+                image=asked.get("image", ""),
+                terminal=asked.get("terminal", ""),
+                progress=progress,
+            )
+
+        if asked.get("wait") is False:
+            self._agent.spawn(work(None))
+            return Response(202, {"session": describe_session(self._agent, session)})
+        if "application/x-ndjson" in request.headers.get("accept", ""):
+            return Response(lines=self._tell_progress(session, work))
+        report = await asyncio.shield(asyncio.ensure_future(work(None)))
+        return Response(document=self._outcome(session, report))
+
+    def _outcome(self, session: Session, report: dict[str, Any]) -> dict[str, Any]:
+        return {"session": describe_session(self._agent, session), "report": report}
+
+    async def _tell_progress(
+        self,
+        session: Session,
+        work: Callable[[Callable[[dict[str, Any]], None]], Awaitable[dict[str, Any]]],
+    ) -> AsyncIterator[Any]:
+        told: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue(1000)
+
+        def progress(document: dict[str, Any]) -> None:
+            with contextlib.suppress(asyncio.QueueFull):
+                told.put_nowait(document)
+
+        task = asyncio.ensure_future(work(progress))  # it goes on if the caller leaves
+        task.add_done_callback(lambda _: told.put_nowait(None))
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())
+        while (document := await told.get()) is not None:
+            yield {"progress": document}
+        try:
+            yield self._outcome(session, await task)
+        except LzyError as error:
+            yield errors.describe(error)
+
+    async def _hold(self, request: Request, asked: dict[str, Any], session: Session) -> Response:
+        for_s = asked["for_s"]
+        self._agent.update(
+            session,
+            "held",
+            f"for {for_s:g} s",
+            request.uid,
+            hold_until_unix_s=time.time() + for_s,
+        )
+        self._agent.call_off(session)
+        return Response(document={"session": describe_session(self._agent, session)})
+
+    async def _release(self, request: Request, asked: dict[str, Any], session: Session) -> Response:
+        self._agent.update(
+            session, "released", "may be evicted again", request.uid, hold_until_unix_s=None
+        )
+        return Response(document={"session": describe_session(self._agent, session)})
+
+    async def _signal(self, request: Request, asked: dict[str, Any], session: Session) -> Response:
+        self._agent.call_off(session)
+        if session.record.state in ASLEEP:
+            await self._agent.operate(session, WAKE, actor_uid=request.uid)
+        async with session.lock:
+            if session.pidfd < 0:
+                raise NotFound(f"session {session.record.name} has no process")
+            signal.pidfd_send_signal(session.pidfd, asked["signal"])
+            words = f"signal {asked['signal']}"
+            self._agent.update(session, "signalled", words, request.uid)
+        return Response(document={"session": describe_session(self._agent, session)})
+
+    async def _set_session(
+        self, request: Request, asked: dict[str, Any], session: Session
+    ) -> Response:
+        values = _settings(asked["settings"], OF_A_SESSION)
+        words = ", ".join(f"{name} {value}" for name, value in values.items())
+        merged = {**session.record.settings, **values}
+        self._agent.update(session, "set", words, request.uid, settings=merged)
+        return Response(document={"session": describe_session(self._agent, session)})
+
+
+def _settings(values: dict[str, Any], allowed: frozenset[str]) -> dict[str, float | None]:
+    try:
+        return check_settings(values, allowed)
+    except LzyError as error:
+        raise BadBody(error.message, remedy=error.remedy) from None
+
+
+def _parse_query(request: Request, route: Route) -> dict[str, Any]:
+    """The query's values, as the route's description types them. Raises BadBody."""
+    found: dict[str, Any] = {}
+    for name, text in request.query.items():
+        if name not in route.query:
+            raise BadBody(f"there is no parameter {name[:80]!r} here")
+        field = route.query[name]
+        right = text.isascii() and text.isdecimal() and len(text) < 18
+        if field.kind == "integer" and not (right and field.low <= int(text) <= field.high):
+            raise BadBody(f"{name} cannot be {text[:80]!r}", remedy=field.words)
+        if field.kind == "string" and not field.low <= len(text) <= field.high:
+            raise BadBody(f"{name} cannot be {text[:80]!r}", remedy=field.words)
+        found[name] = int(text) if field.kind == "integer" else text
+    return found
+
+
+def _check_terminal(path: str, uid: int) -> None:
+    """Raise AccessDenied unless it is a terminal, and the caller's."""
+    try:
+        own = re.fullmatch(r"/dev/(pts/[0-9]+|tty[0-9]*)", path) and os.stat(path).st_uid == uid
+    except OSError:
+        own = False
+    if not (own or (uid == 0 and re.fullmatch(r"/dev/(pts/[0-9]+|tty[0-9]*)", path))):
+        raise AccessDenied(f"{path[:100]} is no terminal of yours")
+
+
+def _may_see(request: Request, event: Any) -> bool:
+    return request.uid in (0, event.owner_uid)

@@ -1,0 +1,140 @@
+"""How a running process becomes a session: is it fit, whose is it, and what is it called."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from typing import NamedTuple
+
+from ..checkpoint import proc
+from ..checkpoint.dump import refuse_unfit
+from ..checkpoint.errors import AccessDenied, Busy, LzyError, NotFound, Unsupported
+from ..checkpoint.history import check_free, check_session_name, list_numbers
+from ..checkpoint.lineage import find_lineage
+from ..checkpoint.store import Store
+from .node import Agent
+from .processes import command_of, owner_of
+from .readings import has_terminal
+from .session import Session
+from .state import LIVING, RUNNING, Record
+
+
+class Attached(NamedTuple):
+    """The session, and what its user should know."""
+
+    session: Session
+    notes: list[str]
+
+
+def attach(
+    agent: Agent, pid: int, name: str | None, settings: dict[str, float | None], uid: int
+) -> Attached:
+    """Look after process `pid` from now on, on behalf of user `uid`.
+
+    Raises NotFound, AccessDenied (it is another's), Unsupported (it could never be dumped), Busy
+    (the name is another session's).
+    """
+    if pid in (os.getpid(), os.getppid()):
+        raise Unsupported(f"pid {pid} is lzy's own agent", remedy="choose another process")
+    owner = owner_of(pid)
+    if uid not in (0, owner):
+        raise AccessDenied(
+            f"process {pid} belongs to user {owner}, not to {uid}",
+            remedy="its owner, or root, can attach it",
+            pid=pid,
+        )
+    try:
+        refuse_unfit(pid)
+    except Unsupported as error:
+        if "children" not in error.facts:  # those may end; it is in use until then
+            raise
+    start = proc.start_time(pid)
+    for session in agent.sessions.values():
+        record = session.record
+        if record.state in LIVING and (record.pid, record.start_time) == (pid, start):
+            if name not in (None, record.name):
+                raise Busy(f"process {pid} is session {record.name} already", pid=pid)
+            return Attached(session, [f"process {pid} was attached before"])
+    command = command_of(pid)
+    environment = _environment(pid)
+    with Store.open(agent.store, create=True) as store:
+        own = find_lineage(pid, store)
+        if name is None and own and own.session not in agent.sessions:
+            name = own.session
+        if name is None:
+            name = _free_name(agent, store, guess_name(command, environment))
+        if name in agent.sessions:
+            raise Busy(f"there is a session {name} already", remedy="choose another --name")
+        if own is None or own.session != name:
+            check_free(store, check_session_name(name), pid)
+        numbers = list_numbers(store, name)
+    notes = []
+    if "hibernate_after_s" not in settings and (why := _why_it_stays(pid, environment)):
+        settings = {**settings, "hibernate_after_s": None}
+        notes.append(f"it dozes when idle, but is not hibernated by itself: {why}")
+    now = time.time()
+    record = Record(
+        name=name,
+        owner_uid=owner,
+        state=RUNNING,
+        since_unix_s=now,
+        attached_unix_s=now,
+        pid=pid,
+        start_time=start,
+        boot_id=proc.boot_id(),
+        command=command,
+        image=own.image if own else "",
+        number=numbers[-1] if numbers else 0,
+        settings=settings,
+    )
+    return Attached(agent.add(record, f"process {pid}: {command[:200]}", uid), notes)
+
+
+def guess_name(command: str, environment: dict[str, str]) -> str:
+    """What a person would call it: its notebook, its script, or its program."""
+    if notebook := environment.get("JPY_SESSION_NAME"):
+        stem = os.path.basename(notebook).removesuffix(".ipynb")
+    else:
+        words = command.split()
+        scripts = [word for word in words[1:] if word.endswith(".py")]
+        if "ipykernel" in command:
+            stem = "notebook"
+        elif scripts and "-c" not in words:
+            stem = os.path.basename(scripts[0]).removesuffix(".py")
+        else:
+            stem = os.path.basename(words[0])
+    plain = re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip(".-")[:60]
+    return plain or "session"
+
+
+def _free_name(agent: Agent, store: Store, wished: str) -> str:
+    number, name = 1, wished
+    while name in agent.sessions or list_numbers(store, name):
+        number += 1
+        name = f"{wished}-{number}"
+    return name
+
+
+def _environment(pid: int) -> dict[str, str]:
+    """The environment that the process was started with; empty where it may not be read."""
+    try:
+        text = proc.read_bytes(pid, "environ").decode(errors="replace")
+    except (LzyError, OSError):
+        return {}
+    return dict(line.split("=", 1) for line in text.split("\0") if "=" in line)
+
+
+def _why_it_stays(pid: int, environment: dict[str, str]) -> str:
+    """Why it should not leave by itself: somebody would miss it at once. Empty if nobody would."""
+    server = environment.get("JPY_PARENT_PID", "")
+    if server.isdecimal() and int(server) > 1:
+        try:
+            watching = proc.stat(int(server))[2] not in "ZX"
+        except NotFound:
+            watching = False
+        if watching:
+            return f"the notebook server that started it (process {server}) would start another"
+    if has_terminal(pid):
+        return "it is on a terminal, which is not kept yet"
+    return ""

@@ -1,0 +1,138 @@
+"""How others talk to an agent: requests over its unix socket, answers as documents or errors."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import socket
+from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
+from typing import Any, cast
+from urllib.parse import quote
+
+from ..checkpoint.errors import AccessDenied, LzyError, NotFound
+from ..checkpoint.home import home
+from . import errors
+
+Progress = Callable[[str, int, int], None]
+
+
+class NoAgent(NotFound):
+    """No agent runs for this home."""
+
+
+def socket_path(folder: Path | None = None) -> Path:
+    """Where the agent of a home listens."""
+    return (folder or home()) / "run" / "agent.sock"
+
+
+class _Connection(http.client.HTTPConnection):
+    def __init__(self, path: Path, timeout_s: float | None) -> None:
+        super().__init__("agent", timeout=timeout_s)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(str(self._path))
+
+
+class Client:
+    """An agent, by its socket; a connection for each request."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.path = socket_path(folder)
+
+    def get(self, path: str, *, timeout_s: float | None = 30.0) -> dict[str, Any]:
+        """What it answers to a GET. Raises NoAgent, or what the agent answered."""
+        return self._ask("GET", path, None, timeout_s)
+
+    def post(
+        self, path: str, body: dict[str, Any] | None = None, *, timeout_s: float | None = None
+    ) -> dict[str, Any]:
+        """What it answers to a POST, however long that takes."""
+        return self._ask("POST", path, body or {}, timeout_s)
+
+    def work(self, path: str, body: dict[str, Any], progress: Progress | None) -> dict[str, Any]:
+        """As `post`, for what takes long; `progress` gets stage, bytes done, bytes in all."""
+        last: dict[str, Any] = {}
+        with contextlib.closing(self._lines("POST", path, body)) as lines:
+            for last in lines:
+                if (told := last.get("progress")) and progress:
+                    progress(told["stage"], told["done_bytes"], told["total_bytes"])
+        if "error" in last:
+            raise errors.revive(last)
+        if "session" not in last:
+            raise LzyError("the agent ended meanwhile", remedy="see lzy ps, and lzy up")
+        return last
+
+    def follow(self, path: str) -> Iterator[dict[str, Any]]:
+        """Documents of an answer that goes on, as they come."""
+        return self._lines("GET", path, None)
+
+    def session(self, name: str, verb: str = "") -> str:
+        """The path of a session, or of what is done to it."""
+        return f"/v1/sessions/{quote(name, safe='@')}" + (f"/{verb}" if verb else "")
+
+    def _lines(
+        self, method: str, path: str, body: dict[str, Any] | None
+    ) -> Generator[dict[str, Any], None, None]:
+        connection = self._connect(None)
+        try:
+            headers = {"Accept": "application/x-ndjson"}
+            content = None if body is None else json.dumps(body)
+            with _explained(self.path):
+                connection.request(method, path, content, headers)
+                answer = connection.getresponse()
+                if answer.status >= 300:
+                    raise errors.revive(_parse(answer.read()))
+                while line := answer.readline():
+                    yield _parse(line)
+        finally:
+            connection.close()
+
+    def _ask(
+        self, method: str, path: str, body: dict[str, Any] | None, timeout_s: float | None
+    ) -> dict[str, Any]:
+        connection = self._connect(timeout_s)
+        try:
+            with _explained(self.path):
+                content = None if body is None else json.dumps(body)
+                connection.request(method, path, content, {"Connection": "close"})
+                answer = connection.getresponse()
+                document = _parse(answer.read())
+        finally:
+            connection.close()
+        if answer.status >= 300:
+            raise errors.revive(document)
+        return document
+
+    def _connect(self, timeout_s: float | None) -> _Connection:
+        connection = _Connection(self.path, timeout_s)
+        try:
+            connection.connect()
+        except PermissionError as error:
+            raise AccessDenied(
+                f"{self.path} is not open to you", remedy="lzy up --all-users opens it to all"
+            ) from error
+        except OSError as error:
+            raise NoAgent(
+                f"no agent runs for {self.path.parent.parent}", remedy="start one: lzy up"
+            ) from error
+        return connection
+
+
+@contextlib.contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, http.client.HTTPException) as error:
+        raise LzyError(
+            f"the agent at {path} did not answer: {error or type(error).__name__}",
+            remedy="see lzy ps; its log is in agent/agent.log of its home",
+        ) from error
+
+
+def _parse(text: bytes) -> dict[str, Any]:
+    return cast("dict[str, Any]", json.loads(text))

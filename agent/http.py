@@ -1,0 +1,220 @@
+"""HTTP/1.1 over a unix socket, as little of it as local clients need, on the agent's one thread.
+
+Who asks is known from the kernel (SO_PEERCRED, unix(7)), not from what is sent. Requests are
+bounded in size and in time; what is not understood is answered with 400, and the connection closed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import re
+import socket
+import struct
+import sys
+import traceback
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import parse_qsl, unquote, urlsplit
+
+MOST_HEAD_BYTES = 16 << 10
+MOST_BODY_BYTES = 64 << 10
+_MOST_CONNECTIONS = 256
+_HEAD_WITHIN_S = 30.0
+_LINE = re.compile(rb"([A-Z]{1,16}) (/[\x21-\x7e]{0,4000}) HTTP/1\.[01]")
+_CREDENTIALS = struct.Struct("=3i")
+_REASONS = {
+    200: "OK",
+    202: "Accepted",
+    400: "Bad Request",
+    403: "Forbidden",
+    404: "Not Found",
+    405: "Method Not Allowed",
+    409: "Conflict",
+    413: "Content Too Large",
+    422: "Unprocessable Content",
+    500: "Internal Server Error",
+    503: "Service Unavailable",
+}
+
+
+class Request(NamedTuple):
+    """One request. `uid` and `pid` are those of who connected."""
+
+    method: str
+    path: str
+    query: dict[str, str]
+    headers: dict[str, str]
+    body: bytes
+    uid: int
+    pid: int
+
+
+class Response(NamedTuple):
+    """An answer: a document, text, or lines that follow as they come."""
+
+    status: int = 200
+    document: Any = None
+    text: str | None = None
+    lines: AsyncIterator[Any] | None = None
+    headers: dict[str, str] = {}  # noqa: RUF012 - never changed in place
+
+
+class BadRequest(Exception):
+    """What was sent is no request; (status, message)."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+Handler = Callable[[Request], Awaitable[Response]]
+
+
+class Server:
+    """Listens on a socket in the file system and answers what `handler` answers."""
+
+    def __init__(self, handler: Handler) -> None:
+        self._handler = handler
+        self._server: asyncio.Server | None = None
+        self._open: set[asyncio.Task[None]] = set()
+
+    async def listen(self, path: Path, mode: int) -> None:
+        """Take the place of whatever socket is there; the caller is the only agent of its home."""
+        draft = path.with_suffix(".new")
+        draft.unlink(missing_ok=True)
+        listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        listening.bind(str(draft))
+        draft.chmod(mode)
+        listening.listen(128)
+        draft.rename(path)  # whoever finds it can connect
+        self._server = await asyncio.start_unix_server(
+            self._serve, sock=listening, limit=MOST_HEAD_BYTES
+        )
+
+    async def close(self) -> None:
+        """Stop listening and close every connection."""
+        if self._server:
+            self._server.close()
+        for task in list(self._open):
+            task.cancel()
+        await asyncio.gather(*self._open, return_exceptions=True)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task
+        self._open.add(task)
+        try:
+            if len(self._open) > _MOST_CONNECTIONS:
+                await _answer_error(writer, 503, "too many connections", "try again later")
+                return
+            peer = writer.get_extra_info("socket").getsockopt(
+                socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size
+            )
+            pid, uid, _ = _CREDENTIALS.unpack(peer)
+            while await self._serve_one(reader, writer, uid, pid):
+                pass
+        except (TimeoutError, ConnectionError, asyncio.IncompleteReadError):
+            pass  # it has gone, or says nothing
+        except asyncio.CancelledError:
+            pass  # the agent stops
+        finally:
+            self._open.discard(task)
+            writer.close()
+            with contextlib.suppress(ConnectionError, asyncio.CancelledError):
+                await writer.wait_closed()
+
+    async def _serve_one(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, uid: int, pid: int
+    ) -> bool:
+        """Read a request and answer it; whether the connection goes on."""
+        try:
+            request = await asyncio.wait_for(_read(reader, uid, pid), _HEAD_WITHIN_S)
+        except BadRequest as error:
+            await _answer_error(writer, error.status, str(error), "see /v1/openapi.json")
+            return False
+        if request is None:
+            return False
+        try:
+            response = await self._handler(request)
+        except Exception as error:
+            traceback.print_exc(file=sys.stderr)
+            words = f"the agent failed: {type(error).__name__}: {error}"
+            response = Response(500, {"error": words, "remedy": "see the agent's log"})
+        await _answer(writer, response)
+        return response.lines is None and request.headers.get("connection") != "close"
+
+
+async def _read(reader: asyncio.StreamReader, uid: int, pid: int) -> Request | None:
+    """The next request; None when there is none."""
+    try:
+        head = await reader.readuntil(b"\r\n\r\n")
+    except asyncio.IncompleteReadError as error:
+        if error.partial:
+            raise BadRequest(400, "the request ends in its head") from None
+        return None
+    except asyncio.LimitOverrunError:
+        raise BadRequest(413, f"a head may have {MOST_HEAD_BYTES} bytes") from None
+    first, *rest = head[:-4].split(b"\r\n")
+    line = _LINE.fullmatch(first)
+    if line is None:
+        raise BadRequest(400, "the first line is none of HTTP/1.1")
+    headers: dict[str, str] = {}
+    for text in rest:
+        name, colon, value = text.partition(b":")
+        if not colon or not name or name != name.strip():
+            raise BadRequest(400, "a header is none of HTTP/1.1")
+        headers[name.decode("latin-1").lower()] = value.strip().decode("latin-1")
+    if "transfer-encoding" in headers:
+        raise BadRequest(400, "send the body with a Content-Length")
+    length = headers.get("content-length", "0")
+    if not re.fullmatch(r"[0-9]{1,9}", length):
+        raise BadRequest(400, "the Content-Length is no number")
+    if int(length) > MOST_BODY_BYTES:
+        raise BadRequest(413, f"a body may have {MOST_BODY_BYTES} bytes")
+    body = await reader.readexactly(int(length))
+    target = urlsplit(line[2].decode("ascii"))
+    query = dict(parse_qsl(target.query, keep_blank_values=True))
+    return Request(line[1].decode(), unquote(target.path), query, headers, body, uid, pid)
+
+
+async def _answer(writer: asyncio.StreamWriter, response: Response) -> None:
+    if response.lines is not None:
+        await _answer_lines(writer, response.lines)
+        return
+    if response.text is not None:
+        content, kind = response.text.encode(), "text/plain; version=0.0.4; charset=utf-8"
+    else:
+        content, kind = json.dumps(response.document).encode() + b"\n", "application/json"
+    writer.write(_head(response.status, kind, response.headers, f"Content-Length: {len(content)}"))
+    writer.write(content)
+    await writer.drain()
+
+
+async def _answer_lines(writer: asyncio.StreamWriter, lines: AsyncIterator[Any]) -> None:
+    """Documents, a line each, in chunks as they come, until there are no more."""
+    writer.write(_head(200, "application/x-ndjson", {}, "Transfer-Encoding: chunked"))
+    await writer.drain()
+    async with contextlib.aclosing(lines) as following:  # type: ignore[type-var]
+        async for document in following:
+            line = json.dumps(document).encode() + b"\n"
+            writer.write(b"%x\r\n%s\r\n" % (len(line), line))
+            await writer.drain()
+    writer.write(b"0\r\n\r\n")
+    await writer.drain()
+
+
+async def _answer_error(
+    writer: asyncio.StreamWriter, status: int, message: str, remedy: str
+) -> None:
+    document = {"kind": "LzyError", "error": message, "remedy": remedy, "exit_status": 1}
+    response = Response(status, document, headers={"Connection": "close"})
+    await _answer(writer, response)
+
+
+def _head(status: int, kind: str, headers: dict[str, str], length: str) -> bytes:
+    lines = [f"HTTP/1.1 {status} {_REASONS.get(status, 'Unknown')}", f"Content-Type: {kind}"]
+    lines += [length, *(f"{name}: {value}" for name, value in headers.items())]
+    return "\r\n".join([*lines, "", ""]).encode()

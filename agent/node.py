@@ -1,0 +1,417 @@
+"""The agent: it keeps the sessions of a node, and is their parent once it has woken them.
+
+One thread does everything, on an event loop, so that it can fork at any time; what takes long is
+done by `operations`. *Guarantee*: of one session at most one operation is under way, and it was
+written down before it began. Lock order: a session's lock, then the slots of heavy operations.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+from ..checkpoint import proc
+from ..checkpoint.errors import Busy, LzyError, NotFound
+from ..checkpoint.linux.activity import exit_status
+from ..checkpoint.linux.process import PR_SET_CHILD_SUBREAPER, prctl
+from ..checkpoint.stages import reach
+from ..checkpoint.store import Store
+from . import errors, operations
+from .children import Children
+from .operations import CHECKPOINT, DOZE, HIBERNATE, ROUSE, WAKE, Order
+from .repair import find_out
+from .session import Session
+from .settings import Settings, combine
+from .state import (
+    ASLEEP,
+    DOZING,
+    HIBERNATED,
+    HIBERNATING,
+    LIVING,
+    RUNNING,
+    WAKING,
+    Record,
+    State,
+)
+
+_BEGINS: Final = {HIBERNATE: HIBERNATING, WAKE: WAKING}
+_LEADS_TO: Final = {HIBERNATE: HIBERNATED, DOZE: DOZING, ROUSE: RUNNING, WAKE: RUNNING}
+_HEAVY: Final = frozenset({CHECKPOINT, HIBERNATE, DOZE})
+_MOST_WAITING = 8
+_BACKOFF_S, _LONGEST_BACKOFF_S = 60.0, 3600.0
+_SETTLES_S = 0.3  # from a process's end until a dump that ended it has said so
+
+Progress = Callable[[dict[str, Any]], None]
+
+
+class Agent:
+    """The sessions of one home, and what is done to them."""
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        self.folder = home / "agent"
+        self.store = home / "store"
+        for folder in (self.folder, self.folder / "locks", home / "logs", home / "run"):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.state = State(self.folder / "state.db")
+        self.sessions: dict[str, Session] = {}
+        self.began_unix_s = time.time()
+        self.counters: dict[str, int] = {}
+        self.children = Children(self.folder / "agent.log")
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._told = asyncio.Event()
+        self._heavy = asyncio.Semaphore(int(self.settings.operations))
+        self.is_stopping = False
+
+    @property
+    def settings(self) -> Settings:
+        """The node's settings as they are now."""
+        return combine(self.state.settings())
+
+    def settings_of(self, session: Session) -> Settings:
+        """The settings that hold for a session."""
+        return combine(self.state.settings(), session.record.settings)
+
+    # -- beginning and end
+
+    def start(self) -> None:
+        """Find out what has become of every session, and begin to watch; needs a running loop."""
+        prctl(PR_SET_CHILD_SUBREAPER, 1)
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGCHLD, self.children.reap)
+        with Store.open(self.store, create=True) as store:
+            for record in self.state.records():
+                session = self.sessions[record.name] = Session(record)
+                self._repair(session, store, watched=False)
+        self.children.reap()
+
+    async def stop(self) -> None:
+        """End the operations under way, which leaves everything whole; the rest stays as it is."""
+        self.is_stopping = True
+        self._told.set()
+        self.children.interrupt()
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        deadline = time.monotonic() + 5
+        while self.children.are_at_work and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
+        self.state.close()
+
+    def spawn(self, work: Any) -> None:
+        """Run a coroutine beside everything else, until it or the agent ends."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._forget_task)
+
+    def _forget_task(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()):
+            if isinstance(error, LzyError):
+                return  # it stands in the session's record
+            asyncio.get_running_loop().call_exception_handler(
+                {"message": "work of the agent failed", "exception": error}
+            )
+
+    # -- sessions
+
+    def find(self, name: str) -> Session:
+        """The session of that name. Raises NotFound."""
+        if session := self.sessions.get(name):
+            return session
+        raise NotFound(f"there is no session {name[:200]}", remedy="see lzy ps")
+
+    def add(self, record: Record, words: str, actor_uid: int | None) -> Session:
+        """Begin to look after a session, and take its first checkpoint beside that."""
+        self.state.insert(record, "attached", words, actor_uid)
+        session = self.sessions[record.name] = Session(record)
+        self._watch_end(session)
+        self.ring()
+        self.spawn(self.operate(session, CHECKPOINT, why="attach", actor_uid=actor_uid))
+        return session
+
+    async def detach(self, session: Session, actor_uid: int | None) -> None:
+        """Look after it no longer; its process and its images stay."""
+        self.call_off(session)
+        async with session.lock:
+            self.state.remove(session.record, "is no longer looked after", actor_uid)
+            self._let_go(session)
+            self.sessions.pop(session.record.name, None)
+            self.ring()
+
+    def update(
+        self,
+        session: Session,
+        kind: str = "",
+        words: str = "",
+        actor_uid: int | None = None,
+        **changes: Any,
+    ) -> None:
+        """Change a session's record on disk, and tell who follows the events."""
+        session.record = self.state.update(
+            session.record, kind=kind, words=words, actor_uid=actor_uid, **changes
+        )
+        if kind:
+            self.counters[kind] = self.counters.get(kind, 0) + 1
+            self.ring()
+
+    def ring(self) -> None:
+        """Wake who waits for events."""
+        self._told.set()
+        self._told = asyncio.Event()
+
+    async def await_event(self, timeout_s: float) -> None:
+        """Come back when something was told, or after the time."""
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._told.wait(), timeout_s)
+
+    # -- operations
+
+    async def operate(
+        self,
+        session: Session,
+        verb: str,
+        *,
+        why: str = "asked",
+        actor_uid: int | None = None,
+        image: str = "",
+        terminal: str = "",
+        progress: Progress | None = None,
+        still_wanted: Callable[[], None] | None = None,
+    ) -> dict[str, Any]:
+        """Do it when it is its turn; what the operation reports, empty if there was nothing to do.
+
+        `still_wanted` is called just before it begins, and raises if it is not. Raises what the
+        operation raised.
+        """
+        if session.waiting >= _MOST_WAITING:
+            raise Busy(f"too many wait for session {session.record.name}", remedy="try later")
+        session.waiting += 1
+        try:
+            async with contextlib.AsyncExitStack() as stack:
+                await stack.enter_async_context(session.lock)
+                if not self._is_needed(session, verb, image):
+                    return {}
+                if verb in _HEAVY:
+                    await stack.enter_async_context(self._heavy)
+                if still_wanted:
+                    still_wanted()
+                record = session.record
+                order = Order(
+                    verb,
+                    record,
+                    self.store,
+                    self.folder / "locks" / f"{record.name}.lock",
+                    why,
+                    image,
+                    terminal,
+                    str(self._output(record)) if verb == WAKE else "",
+                )
+                return await self._carry_out(session, order, actor_uid, progress)
+        finally:
+            session.waiting -= 1
+
+    def _is_needed(self, session: Session, verb: str, image: str) -> bool:
+        """Whether there is something to do. Raises Busy, NotFound if it cannot be done."""
+        record = session.record
+        if self.sessions.get(record.name) is not session:
+            raise NotFound(f"session {record.name} was detached")
+        if self.is_stopping:
+            raise Busy("the agent is about to stop", remedy="start it again: lzy up")
+        if verb == WAKE:
+            if record.state in LIVING and image:
+                raise Busy(
+                    f"session {record.name} is {record.state}",
+                    remedy=f"hibernate it first: lzy hibernate {record.name}",
+                )
+            return record.state in ASLEEP
+        if verb == HIBERNATE and record.state == HIBERNATED:
+            return False
+        if record.state not in LIVING:
+            raise Busy(
+                f"session {record.name} is {record.state}; it has no process",
+                remedy=f"wake it first: lzy wake {record.name}",
+            )
+        if verb == DOZE:
+            return record.state == RUNNING
+        return verb != ROUSE or record.state == DOZING
+
+    async def _carry_out(
+        self, session: Session, order: Order, actor_uid: int | None, progress: Progress | None
+    ) -> dict[str, Any]:
+        """Write the intent, fork, listen, and write what came of it."""
+        verb = order.verb
+        self.update(session, intent=verb, state=_BEGINS.get(verb, session.record.state))
+        order = order._replace(record=session.record)
+        reach("operation.intended")
+        session.progress = {"verb": verb, "began_unix_s": time.time(), "stage": "begins"}
+        session.progress |= {"done_bytes": 0, "total_bytes": 0}
+
+        def listen(told: dict[str, Any]) -> None:
+            if session.progress is not None:
+                session.progress |= told
+            if progress:
+                progress(told)
+
+        work = asyncio.ensure_future(self.children.run(order, listen))
+        try:
+            outcome = await asyncio.shield(work)
+        except asyncio.CancelledError:  # who asked has gone, or the agent stops: it goes on to
+            outcome = await work  #       its end, as the lock that we hold must see it
+            self._finish(session, order, outcome, actor_uid)
+            raise
+        finally:
+            session.progress = None
+            session.forgive()
+        return self._finish(session, order, outcome, actor_uid)
+
+    def _finish(
+        self, session: Session, order: Order, outcome: dict[str, Any], actor_uid: int | None
+    ) -> dict[str, Any]:
+        """Write what came of an operation; its report, or the error that it raised."""
+        reach("operation.heard")
+        if "done" in outcome:
+            report: dict[str, Any] = outcome["done"]
+            self._write_done(session, order, report, actor_uid)
+            reach("operation.recorded")
+            return report
+        error = errors.revive(outcome["error"])
+        with Store.open(self.store) as store:
+            self._repair(session, store, watched=True, failure=error, order=order)
+        if session.record.state == _LEADS_TO.get(order.verb):
+            return {}  # it was killed so late that it was done
+        raise error
+
+    def _write_done(
+        self, session: Session, order: Order, report: dict[str, Any], actor_uid: int | None
+    ) -> None:
+        verb, record = order.verb, session.record
+        changes: dict[str, Any] = {"intent": "", "failure": "", "failures": 0}
+        for name in ("image", "image_bytes", "number"):
+            if name in report:
+                changes[name] = report[name]
+        changes["memory_bytes"] = session.memory_bytes
+        changes["peak_memory_bytes"] = session.peak_memory_bytes
+        kind, words = f"{verb}d", order.why
+        if verb == CHECKPOINT:
+            kind, words = "checkpointed", f"{report['image']} ({order.why})"
+        elif verb == HIBERNATE:
+            changes["state"] = HIBERNATED
+            words = f"{report['image']} ({order.why})"
+        elif verb == DOZE:
+            changes["state"] = DOZING
+        elif verb == ROUSE:
+            changes["state"] = RUNNING
+        else:
+            kind, words = "woken", f"from {report.get('image') or record.image}"
+            changes |= {
+                "state": RUNNING,
+                "pid": report["pid"],
+                "start_time": report["start_time"],
+                "boot_id": proc.boot_id(),
+                "epoch": record.epoch + 1,
+                "woken_unix_s": time.time(),
+                "exit_status": None,
+                "protected_until_unix_s": time.time() + self.settings_of(session).after_wake_s,
+            }
+        self.update(session, kind, words, actor_uid, **changes)
+        if verb == HIBERNATE:
+            self._let_go(session)
+        elif verb == WAKE:
+            self._watch_end(session)
+
+    # -- what has become of sessions
+
+    def _repair(
+        self,
+        session: Session,
+        store: Store,
+        *,
+        watched: bool,
+        failure: LzyError | None = None,
+        order: Order | None = None,
+        status: int | None = None,
+    ) -> None:
+        """Write what is true of a session, after a failure, an end, or a time without us."""
+        record = session.record
+        with operations.hold(self.folder / "locks" / f"{record.name}.lock"):
+            found = find_out(store, record, watched=watched, status=status)
+        changes = dict(found.changes)
+        kind, words = found.kind, found.words
+        if failure and order and changes.get("state", record.state) != _LEADS_TO.get(order.verb):
+            failures = record.failures + 1
+            backoff_s = min(_BACKOFF_S * 2.0 ** min(failures - 1, 30), _LONGEST_BACKOFF_S)
+            changes |= {
+                "failure": str(failure),
+                "failures": failures,
+                "protected_until_unix_s": time.time() + backoff_s,
+            }
+            kind, words = "failure", f"cannot {order.verb} it: {failure}"
+        if changes or kind:
+            self.update(session, kind, words, **changes)
+        if session.record.state not in LIVING:
+            self._let_go(session)
+        elif session.pidfd < 0 or session.record.pid != record.pid:
+            self._watch_end(session)
+
+    def settle(self, session: Session, status: int | None = None) -> None:
+        """Look whether the record is still true; for who holds the session's lock."""
+        with Store.open(self.store, create=True) as store:
+            self._repair(session, store, watched=True, status=status)
+
+    def _watch_end(self, session: Session) -> None:
+        self._let_go(session)
+        self.children.exits.pop(session.record.pid, None)
+        loop = asyncio.get_running_loop()
+        if session.open_process():
+            loop.add_reader(session.pidfd, self._hear_end, session)
+        else:
+            loop.call_soon(self._hear_end, session)
+
+    def _let_go(self, session: Session) -> None:
+        if session.pidfd >= 0:
+            asyncio.get_running_loop().remove_reader(session.pidfd)
+        session.close_process()
+
+    def _hear_end(self, session: Session) -> None:
+        pidfd = -1
+        if session.pidfd >= 0:
+            asyncio.get_running_loop().remove_reader(session.pidfd)
+            pidfd = os.dup(session.pidfd)
+        self.spawn(self._note_end(session, session.record.epoch, pidfd))
+
+    async def _note_end(self, session: Session, epoch: int, pidfd: int) -> None:
+        """A life of the session has ended: by an operation, by another's dump, or by itself."""
+        try:
+            await asyncio.sleep(_SETTLES_S)
+            status = exit_status(pidfd) if pidfd >= 0 else None
+        finally:
+            if pidfd >= 0:
+                os.close(pidfd)
+        async with session.lock:
+            record = session.record
+            if record.state not in LIVING or record.epoch != epoch:
+                return  # an operation ended it, and has said so
+            if status is None:  # an older kernel: then of our own children only
+                status = self.children.exits.get(record.pid)
+            if self.sessions.get(record.name) is session:
+                self.settle(session, status)
+
+    def call_off(self, session: Session) -> bool:
+        """Have an eviction not happen of which only notice was given; whether there was one."""
+        if session.called_off is None:
+            return False
+        session.called_off.set()
+        return True
+
+    def _output(self, record: Record) -> Path:
+        """The file for what a woken session prints where nobody hears it any more."""
+        path = self.home / "logs" / f"{record.name}.log"
+        path.touch(mode=0o600)
+        return path

@@ -1,0 +1,307 @@
+"""Operations on a session, each in a forked child of the agent that the engine's crash ends alone.
+
+The child has all modules loaded, one thread, and none of the agent's descriptors. It dies with the
+agent (PR_SET_PDEATHSIG), which every step of the engine survives unharmed, and holds the session's
+lock until it has gone: whoever comes after it waits for that, so that no two work on one session.
+It tells its progress, and at last what came of it, in lines of JSON through a pipe.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import gc
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+
+from ..checkpoint import doze as dozing
+from ..checkpoint import proc
+from ..checkpoint.dump import dump
+from ..checkpoint.errors import Busy, KernelError, LzyError, NotFound, Unsupported
+from ..checkpoint.history import list_numbers, require_image
+from ..checkpoint.journal import is_held, journal_path
+from ..checkpoint.lineage import find_lineage, write_lineage
+from ..checkpoint.linux.detached import (
+    close_all_but,
+    die_with_parent,
+    forget_signals,
+    set_name,
+)
+from ..checkpoint.pager import resume_pager
+from ..checkpoint.resources import RestoreOptions
+from ..checkpoint.restore import Restorer
+from ..checkpoint.stages import reach
+from ..checkpoint.store import Store
+from . import errors
+from .processes import find_living, is_alive
+from .state import Record
+
+if TYPE_CHECKING:
+    from ..checkpoint.image import Image
+
+CHECKPOINT, HIBERNATE, WAKE, DOZE, ROUSE = "checkpoint", "hibernate", "wake", "doze", "rouse"
+_LOCK_PATIENCE_S = 20.0
+_TELL_EVERY_S = 0.2
+
+Report = dict[str, Any]
+
+
+class Order(NamedTuple):
+    """What an operation is to do: `verb` to the session of `record`, for the reason `why`.
+
+    `image`: which to wake, empty for the newest. `terminal`: that of who wakes it, for a session
+    that was on one. `output`: a file for what it prints, if nobody else hears that any more.
+    """
+
+    verb: str
+    record: Record
+    store: Path
+    lock: Path
+    why: str = ""
+    image: str = ""
+    terminal: str = ""
+    output: str = ""
+
+
+class Started(NamedTuple):
+    """The child, and our end of its pipe."""
+
+    pid: int
+    reading: int
+
+
+def begin(order: Order) -> Started:
+    """Fork the child that does it. Precondition: the caller has one thread."""
+    reading, writing = os.pipe2(os.O_CLOEXEC)
+    os.set_blocking(reading, False)
+    agent = os.getpid()
+    pid = os.fork()
+    if pid:
+        os.close(writing)
+        return Started(pid, reading)
+    try:
+        _be_alone(agent, writing)
+        _live(order, writing)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(1)
+
+
+def begin_aside(work: Callable[[], None]) -> int:
+    """Fork a child that does `work`, which is of no session, and ends; its pid."""
+    agent = os.getpid()
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        _be_alone(agent, 2)
+        work()
+        os._exit(0)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(1)
+
+
+def _be_alone(agent: int, writing: int) -> None:
+    """Keep nothing of the agent's but its log and the pipe."""
+    gc.freeze()  # what is garbage of the agent's must not close descriptors of ours
+    signal.set_wakeup_fd(-1)
+    die_with_parent(agent)
+    forget_signals()
+    set_name("lzy-operation")
+    null = os.open(os.devnull, os.O_RDWR)
+    os.dup2(null, 0)
+    close_all_but([0, 1, 2, writing])
+
+
+def _live(order: Order, writing: int) -> NoReturn:
+    """Do it and tell what came of it."""
+    teller = _Teller(writing)
+    report: Report
+    try:
+        with hold(order.lock):
+            with Store.open(order.store, create=True) as store:
+                report = {"done": _VERBS[order.verb](order, store, teller)}
+            reach("operation.done")
+            teller.tell(report)
+    except LzyError as error:
+        teller.tell({"error": errors.describe(error)})
+    except OSError as error:
+        told = KernelError(f"cannot {order.verb} {order.record.name}: {error}", error.errno or 0)
+        teller.tell({"error": errors.describe(told)})
+    except BaseException as error:
+        traceback.print_exc()
+        sys.stderr.flush()
+        words = f"cannot {order.verb} {order.record.name}: {type(error).__name__}: {error}"
+        teller.tell({"error": errors.describe(LzyError(words, remedy="see the agent's log"))})
+    os._exit(0)
+
+
+class hold:
+    """The session's lock, held while the block runs by this process alone.
+
+    Raises Busy when another has it for longer than an operation takes to die.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __enter__(self) -> None:
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+        self._descriptor = os.open(self._path, flags, 0o600)
+        deadline = time.monotonic() + _LOCK_PATIENCE_S
+        while True:
+            try:
+                fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    os.close(self._descriptor)
+                    raise Busy(
+                        f"another process works on {self._path.stem}",
+                        remedy="try again later",
+                    ) from None
+                time.sleep(0.01)
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._descriptor)
+
+
+class _Teller:
+    """The child's end of the pipe; nobody may be there any more to hear it."""
+
+    def __init__(self, writing: int) -> None:
+        self._writing = writing
+        self._told_s = 0.0
+
+    def tell(self, document: Report) -> None:
+        with contextlib.suppress(OSError):
+            os.write(self._writing, json.dumps(document, default=str).encode() + b"\n")
+
+    def progress(self, stage: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if now - self._told_s >= _TELL_EVERY_S:
+            self._told_s = now
+            self.tell({"progress": {"stage": stage, "done_bytes": done, "total_bytes": total}})
+
+
+# -- what they do ------------------------------------------------------------------------------
+
+
+def _checkpoint(order: Order, store: Store, teller: _Teller) -> Report:
+    record = _prepare(order, store)
+    report = dump(
+        record.pid,
+        store,
+        name=record.name,
+        leave_running=True,
+        why=order.why,
+        progress=teller.progress,
+    )
+    return {**report._asdict(), **_image_facts(store, record.name, report.image)}
+
+
+def _hibernate(order: Order, store: Store, teller: _Teller) -> Report:
+    record = _prepare(order, store)
+    report = dump(record.pid, store, name=record.name, why=order.why, progress=teller.progress)
+    return {**report._asdict(), **_image_facts(store, record.name, report.image)}
+
+
+def _doze(order: Order, store: Store, teller: _Teller) -> Report:
+    record = _prepare(order, store)
+    report = dozing.doze(record.pid, store, name=record.name, progress=teller.progress)
+    return {**report._asdict(), **_image_facts(store, record.name, report.image)}
+
+
+def _rouse(order: Order, store: Store, teller: _Teller) -> Report:
+    record = _prepare(order, store)
+    with contextlib.suppress(NotFound):  # all of it is there already
+        dozing.begin_to_rouse(record.pid)
+    return {"pid": record.pid}
+
+
+def _wake(order: Order, store: Store, teller: _Teller) -> Report:
+    record = order.record
+    if living := find_living(store, record):
+        return {"pid": living.pid, "start_time": living.start_time, "already": True}
+    name = require_image(store, order.image or record.image or record.name)
+    with store.load(name) as image:
+        options = _options(order, image)
+        restorer = Restorer(image, False, None, teller.progress)
+        report = restorer.restore("auto", options)
+    facts = _image_facts(store, record.name, name)
+    start = proc.start_time(report.pid)
+    return {**report._asdict(), **facts, "start_time": start, "already": False}
+
+
+_VERBS = {
+    CHECKPOINT: _checkpoint,
+    HIBERNATE: _hibernate,
+    DOZE: _doze,
+    ROUSE: _rouse,
+    WAKE: _wake,
+}
+
+
+def _prepare(order: Order, store: Store) -> Record:
+    """See that the session's own process is there, served by a pager if need be, and known."""
+    record = order.record
+    if not is_alive(record.pid, record.start_time, record.boot_id):
+        raise NotFound(f"process {record.pid} of session {record.name} has ended", pid=record.pid)
+    from ..checkpoint.home import run_directory
+
+    journal = journal_path(run_directory(), record.pid)
+    if journal.exists() and not is_held(journal):
+        with contextlib.suppress(Busy, NotFound):
+            resume_pager(record.pid)
+    own = find_lineage(record.pid, store)
+    if own is None and record.image:  # that small file was lost
+        write_lineage(record.pid, store.path, record.name, record.number, record.image)
+    return record
+
+
+def _image_facts(store: Store, session: str, name: str) -> Report:
+    """What the record says of an image: its name, what it holds, the session's newest number."""
+    with store.load_unchecked(name) as image:
+        held = image.raw_bytes
+    return {"image": name, "image_bytes": held, "number": max(list_numbers(store, session))}
+
+
+def _options(order: Order, image: Image) -> RestoreOptions:
+    """Where the woken process's standard descriptors point, where nobody is at their other end."""
+    table: dict[str, Any] = image.document["descriptors"]
+    if _leads_outside(table, 0) == "terminal" and not order.terminal:
+        raise Unsupported(
+            f"session {order.record.name} reads from a terminal, and there is none here",
+            remedy=f"run `lzy wake {order.record.name}` in a terminal: it comes back there",
+        )
+    output: list[str | None] = []
+    for number in (1, 2):
+        form = _leads_outside(table, number)
+        kept = order.output if form == "pipe" or (form and not order.terminal) else ""
+        output.append(kept or None)
+    return RestoreOptions(stdout=output[0], stderr=output[1], terminal=order.terminal or None)
+
+
+def _leads_outside(table: dict[str, Any], number: int) -> str:
+    """`terminal` or `pipe` when that descriptor's other end was somebody else's, else empty."""
+    place = table["descriptors"].get(str(number))
+    if place is None:
+        return ""
+    entries = table["descriptions"]
+    entry = entries[place["description"]]
+    if entry["kind"] == "terminal" and entry["form"] == "outside":
+        return "terminal"
+    if entry["kind"] == "pipe" and "path" not in entry:
+        ends = [other for other in entries if other.get("pipe") == entry["pipe"]]
+        return "pipe" if len(ends) == 1 else ""
+    return ""

@@ -1,0 +1,302 @@
+"""What the agent knows, in SQLite: one row for each session, and the history of the node.
+
+*Guarantee*: a change is on disk when the call returns (WAL, synchronous=FULL), all of it or
+nothing, and with the event that tells of it. An operation is written down as the record's intent
+before it begins, and crossed out together with what came of it.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+from ..checkpoint.errors import Busy, Damaged, NotFound
+
+RUNNING, DOZING = "running", "dozing"
+HIBERNATING, HIBERNATED, WAKING = "hibernating", "hibernated", "waking"
+ENDED, FAILED = "ended", "failed"
+
+LIVING: Final = frozenset({RUNNING, DOZING, HIBERNATING})
+"""States in which the session's process exists."""
+
+ASLEEP: Final = frozenset({HIBERNATED, ENDED, FAILED})
+"""States from which it can be woken, if it has an image."""
+
+NEXT: Final = {
+    RUNNING: {DOZING, HIBERNATING, ENDED, FAILED, HIBERNATED},
+    DOZING: {RUNNING, HIBERNATING, ENDED, FAILED, HIBERNATED},
+    HIBERNATING: {HIBERNATED, RUNNING, DOZING, ENDED, FAILED},
+    HIBERNATED: {WAKING, RUNNING, FAILED},
+    WAKING: {RUNNING, DOZING, HIBERNATED, ENDED, FAILED},
+    ENDED: {WAKING, RUNNING},
+    FAILED: {WAKING, RUNNING},
+}
+"""The ways between states. Some are only taken by others: by `lzy dump` and `lzy restore`."""
+
+_MOST_EVENTS = 20_000
+_VERSION = 1
+_SCHEMA = """
+CREATE TABLE sessions (
+    name TEXT PRIMARY KEY,
+    owner_uid INTEGER NOT NULL,
+    state TEXT NOT NULL,
+    since_unix_s REAL NOT NULL,
+    attached_unix_s REAL NOT NULL,
+    pid INTEGER NOT NULL,
+    start_time INTEGER NOT NULL,
+    boot_id TEXT NOT NULL,
+    command TEXT NOT NULL,
+    image TEXT NOT NULL DEFAULT '',
+    image_bytes INTEGER NOT NULL DEFAULT 0,
+    number INTEGER NOT NULL DEFAULT 0,
+    epoch INTEGER NOT NULL DEFAULT 1,
+    intent TEXT NOT NULL DEFAULT '',
+    hold_until_unix_s REAL,
+    protected_until_unix_s REAL,
+    woken_unix_s REAL,
+    failures INTEGER NOT NULL DEFAULT 0,
+    failure TEXT NOT NULL DEFAULT '',
+    exit_status INTEGER,
+    memory_bytes INTEGER NOT NULL DEFAULT 0,
+    peak_memory_bytes INTEGER NOT NULL DEFAULT 0,
+    idle_gaps TEXT NOT NULL DEFAULT '[]',
+    settings TEXT NOT NULL DEFAULT '{}'
+) STRICT;
+CREATE TABLE events (
+    number INTEGER PRIMARY KEY AUTOINCREMENT,
+    unix_s REAL NOT NULL,
+    session TEXT NOT NULL,
+    owner_uid INTEGER NOT NULL,
+    kind TEXT NOT NULL,
+    words TEXT NOT NULL,
+    actor_uid INTEGER
+) STRICT;
+CREATE TABLE settings (name TEXT PRIMARY KEY, value REAL) STRICT;
+"""
+
+
+class Record(NamedTuple):
+    """One session as it is on disk; the names say the units.
+
+    `pid`, `start_time` (clock ticks after boot) and `boot_id` name the process, the last one if
+    there is none. `image` is the checkpoint that it goes on from, `image_bytes` the memory that it
+    holds, `number` the newest that its
+    session had when this was written: a newer one in the store was taken since. `epoch` counts its
+    lives.
+    """
+
+    name: str
+    owner_uid: int
+    state: str
+    since_unix_s: float
+    attached_unix_s: float
+    pid: int
+    start_time: int
+    boot_id: str
+    command: str
+    image: str = ""
+    image_bytes: int = 0
+    number: int = 0
+    epoch: int = 1
+    intent: str = ""
+    hold_until_unix_s: float | None = None
+    protected_until_unix_s: float | None = None
+    woken_unix_s: float | None = None
+    failures: int = 0
+    failure: str = ""
+    exit_status: int | None = None
+    memory_bytes: int = 0
+    peak_memory_bytes: int = 0
+    idle_gaps: tuple[float, ...] = ()
+    settings: dict[str, float | None] = {}  # noqa: RUF012 - never changed in place
+
+
+class Event(NamedTuple):
+    """One line of history. `actor_uid` is who asked for it, None for lzy itself."""
+
+    number: int
+    unix_s: float
+    session: str
+    owner_uid: int
+    kind: str
+    words: str
+    actor_uid: int | None
+
+
+class State:
+    """The open database; used by one thread."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path.touch(mode=0o600)
+        self._database = sqlite3.connect(path, isolation_level=None)
+        try:
+            self._prepare(path)
+        except sqlite3.DatabaseError as error:
+            self._database.close()
+            raise Damaged(
+                f"{path} is no database of the agent: {error}",
+                remedy="move it away; images stay, and lzy attach finds processes again",
+                path=str(path),
+            ) from error
+
+    def _prepare(self, path: Path) -> None:
+        for pragma in ("journal_mode=WAL", "synchronous=FULL", "busy_timeout=5000"):
+            self._database.execute(f"PRAGMA {pragma}")
+        (version,) = self._database.execute("PRAGMA user_version").fetchone()
+        if version == 0:
+            with self._transaction():
+                for statement in filter(str.strip, _SCHEMA.split(";")):
+                    self._database.execute(statement)
+                self._database.execute(f"PRAGMA user_version={_VERSION}")
+        elif version != _VERSION:
+            raise Damaged(
+                f"{path} was written by another version of lzy ({version}, not {_VERSION})",
+                remedy="use that version, or move the file away",
+                path=str(path),
+            )
+
+    def close(self) -> None:
+        """Close the database."""
+        self._database.close()
+
+    # -- sessions
+
+    def records(self) -> list[Record]:
+        """All sessions, the one that was attached first first."""
+        rows = self._database.execute(
+            f"SELECT {_COLUMNS} FROM sessions ORDER BY attached_unix_s, name"
+        )
+        return [_record(row) for row in rows]
+
+    def insert(self, record: Record, kind: str, words: str, actor_uid: int | None) -> None:
+        """Begin a session. Raises Busy when there is one of that name."""
+        marks = ", ".join("?" * len(Record._fields))
+        with self._transaction():
+            try:
+                self._database.execute(
+                    f"INSERT INTO sessions ({_COLUMNS}) VALUES ({marks})", _row(record)
+                )
+            except sqlite3.IntegrityError as error:
+                raise Busy(
+                    f"there is a session {record.name} already", remedy="choose another --name"
+                ) from error
+            self._tell(record.name, record.owner_uid, kind, words, actor_uid)
+
+    def update(
+        self,
+        record: Record,
+        *,
+        kind: str = "",
+        words: str = "",
+        actor_uid: int | None = None,
+        **changes: Any,
+    ) -> Record:
+        """Write `changes` of a record, and with a `kind` an event; the record as it is now."""
+        state = changes.get("state", record.state)
+        if state != record.state:
+            if state not in NEXT[record.state]:
+                raise ValueError(f"{record.name} cannot go from {record.state} to {state}")
+            changes.setdefault("since_unix_s", time.time())
+        changed = record._replace(**changes)
+        sets = ", ".join(f"{name} = ?" for name in changes)
+        values = [_column(name, getattr(changed, name)) for name in changes]
+        with self._transaction():
+            if changes:
+                done = self._database.execute(
+                    f"UPDATE sessions SET {sets} WHERE name = ?", [*values, record.name]
+                )
+                if done.rowcount != 1:
+                    raise NotFound(f"there is no session {record.name}")
+            if kind:
+                self._tell(record.name, record.owner_uid, kind, words, actor_uid)
+        return changed
+
+    def remove(self, record: Record, words: str, actor_uid: int | None) -> None:
+        """Forget a session; its images stay."""
+        with self._transaction():
+            self._database.execute("DELETE FROM sessions WHERE name = ?", [record.name])
+            self._tell(record.name, record.owner_uid, "detached", words, actor_uid)
+
+    # -- events
+
+    def tell(
+        self, session: str, owner_uid: int, kind: str, words: str, actor_uid: int | None = None
+    ) -> None:
+        """Write an event by itself."""
+        with self._transaction():
+            self._tell(session, owner_uid, kind, words, actor_uid)
+
+    def _tell(
+        self, session: str, owner_uid: int, kind: str, words: str, actor_uid: int | None
+    ) -> None:
+        added = self._database.execute(
+            "INSERT INTO events (unix_s, session, owner_uid, kind, words, actor_uid)"
+            " VALUES (?, ?, ?, ?, ?, ?)",
+            (time.time(), session, owner_uid, kind, words, actor_uid),
+        )
+        if added.lastrowid and added.lastrowid % 1000 == 0:
+            self._database.execute(
+                "DELETE FROM events WHERE number <= ?", [added.lastrowid - _MOST_EVENTS]
+            )
+
+    def events(self, after: int, *, session: str = "", most: int = 1000) -> list[Event]:
+        """Events numbered above `after`, oldest first; of one session if one is named."""
+        rows = self._database.execute(
+            "SELECT number, unix_s, session, owner_uid, kind, words, actor_uid FROM events"
+            " WHERE number > ? AND (? = '' OR session = ?) ORDER BY number LIMIT ?",
+            (after, session, session, most),
+        )
+        return [Event(*row) for row in rows]
+
+    def last_event(self, before: int = 0) -> int:
+        """The newest event's number; with `before` the one so many events earlier."""
+        (newest,) = self._database.execute("SELECT max(number) FROM events").fetchone()
+        return max(0, (newest or 0) - before)
+
+    # -- settings of the node
+
+    def settings(self) -> dict[str, float | None]:
+        """What was set, by name; see `settings`."""
+        return dict(self._database.execute("SELECT name, value FROM settings").fetchall())
+
+    def set(self, values: dict[str, float | None]) -> None:
+        """Write settings of the node."""
+        with self._transaction():
+            self._database.executemany(
+                "INSERT INTO settings VALUES (?, ?)"
+                " ON CONFLICT (name) DO UPDATE SET value = excluded.value",
+                list(values.items()),
+            )
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        self._database.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+        except BaseException:
+            self._database.execute("ROLLBACK")
+            raise
+        self._database.execute("COMMIT")
+
+
+_COLUMNS = ", ".join(Record._fields)
+
+
+def _column(name: str, value: Any) -> Any:
+    return json.dumps(value) if name in ("idle_gaps", "settings") else value
+
+
+def _row(record: Record) -> list[Any]:
+    return [_column(name, value) for name, value in record._asdict().items()]
+
+
+def _record(row: tuple[Any, ...]) -> Record:
+    record = Record(*row)
+    gaps = tuple(json.loads(str(record.idle_gaps)))
+    return record._replace(idle_gaps=gaps, settings=json.loads(str(record.settings)))

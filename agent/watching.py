@@ -1,0 +1,176 @@
+"""The agent's rounds: it looks at all sessions, evicts those that may go, and mends what is broken.
+
+*Guarantee*: an idle session is looked at once more right before it is evicted, after its notice
+has passed; whatever it has begun meanwhile, or whoever calls it off, keeps it running.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import time
+from functools import partial
+from typing import Any
+
+from ..checkpoint.doze import is_dozing
+from ..checkpoint.errors import Busy, LzyError
+from ..checkpoint.home import run_directory
+from ..checkpoint.lineage import list_lineages
+from ..checkpoint.pager import list_pagers, resume_pager
+from ..checkpoint.store import Store
+from .node import Agent
+from .operations import DOZE, HIBERNATE, ROUSE
+from .readings import look_around
+from .session import MOST_GAPS, SHORTEST_GAP_S, Session
+from .state import ASLEEP, DOZING, LIVING, RUNNING
+
+_LOOK_AGAIN_S = 0.5
+
+
+class Watcher:
+    """Goes its rounds as long as the agent lives."""
+
+    def __init__(self, agent: Agent) -> None:
+        self._agent = agent
+        self._runs_changed_ns = -1
+
+    async def go_rounds(self) -> None:
+        """Look at everything every `sample_s`, until cancelled."""
+        while True:
+            began = time.monotonic()
+            self.look()
+            self._adopt_restored()
+            self._mend_pagers()
+            passed_s = time.monotonic() - began
+            await asyncio.sleep(max(self._agent.settings.sample_s - passed_s, 0.01))
+
+    def look(self, only: Session | None = None) -> None:
+        """Take a reading of all sessions, or of one, that no operation works on."""
+        chosen = [only] if only else list(self._agent.sessions.values())
+        chosen = [s for s in chosen if s.is_living and s.pidfd >= 0 and not s.lock.locked()]
+        if not chosen:
+            return
+        node = look_around()
+        for session in chosen:
+            gap_s = session.look(node, self._agent.settings_of(session))
+            if gap_s >= SHORTEST_GAP_S:
+                gaps = (*session.record.idle_gaps, round(gap_s, 1))[-MOST_GAPS:]
+                self._agent.update(session, idle_gaps=gaps)
+            if session.record.state == DOZING and not only:
+                self._follow_doze(session)
+
+    def _follow_doze(self, session: Session) -> None:
+        """A session that is used again gets all of its memory back; it may have it already."""
+        if not is_dozing(session.record.pid):
+            self._agent.update(session, "roused", "all of its memory is back", state=RUNNING)
+        elif session.is_known and session.is_active:
+            why = next(verdict for verdict in session.verdicts if verdict.active)
+            words = f"{why.probe}: {why.reason}"
+            self._agent.spawn(self._agent.operate(session, ROUSE, why=words))
+
+    # -- evictions
+
+    async def evict(
+        self, session: Session, verb: str, why: str, actor_uid: int | None, progress: Any = None
+    ) -> dict[str, Any]:
+        """Doze or hibernate a session if it stays idle. Raises Busy when it does not."""
+        if session.lock.locked() or session.called_off is not None:
+            raise Busy(f"something is done to session {session.record.name} already")
+        session.called_off = asyncio.Event()
+        try:
+            if verb == HIBERNATE:
+                await self._give_notice(session, why)
+            await self._see_that_it_is_idle(session)
+            called_off = session.called_off
+
+            def still_wanted() -> None:
+                if called_off.is_set():
+                    raise Busy(f"the eviction of {session.record.name} was called off")
+                self._refuse_held(session)
+
+            return await self._agent.operate(
+                session,
+                verb,
+                why="idle" if verb == HIBERNATE else why,
+                actor_uid=actor_uid,
+                progress=progress,
+                still_wanted=still_wanted,
+            )
+        finally:
+            session.called_off = None
+
+    async def _give_notice(self, session: Session, why: str) -> None:
+        """Tell that it will be hibernated, and wait whether somebody minds."""
+        self._refuse_held(session)
+        notice_s = self._agent.settings_of(session).notice_s
+        name = session.record.name
+        words = f"hibernates in {notice_s:.3g} s: {why}; `lzy hold {name}` calls it off"
+        self._agent.update(session, "notice", words)
+        assert session.called_off
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(session.called_off.wait(), notice_s)
+            self._agent.update(session, "called_off", "somebody asked for something else")
+            raise Busy(f"the eviction of {name} was called off")
+
+    async def _see_that_it_is_idle(self, session: Session) -> None:
+        """Look at it over a short moment of its own, whatever the last round said."""
+        self.look(session)
+        await asyncio.sleep(min(_LOOK_AGAIN_S, self._agent.settings.sample_s))
+        self.look(session)
+        if session.lock.locked() or session.record.state not in LIVING or session.pidfd < 0:
+            raise Busy(f"something is done to session {session.record.name} already")
+        if session.is_active:
+            words = "; ".join(f"{v.probe}: {v.reason}" for v in session.verdicts if v.active)
+            self._agent.update(session, "called_off", f"it is in use again: {words}")
+            raise Busy(f"session {session.record.name} is in use again: {words}")
+
+    def _refuse_held(self, session: Session) -> None:
+        until = session.record.hold_until_unix_s
+        if until is not None and until > time.time():
+            raise Busy(
+                f"session {session.record.name} is held for another {until - time.time():.0f} s",
+                remedy=f"see lzy why {session.record.name}",
+            )
+
+    # -- what others did
+
+    def _adopt_restored(self) -> None:
+        """Sessions that somebody has brought back by hand (`lzy restore`) are awake."""
+        with contextlib.suppress(OSError):
+            changed_ns = os.stat(run_directory()).st_mtime_ns
+            if changed_ns == self._runs_changed_ns:
+                return
+            self._runs_changed_ns = changed_ns
+        asleep = {
+            name: session
+            for name, session in self._agent.sessions.items()
+            if session.record.state in ASLEEP and not session.lock.locked()
+        }
+        if not asleep:
+            return
+        with contextlib.suppress(LzyError), Store.open(self._agent.store) as store:
+            for lineage in list_lineages(store):
+                if session := asleep.get(lineage.session):
+                    self._agent.spawn(self._settle(session))
+
+    async def _settle(self, session: Session) -> None:
+        async with session.lock:
+            if session.record.state in ASLEEP:
+                self._agent.settle(session)
+
+    def _mend_pagers(self) -> None:
+        """Start pagers anew where they were killed: their processes stall until then."""
+        with contextlib.suppress(OSError, LzyError):
+            for report in list_pagers():
+                if not report.alive:
+                    self._agent.spawn(self._agent.children.run_aside(partial(_resume, report.pid)))
+
+
+def _resume(pid: int) -> None:
+    """In a child of its own: take over from a dead pager."""
+    with contextlib.suppress(LzyError):
+        resume_pager(pid)
+
+
+__all__ = ["DOZE", "HIBERNATE", "Watcher"]

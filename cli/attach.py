@@ -1,0 +1,158 @@
+"""`lzy attach` and `lzy detach`: to look after a running process from now on, or no longer."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .arguments import complete_pid, json_option
+from .durations import Duration
+from .layout import facts, paint, say, say_json
+from .sessions import choose, name_argument, note_lines
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+
+
+def _complete(ctx: click.Context, parameter: click.Parameter, typed: str) -> list[CompletionItem]:
+    from click.shell_completion import CompletionItem
+
+    pids = complete_pid(ctx, parameter, typed)
+    return pids or [CompletionItem(typed, type="file")]
+
+
+@click.command(
+    epilog="""\b
+    Examples:
+      lzy attach 4121                       a process by its pid
+      lzy attach 4121 --name analysis       under a name of your choice
+      lzy attach kernel-3f2a.json           the kernel of a Jupyter connection file
+      lzy attach Sales.ipynb                the kernel of an open notebook
+      lzy attach 4121 --hibernate-after 2h --doze-after 10m
+    """
+)
+@click.argument("process", metavar="PID|FILE", shell_complete=_complete)
+@click.option("--name", metavar="NAME", help="The session's name.  [default: chosen by lzy]")
+@click.option(
+    "--doze-after", type=Duration(never=True), help="Idle this long, it dozes (or: never)."
+)
+@click.option(
+    "--hibernate-after", type=Duration(never=True), help="Idle this long, it is hibernated."
+)
+@json_option
+def attach(
+    process: str,
+    name: str | None,
+    doze_after: float | None,
+    hibernate_after: float | None,
+    as_json: bool,
+) -> None:
+    """Have a running process looked after: it becomes a session.
+
+    The process notices nothing. A first checkpoint is taken in the background. When it is idle it
+    dozes, later it is hibernated, and `lzy wake` brings it back.
+    """
+    from ..agent.client import Client
+
+    given = {"doze_after_s": doze_after, "hibernate_after_s": hibernate_after}
+    settings = {n: None if v == float("inf") else v for n, v in given.items() if v is not None}
+    pid = find_process(process)
+    body: dict[str, Any] = {"pid": pid, "settings": settings}
+    answer = Client().post("/v1/sessions", body | ({"name": name} if name else {}), timeout_s=60)
+    session = answer["session"]
+    if as_json:
+        say_json({**session, "notes": answer["notes"]})
+        return
+    say(
+        [
+            *facts(
+                [
+                    ("session", paint(session["name"], "bold")),
+                    ("process", f"{session['pid']}, which runs on"),
+                ]
+            ),
+            *note_lines(answer["notes"]),
+        ]
+    )
+
+
+@click.command(
+    epilog="""\b
+    Examples:
+      lzy detach analysis                   its process and its images stay
+    """
+)
+@name_argument
+@json_option
+def detach(name: str | None, as_json: bool) -> None:
+    """Look after a session no longer. Its process runs on; its images stay in the store."""
+    from ..agent.client import Client
+
+    client = Client()
+    session = client.post(client.session(choose(client, name), "detach"))["session"]
+    if as_json:
+        say_json(session)
+    else:
+        left = "it has no process"
+        if session["pid"]:
+            left = f"process {session['pid']} runs on"
+        elif session["image"]:
+            left = f"lzy restore {session['image']} brings it back"
+        say([f"{paint(session['name'], 'bold')} is detached; {left}"])
+
+
+def find_process(asked: str) -> int:
+    """The pid that was meant: a number, the kernel of a connection file, or that of a notebook."""
+    from ..checkpoint.errors import NotFound
+
+    if asked.isdecimal():
+        return int(asked)
+    wanted = _kernel_name(asked)
+    found = [pid for pid in map(int, filter(str.isdecimal, os.listdir("/proc"))) if wanted(pid)]
+    if not found:
+        raise NotFound(
+            f"no running kernel belongs to {asked}",
+            remedy="give its pid: import os; os.getpid() in a cell tells it",
+        )
+    if len(found) > 1:
+        raise click.UsageError(f"{asked} has several kernels: {', '.join(map(str, found))}.")
+    return found[0]
+
+
+def _kernel_name(asked: str) -> Any:
+    """A test for pids: whether the process is the kernel that was asked for."""
+    path = Path(asked)
+    if path.suffix == ".ipynb":
+        pattern = rf"(^|\0)JPY_SESSION_NAME=[^\0]*{re.escape(path.name)}(\0|$)"
+        return lambda pid: re.search(pattern, _read(pid, "environ"))
+    if path.suffix != ".json" or not _is_connection_file(path):
+        raise click.UsageError(f"{asked} is no pid, connection file (.json) or notebook (.ipynb).")
+
+    def is_kernel(pid: int) -> bool:
+        words = _read(pid, "cmdline").split("\0")
+        return any(
+            word.removeprefix("--f=").removeprefix("-f=").endswith(path.name) for word in words
+        ) and any("ipykernel" in word or "kernel" in word for word in words)
+
+    return is_kernel
+
+
+def _is_connection_file(path: Path) -> bool:
+    if not path.exists():  # its name alone is enough
+        return True
+    try:
+        return "shell_port" in json.loads(path.read_text())
+    except (OSError, ValueError):
+        return False
+
+
+def _read(pid: int, name: str) -> str:
+    try:
+        return Path(f"/proc/{pid}/{name}").read_text(errors="replace")
+    except OSError:
+        return ""

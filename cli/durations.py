@@ -1,0 +1,53 @@
+"""Times as people write them: `90s`, `30m`, `2h`, `1d`, `1h30m`, `never`."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import click
+
+_UNITS_S = {"s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
+_PART = re.compile(r"(\d+(?:\.\d+)?)\s*(s|min|m|h|d)\s*")
+
+
+class Duration(click.ParamType[float]):
+    """A time; the command gets seconds, infinity for `never` where that is allowed."""
+
+    name = "TIME"
+
+    def __init__(self, *, never: bool = False) -> None:
+        self._never = never
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
+        return "TIME"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        if isinstance(value, float):
+            return value
+        text = str(value).strip().lower()
+        if self._never and text in ("never", "off"):
+            return float("inf")
+        try:
+            return float(text)
+        except ValueError:
+            pass
+        parts = _PART.findall(text)
+        if not parts or _PART.sub("", text):
+            never = ", or never" if self._never else ""
+            self.fail(f"{value!r} is no time; write 90s, 30m, 2h or 1h30m{never}", param, ctx)
+        return sum(float(number) * _UNITS_S[unit] for number, unit in parts)
+
+
+def spell(time_s: float) -> str:
+    """`5400` as `1 h 30 min`, `90` as `1 min 30 s`, `0.5` as `0.5 s`."""
+    if time_s < 60:
+        return f"{time_s:.3g} s"
+    minutes, seconds = divmod(round(time_s), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    parts = [(days, "d"), (hours, "h"), (minutes, "min"), (seconds, "s")]
+    shown = [f"{number} {unit}" for number, unit in parts if number]
+    return " ".join(shown[:2])

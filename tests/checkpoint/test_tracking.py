@@ -6,6 +6,7 @@ what the image has is compared with what /proc/PID/mem has, byte for byte.
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -17,7 +18,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parent))
-from deeds import BASE, DEEDS, FILE_BASE, FILE_PAGES, mapped_file, write
+from deeds import (
+    BASE,
+    DEEDS,
+    FILE_BASE,
+    FILE_PAGES,
+    HUGE_PAGES,
+    PAGES,
+    mapped_file,
+    rewrite,
+    rewrite_all,
+    write,
+)  # fmt: skip
 
 from lzy.checkpoint import doze as engine
 from lzy.checkpoint import proc, tracking
@@ -35,7 +47,7 @@ ZERO_PAGE = bytes(PAGE_BYTES)
 EXAMPLES = int(os.environ.get("LZY_TEST_EXAMPLES", "12"))
 
 
-def _untouched(page: int) -> bytes:
+def untouched(page: int) -> bytes:
     """What a page holds that no image has."""
     if not FILE_BASE <= page < FILE_BASE + FILE_PAGES * PAGE_BYTES:
         return ZERO_PAGE
@@ -77,6 +89,10 @@ class Subject:
 
     def compare(self, image: Image) -> None:
         """Every byte of the child's own pages is in the image, and the image has no others."""
+        if engine.is_dozing(self.pid):
+            engine.begin_to_rouse(self.pid)
+            while engine.missing_bytes(self.pid):
+                os.sched_yield()
         buffer = memoryview(bytearray(image.window_pages * PAGE_BYTES))
         found: dict[int, bytes] = {}
         first, last = image.space_extent(0)
@@ -91,7 +107,7 @@ class Subject:
                 memory.seek(start)
                 theirs = memory.read(end - start)
                 pages = range(start, end, PAGE_BYTES)
-                mine = b"".join(found.pop(page, None) or _untouched(page) for page in pages)
+                mine = b"".join(found.pop(page, None) or untouched(page) for page in pages)
                 assert mine == theirs, f"something in {start:#x}-{end:#x} differs"
         assert not found, f"{len(found)} pages that the process does not have: {min(found):#x}"
 
@@ -111,8 +127,15 @@ def subject(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Subject
         subject.close()
 
 
+OFTEN = [DEEDS.index(rewrite), DEEDS.index(rewrite_all)]
+"""Drawn often: only what is rewritten again and again is left out of an account."""
+
 plans = st.lists(
-    st.tuples(st.sampled_from(range(len(DEEDS))), st.integers(0, 1 << 30), st.booleans()),
+    st.tuples(
+        st.sampled_from([*range(len(DEEDS)), *OFTEN * (len(DEEDS) // 2)]),
+        st.integers(0, 1 << 30),
+        st.booleans(),
+    ),
     min_size=1,
     max_size=12,
 )
@@ -123,11 +146,12 @@ plans = st.lists(
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
-@given(plan=plans)
+@given(plan=plans, dozed=st.booleans())
 def test_every_checkpoint_equals_the_memory(
     tmp_path_factory: pytest.TempPathFactory,
     monkeypatch: pytest.MonkeyPatch,
     plan: list[tuple[int, int, bool]],
+    dozed: bool,
 ) -> None:
     """Whatever a process does to its memory between checkpoints, none of it is missed."""
     folder = tmp_path_factory.mktemp("subject")
@@ -142,8 +166,21 @@ def test_every_checkpoint_equals_the_memory(
         report = subject.checkpoint()
         assert report.base is not None
         assert report.written_bytes < report.raw_bytes
+        if dozed:
+            engine.doze(subject.pid, subject.store, name="it")
+            assert not left_out(subject)
+            for deed, seed, _ in plan[:3]:
+                subject.do(DEEDS[deed], seed + 1)
+            subject.checkpoint()
     finally:
         subject.close()
+
+
+def left_out(subject: Subject) -> list[tuple[int, int]]:
+    """What of its memory is not under account, being written densely."""
+    account = tracking.find_account(subject.pid)
+    assert account is not None
+    return list(account.left_out)
 
 
 def test_an_idle_process_has_nothing_to_store(subject: Subject) -> None:
@@ -281,6 +318,80 @@ def test_a_dump_between_two_looks_at_the_account(
     assert report.base is None
     with subject.store.load("after") as image:
         subject.compare(image)
+
+
+def test_what_is_rewritten_again_and_again_is_left_out(subject: Subject) -> None:
+    """It is not protected any more, all of it is read each time, and no write to it is missed."""
+    subject.checkpoint()
+    subject.do(rewrite_all, 1)
+    subject.checkpoint()
+    assert not left_out(subject)  # once is not again and again
+    subject.do(rewrite_all, 2)
+    subject.checkpoint()
+    assert left_out(subject) == [(BASE, BASE + PAGES * PAGE_BYTES)]
+    for seed in range(3):
+        subject.do(write, seed)
+        report = subject.checkpoint()
+        assert report.written_bytes > PAGES * PAGE_BYTES // 2
+        assert report.stored_bytes < PAGES * PAGE_BYTES // 2
+
+
+def test_what_is_rewritten_no_more_comes_under_account(subject: Subject) -> None:
+    """A checkpoint finds by its contents that nobody wrote to it, and the next protects it."""
+    for seed in range(3):
+        subject.checkpoint()
+        subject.do(rewrite_all, seed)
+    subject.checkpoint()
+    subject.do(rewrite_all, 3)
+    assert subject.checkpoint().stored_bytes > 0
+    assert left_out(subject)
+    report = subject.checkpoint()
+    assert report.written_bytes > PAGES * PAGE_BYTES // 2
+    assert report.stored_bytes < 64 * PAGE_BYTES
+    subject.checkpoint()
+    assert not left_out(subject)
+    assert subject.checkpoint().written_bytes < 64 * PAGE_BYTES
+
+
+def test_only_what_changed_stays_left_out(subject: Subject) -> None:
+    """Each huge page's worth is judged by itself: one that is still written to stays left out."""
+    for seed in range(3):
+        subject.checkpoint()
+        subject.do(rewrite_all, seed)
+    subject.checkpoint()
+    assert left_out(subject)
+    touched = BASE + HUGE_PAGES * PAGE_BYTES + 77
+    for seed in range(2):
+        with open(f"/proc/{subject.pid}/mem", "r+b", buffering=0) as memory:
+            memory.seek(touched)
+            memory.write(b"%d" % seed)
+        subject.checkpoint()
+    assert left_out(subject) == [
+        (BASE + HUGE_PAGES * PAGE_BYTES, BASE + 2 * HUGE_PAGES * PAGE_BYTES)
+    ]
+
+
+def test_what_is_left_out_dozes_like_all(subject: Subject) -> None:
+    """A process that goes to doze gives back what it had rewritten, too: all is under account."""
+    for seed in range(3):
+        subject.checkpoint()
+        subject.do(rewrite_all, seed)
+    subject.checkpoint()
+    assert left_out(subject)
+    report = engine.doze(subject.pid, subject.store, name="it")
+    assert not left_out(subject)
+    assert report.dropped_bytes >= PAGES * PAGE_BYTES
+
+
+def test_an_older_record_is_relied_on(subject: Subject) -> None:
+    """A record that says nothing of dense memory is as good as one that does."""
+    subject.checkpoint()
+    record = next(Path(os.environ["LZY_HOME"]).glob("run/*.account"))
+    facts = json.loads(record.read_bytes())
+    del facts["dense"], facts["left_out"]
+    record.write_text(json.dumps(facts))
+    subject.do(write, 1)
+    assert subject.checkpoint().base is not None
 
 
 @pytest.mark.parametrize("stage", ["doze.taken", "doze.served"])

@@ -21,7 +21,7 @@ from .facts import (
     Verdict,
     settings_of,
 )
-from .windows import REMEMBERED_GAPS, choose_window, settle_gap
+from .windows import LARGEST_SLACK, REMEMBERED_GAPS, choose_window, settle_gap
 
 GIVE_GPU_BACK, DOZE, HIBERNATE = "give-gpu-back", "doze", "hibernate"
 
@@ -101,19 +101,29 @@ def doze_time(session: SessionFacts, settings: Settings) -> float:
 
 
 def window_of(action: str, session: SessionFacts, settings: Settings) -> float:
-    """How long a gap of `session` must last until `action`, in seconds."""
-    price_s = break_even(action, session, settings)
+    """How long a gap of `session` must last until `action`, in seconds.
+
+    Nobody hibernates before they would doze, unless less than that was set.
+    """
     own = settings_of(session, settings)
+    window_s = _window(action, session, own, break_even(action, session, own))
+    if action != HIBERNATE:
+        return window_s
+    doze_s = _window(DOZE, session, own, break_even(DOZE, session, own))
+    return max(window_s, min(doze_s, break_even(HIBERNATE, session, own)))
+
+
+def _window(action: str, session: SessionFacts, own: Settings, price_s: float) -> float:
+    """The window of one step by itself."""
     if not own.adaptive or price_s == NEVER_S:
         return price_s
-    shortest_s = own.sample_s * own.looks
     if action == GIVE_GPU_BACK:
         window_s = choose_window(session.gpu_gaps_s, session.slack.gpu_s, price_s)
     elif action == DOZE:
         window_s = choose_window(session.idle_gaps_s, session.slack.doze_s, price_s)
     else:
         window_s = choose_window(session.idle_gaps_s, session.slack.hibernate_s, price_s)
-    return max(window_s, shortest_s)
+    return max(window_s, own.sample_s * own.looks)
 
 
 def remember_gap(
@@ -130,20 +140,31 @@ def remember_gap(
         price_s = break_even(GIVE_GPU_BACK, session, own)
         window_s = window_of(GIVE_GPU_BACK, session, own) if long_enough else gap_s
         slack = slack._replace(gpu_s=settle_gap(slack.gpu_s, gap_s, window_s, price_s))
-        kept = (*session.gpu_gaps_s, gap_s)[-REMEMBERED_GAPS:]
-        return session._replace(slack=slack, gpu_gaps_s=kept if long_enough else kept[:-1])
-    if not long_enough:
-        # Nobody could have done better; the branch below would say the same, slower.
-        doze_s = settle_gap(slack.doze_s, gap_s, gap_s, own.doze_after_s)
-        hibernate_s = settle_gap(slack.hibernate_s, gap_s, gap_s, own.hibernate_after_s)
-        return session._replace(slack=Slack(slack.gpu_s, doze_s, hibernate_s))
+        if not long_enough:
+            return session._replace(slack=slack)
+        gaps_s = (*session.gpu_gaps_s[1 - REMEMBERED_GAPS :], gap_s)
+        return session._replace(slack=slack, gpu_gaps_s=gaps_s)
     price_s = break_even(DOZE, session, own)
-    doze_s = settle_gap(slack.doze_s, gap_s, window_of(DOZE, session, own), price_s)
-    price_s = break_even(HIBERNATE, session, own)
-    window_s = window_of(HIBERNATE, session, own)
-    hibernate_s = settle_gap(slack.hibernate_s, gap_s, window_s, price_s)
-    kept = (*session.idle_gaps_s, gap_s)[-REMEMBERED_GAPS:]
-    return session._replace(slack=Slack(slack.gpu_s, doze_s, hibernate_s), idle_gaps_s=kept)
+    hibernate_price_s = break_even(HIBERNATE, session, own)
+    if (
+        not long_enough
+        and slack.doze_s >= LARGEST_SLACK * price_s
+        and slack.hibernate_s >= LARGEST_SLACK * hibernate_price_s
+    ):
+        return session  # nothing can be added
+    window_s = _window(DOZE, session, own, price_s) if long_enough else gap_s
+    hibernate_s = gap_s  # what ends before it would doze does not hibernate
+    if gap_s > window_s or gap_s > hibernate_price_s:
+        hibernate_s = window_of(HIBERNATE, session, own)
+    slack = Slack(
+        slack.gpu_s,
+        settle_gap(slack.doze_s, gap_s, window_s, price_s),
+        settle_gap(slack.hibernate_s, gap_s, hibernate_s, hibernate_price_s),
+    )
+    if not long_enough:
+        return session._replace(slack=slack)
+    gaps_s = (*session.idle_gaps_s[1 - REMEMBERED_GAPS :], gap_s)
+    return session._replace(slack=slack, idle_gaps_s=gaps_s)
 
 
 def next_step(session: SessionFacts, settings: Settings, now_s: float) -> Step:
@@ -206,9 +227,8 @@ def _next_rung(session: SessionFacts, own: Settings, now_s: float) -> Step:
         return Step("", NEVER_S, _why_active(session, own))
     if session.state == DOZING:
         return _rung(HIBERNATE, session, own, now_s, session.idle_for_s, "idle")
-    doze = _rung(DOZE, session, own, now_s, session.idle_for_s, "idle")
-    hibernate = _rung(HIBERNATE, session, own, now_s, session.idle_for_s, "idle")
-    return doze if doze.due_s <= hibernate.due_s else hibernate
+    lower = DOZE if own.doze_after_s <= own.hibernate_after_s else HIBERNATE
+    return _rung(lower, session, own, now_s, session.idle_for_s, "idle")
 
 
 def _rung(

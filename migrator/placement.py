@@ -64,56 +64,98 @@ def need_of(session: SessionFacts, settings: Settings) -> Need:
 
 def examine(need: Need, node: NodeFacts, settings: Settings) -> Refusal | None:
     """Why `node` cannot take one who needs `need`; None if it can."""
-    name = node.name
-    if need.node and need.node != name:
-        return Refusal(name, f"{need.node} was asked for")
-    if not node.reachable:
-        return Refusal(name, "its agent does not answer")
-    if node.draining:
-        return Refusal(name, "it is being drained")
-    if need.gpu > node.gpus:
-        return Refusal(name, f"it has {_gpus(node.gpus)}, {need.gpu} asked for")
-    if need.cpu > node.cpus:
-        return Refusal(name, f"it has {node.cpus:g} CPUs, {need.cpu:g} needed")
-    room_bytes = _room_bytes(node, settings)
-    if need.memory_bytes > room_bytes:
-        return Refusal(
-            name, f"it has {_gib(room_bytes)} for sessions, {_gib(need.memory_bytes)} needed"
-        )
-    if not need.cpu_features <= node.cpu_features:
-        missing = sorted(need.cpu_features - node.cpu_features)
-        return Refusal(name, f"its CPU lacks {', '.join(missing[:3])}{_more(missing)}")
-    if node.files is not None and not need.files <= node.files:
-        missing = sorted(need.files - node.files)
-        return Refusal(name, f"it has not the same {missing[0]}{_more(missing, shown=1)}")
-    if need.gpu > node.gpus - node.reserved_gpus:
-        return Refusal(name, f"{node.gpus - node.reserved_gpus} of its {node.gpus} GPUs free", True)
-    if need.cpu > node.cpus - node.reserved_cpu + 1e-9:
-        return Refusal(name, f"{node.cpus - node.reserved_cpu:g} of {node.cpus:g} CPUs free", True)
-    free_bytes = room_bytes - max(node.reserved_memory_bytes, node.used_memory_bytes)
-    if need.memory_bytes > free_bytes:
-        return Refusal(
-            name, f"{_gib(max(free_bytes, 0))} free, {_gib(need.memory_bytes)} needed", True
-        )
-    return None
+    obstacle = _find_obstacle(need, node, settings)
+    return _describe(obstacle, need, node, settings) if obstacle else None
 
 
-def place(need: Need, nodes: Iterable[NodeFacts], settings: Settings, stay: str = "") -> Placement:
-    """The node for `need`; `stay` names the one it is on, which wins if it is no dearer."""
+def place(
+    need: Need,
+    nodes: Iterable[NodeFacts],
+    settings: Settings,
+    *,
+    stay: str = "",
+    explain: bool = True,
+) -> Placement:
+    """The node for `need`; `stay` names the one it is on, which wins if it is no dearer.
+
+    Without `explain`, refusals are only told when no node was found.
+    """
     best: NodeFacts | None = None
     best_rank: tuple[float, bool, bool, float, str] | None = None
-    refusals = []
+    refused = []
     for node in nodes:
-        refusal = examine(need, node, settings)
-        if refusal is not None:
-            refusals.append(refusal)
+        obstacle = _find_obstacle(need, node, settings)
+        if obstacle:
+            refused.append((obstacle, node))
             continue
         free = 1 - node.reserved_memory_bytes / node.memory_bytes
         price = round(share_price(need, node), 9)
         rank = (price, node.name != stay, not node.warm, free, node.name)
         if best_rank is None or rank < best_rank:
             best, best_rank = node, rank
-    return Placement(best, tuple(refusals))
+    if best is not None and not explain:
+        return Placement(best, ())
+    refusals = tuple(_describe(obstacle, need, node, settings) for obstacle, node in refused)
+    return Placement(best, refusals)
+
+
+def _find_obstacle(need: Need, node: NodeFacts, settings: Settings) -> str:
+    """The first thing that keeps `need` off `node`; "" if nothing does."""
+    if need.node and need.node != node.name:
+        return "other"
+    if not node.reachable:
+        return "silent"
+    if node.draining:
+        return "draining"
+    room_bytes = node.memory_bytes * settings.relief_share
+    if need.gpu > node.gpus:
+        return "gpus"
+    if need.cpu > node.cpus:
+        return "cpus"
+    if need.memory_bytes > room_bytes:
+        return "memory"
+    if need.cpu_features and not need.cpu_features <= node.cpu_features:
+        return "features"
+    if need.files and node.files is not None and not need.files <= node.files:
+        return "files"
+    if need.gpu > node.gpus - node.reserved_gpus:
+        return "busy gpus"
+    if need.cpu > node.cpus - node.reserved_cpu + 1e-9:
+        return "busy cpus"
+    if need.memory_bytes > room_bytes - max(node.reserved_memory_bytes, node.used_memory_bytes):
+        return "busy memory"
+    return ""
+
+
+def _describe(obstacle: str, need: Need, node: NodeFacts, settings: Settings) -> Refusal:
+    """An obstacle in words."""
+    room_bytes = node.memory_bytes * settings.relief_share
+    if obstacle == "other":
+        words = f"{need.node} was asked for"
+    elif obstacle == "silent":
+        words = "its agent does not answer"
+    elif obstacle == "draining":
+        words = "it is being drained"
+    elif obstacle == "gpus":
+        words = f"it has {_gpus(node.gpus)}, {need.gpu} asked for"
+    elif obstacle == "cpus":
+        words = f"it has {node.cpus:g} CPUs, {need.cpu:g} needed"
+    elif obstacle == "memory":
+        words = f"it has {_gib(room_bytes)} for sessions, {_gib(need.memory_bytes)} needed"
+    elif obstacle == "features":
+        missing = sorted(need.cpu_features - node.cpu_features)
+        words = f"its CPU lacks {', '.join(missing[:3])}{_more(missing)}"
+    elif obstacle == "files":
+        missing = sorted(need.files - (node.files or frozenset()))
+        words = f"it has not the same {missing[0]}{_more(missing, shown=1)}"
+    elif obstacle == "busy gpus":
+        words = f"{node.gpus - node.reserved_gpus} of its {_gpus(node.gpus)} free"
+    elif obstacle == "busy cpus":
+        words = f"{node.cpus - node.reserved_cpu:g} of its {node.cpus:g} CPUs free"
+    else:
+        free_bytes = room_bytes - max(node.reserved_memory_bytes, node.used_memory_bytes)
+        words = f"{_gib(max(free_bytes, 0))} free, {_gib(need.memory_bytes)} needed"
+    return Refusal(node.name, words, obstacle.startswith("busy"))
 
 
 def share_price(need: Need, node: NodeFacts) -> float:
@@ -177,10 +219,6 @@ def summarise(
         for node in nodes
     )
     return Fleet(counted, sessions, users)
-
-
-def _room_bytes(node: NodeFacts, settings: Settings) -> int:
-    return int(node.memory_bytes * settings.relief_share)
 
 
 def _gib(length_bytes: float) -> str:

@@ -53,9 +53,14 @@ class Decision(NamedTuple):
     """Of the nodes that were considered and are not `to`: why not."""
 
 
-def decide(fleet: Fleet, settings: Settings, now_s: float) -> list[Decision]:
-    """What to do now, in order. Deterministic; never more than one decision about a session."""
-    plan = _Plan(fleet, settings, now_s)
+def decide(
+    fleet: Fleet, settings: Settings, now_s: float, *, explain: bool = True
+) -> list[Decision]:
+    """What to do now, in order. Deterministic; never more than one decision about a session.
+
+    Without `explain`, refusals are only told where nothing was found: faster, else the same.
+    """
+    plan = _Plan(fleet, settings, now_s, explain)
     plan.relieve()
     plan.meet_requests()
     plan.wake_waiting()
@@ -67,8 +72,8 @@ def decide(fleet: Fleet, settings: Settings, now_s: float) -> list[Decision]:
 class _Plan:
     """The decisions made so far, and what the fleet will be when they are carried out."""
 
-    def __init__(self, fleet: Fleet, settings: Settings, now_s: float) -> None:
-        self.settings, self.now_s = settings, now_s
+    def __init__(self, fleet: Fleet, settings: Settings, now_s: float, explain: bool) -> None:
+        self.settings, self.now_s, self.explain = settings, now_s, explain
         self.nodes = {node.name: node for node in fleet.nodes}
         self.users = dict(fleet.users)
         self.sessions = fleet.sessions
@@ -81,9 +86,9 @@ class _Plan:
     def relieve(self) -> None:
         """Take memory off nodes and sessions that are near their end."""
         settings = self.settings
-        for node in list(self.nodes.values()):
-            if node.used_memory_bytes < settings.pressure_share * node.memory_bytes:
-                continue
+        share = settings.pressure_share
+        full = [n for n in self.nodes.values() if n.used_memory_bytes >= share * n.memory_bytes]
+        for node in full:
             used = node.used_memory_bytes / node.memory_bytes
             words = f"{node.name} is {used:.0%} full"
             excess_bytes = int(node.used_memory_bytes - settings.relief_share * node.memory_bytes)
@@ -229,7 +234,7 @@ class _Plan:
         """Move it to a node without GPU; if there is no room, and it is idle, hibernate it."""
         without = session._replace(requests=session.requests._replace(gpu=0, node=""))
         need = need_of(without, self.settings)
-        found = place(need, (n for n in self.nodes.values() if not n.gpus), self.settings)
+        found = self._place(need, (n for n in self.nodes.values() if not n.gpus))
         if found.node is not None:
             self._settle(session, need, found.node, gpus=0)
             self._decide(GIVE_GPU_BACK, session, found.node.name, why, found.refusals)
@@ -246,13 +251,14 @@ class _Plan:
             return False
         need = need_of(session, self.settings)
         now_price = share_price(need, node)
-        if not now_price:
+        affordable = (1 - own.saving) * now_price
+        if not any(share_price(need, kind) <= affordable for kind in self._kinds()):
             return False
-        found = place(need, self.nodes.values(), self.settings, stay=session.node)
+        found = self._place(need, self.nodes.values(), session.node)
         if found.node is None or found.node.name == session.node:
             return False
         price = share_price(need, found.node)
-        if price > (1 - own.saving) * now_price:
+        if price > affordable:
             return False
         self._settle(session, need, found.node)
         saved = 1 - price / now_price
@@ -274,7 +280,7 @@ class _Plan:
             need = need._replace(memory_bytes=at_least_bytes)
         beyond = self._beyond_quota(session, need) if need.gpu > session.gpu_count else ""
         others = (node for node in self.nodes.values() if node.name != session.node)
-        found = Placement(None, ()) if beyond else place(need, others, self.settings)
+        found = Placement(None, ()) if beyond else self._place(need, others)
         if found.node is None:
             if or_wait:
                 refused = beyond or "no other node can take it"
@@ -292,10 +298,19 @@ class _Plan:
         """Where it dozes if there is room, for that costs nobody a move; else the best node."""
         home = self.nodes.get(session.node) if session.state == DOZING else None
         if home is not None:
-            at_home = place(need, (home,), self.settings)
+            at_home = self._place(need, (home,))
             if at_home.node is not None:
                 return at_home
-        return place(need, self.nodes.values(), self.settings)
+        return self._place(need, self.nodes.values())
+
+    def _place(self, need: Need, nodes: Iterable[NodeFacts], stay: str = "") -> Placement:
+        return place(need, nodes, self.settings, stay=stay, explain=self.explain)
+
+    def _kinds(self) -> Iterable[NodeFacts]:
+        """One node of each size and price."""
+        return {
+            (n.cpus, n.memory_bytes, n.gpus, n.price_per_hour): n for n in self.nodes.values()
+        }.values()
 
     def _may_evict(self, session: SessionFacts) -> bool:
         """Whether something may be taken from it early: idle, and neither held nor protected."""
@@ -354,8 +369,7 @@ class _Plan:
 
     def _praise(self, found: Placement) -> str:
         assert found.node is not None
-        many = len(self.nodes) - len(found.refusals)
-        return f"{found.node.name} is the {'cheapest' if many > 1 else 'only one'} that can take it"
+        return f"{found.node.name} is the cheapest that can take it"
 
     def _evict(self, action: str, session: SessionFacts, reason: str) -> None:
         """Doze or hibernate: its room is free, its node busy with it for a moment."""

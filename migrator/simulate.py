@@ -27,7 +27,7 @@ from .facts import (
     Verdict,
     share_of,
 )
-from .idleness import DOZE, GIVE_GPU_BACK, HIBERNATE, doze_time, next_step, remember_gap
+from .idleness import DOZE, GIVE_GPU_BACK, HIBERNATE, doze_time, next_step, remember_gap, window_of
 from .placement import need_of
 from .policy import MIGRATE, WAIT, WAKE, Decision, decide
 from .stock import Kind, Stock
@@ -41,7 +41,7 @@ ACTIVE = (Verdict("cells", True, "a cell runs"),)
 class World(NamedTuple):
     """What things take that the rules do not decide upon, in seconds; `A`: assumed."""
 
-    pause_s: float = 300.0
+    pause_s: float = 600.0
     """A: of pauses up to this long the user is taken to be at work; see `tally`."""
     doze_reply_s: float = 0.1
     """A: first reply of a dozing session, beside what it touches: 770 faults of 130 µs."""
@@ -52,6 +52,8 @@ class World(NamedTuple):
     node_start_s: float = 40.0  # A
     linger_s: float = 600.0
     """A: an empty node is kept on for so long."""
+    spare_nodes: int = 1
+    """A: empty nodes of each kind without GPU that are always on, for who comes next."""
     kernel_start_s: float = 0.96
     """Measured: a new notebook kernel, docs/performance.md."""
     rerun_share: float = 0.25
@@ -110,15 +112,17 @@ class Simulation:
     def __init__(self, policy: Policy, kinds: list[Kind], world: World, days: float) -> None:
         self.policy, self.world = policy, world
         self.settings = policy.settings
-        self.stock = Stock(kinds, world.linger_s)
+        self.stock = Stock(kinds, world.linger_s, world.node_start_s, world.spare_nodes)
         self.tally = Tally(policy.name, days)
         self._sessions: dict[str, _Session] = {}
         self._waiting: dict[str, _Session] = {}
         self._checks: list[tuple[float, str]] = []
         self._looks = self.settings.sample_s
-        limits = (self.settings.gpu_back_after_s, self.settings.doze_after_s)
-        self._steps = min(*limits, self.settings.hibernate_after_s) < NEVER_S
-        self._soonest_s = self._looks * self.settings.looks
+        figures = self.settings
+        soonest_s = min(figures.gpu_back_after_s, figures.doze_after_s, figures.hibernate_after_s)
+        self._steps = soonest_s < NEVER_S
+        looks_s = self._looks * figures.looks
+        self._soonest_s = looks_s if figures.adaptive else max(soonest_s, looks_s)
 
     def feed(self, events: Iterable[Event]) -> None:
         """Replay `events`, in order. Raises ValueError for those that make no sense."""
@@ -198,10 +202,7 @@ class Simulation:
             self.tally.use(session.paused)
         session.paused.clear()
         if gap_s > 0 and self.settings.adaptive:
-            story = session.story._replace(
-                memory_bytes=session.memory_bytes, image_bytes=session.image_bytes
-            )
-            session.story = remember_gap(story, gap_s, self.settings)
+            session.story = remember_gap(session.story, gap_s, self.settings)
 
     def _end(self, session: _Session, now_s: float) -> None:
         self._account(session, now_s)
@@ -217,49 +218,70 @@ class Simulation:
     def _ask(self, sessions: list[_Session], now_s: float) -> None:
         """Have the rules decide about `sessions`, and do what they say."""
         facts = tuple(self._facts(session, now_s) for session in sessions)
-        freed = False
-        for decision in decide(Fleet(self.stock.nodes(now_s), facts), self.settings, now_s):
-            freed |= self._carry_out(decision, now_s)
-        if self._waiting and any(session.waiting_since_s is not None for session in sessions):
-            # Somebody must wait: let the rules see who could make room.
+        freed = self._carry_out(self._decide(facts, now_s), now_s)
+        if any(session.name in self._waiting for session in sessions):
+            # Somebody must wait for room: let the rules see who could make it.
             everybody = tuple(self._facts(s, now_s) for s in self._sessions.values())
-            for decision in decide(Fleet(self.stock.nodes(now_s), everybody), self.settings, now_s):
-                freed |= self._carry_out(decision, now_s)
+            freed |= self._carry_out(self._decide(everybody, now_s), now_s)
         if freed:
             self._retry(now_s)
+
+    def _decide(self, facts: tuple[SessionFacts, ...], now_s: float) -> list[Decision]:
+        fleet = Fleet(self.stock.nodes(now_s), facts)
+        return decide(fleet, self.settings, now_s, explain=False)
 
     def _retry(self, now_s: float) -> None:
         """Room has come free: those who wait ask again."""
         if not self._waiting:
             return
         facts = tuple(self._facts(session, now_s) for session in self._waiting.values())
-        for decision in decide(Fleet(self.stock.nodes(now_s), facts), self.settings, now_s):
-            self._carry_out(decision, now_s)
+        self._carry_out(self._decide(facts, now_s), now_s)
 
-    def _carry_out(self, decision: Decision, now_s: float) -> bool:
-        """Do it; whether that made room somewhere."""
-        session = self._sessions[decision.session]
-        self._account(session, now_s)
-        if decision.action == WAIT:
+    def _carry_out(self, decisions: list[Decision], now_s: float) -> bool:
+        """Do what was decided; whether that made room somewhere."""
+        freed = False
+        for decision in decisions:
+            session = self._sessions[decision.session]
+            self._account(session, now_s)
+            if decision.action == WAIT:
+                self._wait(session, decision, now_s)
+                continue
+            done = self.tally.actions
+            done[decision.action] = done.get(decision.action, 0) + 1
+            freed |= decision.action != WAKE
+            if decision.action == WAKE:
+                self._wake(session, decision.to, now_s)
+            elif decision.action in (MIGRATE, GIVE_GPU_BACK):
+                self._migrate(session, decision, now_s)
+            elif decision.action == DOZE:
+                self._spend(session, now_s, doze_time(self._facts(session, now_s), self.settings))
+                self._vacate(session, now_s)
+                session.state, session.image_bytes = DOZING, session.memory_bytes
+                session.story = session.story._replace(image_bytes=session.image_bytes)
+            elif decision.action == HIBERNATE:
+                self._hibernate(session, now_s)
+        return freed
+
+    def _wait(self, session: _Session, decision: Decision, now_s: float) -> None:
+        """It waits for room; where there never can be any, it does without."""
+        if any(refusal.busy for refusal in decision.refusals):
             self._waiting[session.name] = session
-            return False
-        self.tally.actions[decision.action] = self.tally.actions.get(decision.action, 0) + 1
-        if decision.action == WAKE:
-            self._wake(session, decision.to, now_s)
-        elif decision.action in (MIGRATE, GIVE_GPU_BACK):
-            self._migrate(session, decision, now_s)
-        elif decision.action == DOZE:
-            self._spend(session, now_s, doze_time(self._facts(session, now_s), self.settings))
-            self._vacate(session, now_s)
-            session.state, session.image_bytes = DOZING, session.memory_bytes
-        elif decision.action == HIBERNATE:
-            self._hibernate(session, now_s)
-        return decision.action != WAKE
+            return
+        self.tally.refused += 1
+        self._waiting.pop(session.name, None)
+        if session.state == RUNNING:  # a GPU was asked for that no node has beside the rest
+            session.wants_gpus = session.gpus
+            self._resume(session, now_s)
+        elif session.wants_gpus:
+            session.wants_gpus = 0
+            self._ask([session], now_s)
+        else:
+            session.waiting_since_s = None
+            session.work.clear()
 
     def _wake(self, session: _Session, to: str, now_s: float) -> None:
         world, settings = self.world, self.settings
         asleep = session.state == DOZING and session.node == to
-        cold = to not in self.stock.on
         touched_s = world.touched_share * session.memory_bytes / settings.rouse_bytes_per_s
         if asleep:
             takes_s = world.doze_reply_s + touched_s
@@ -269,12 +291,11 @@ class Simulation:
             session.computed_s = 0.0
         else:
             takes_s = settings.wake_s + touched_s
-        takes_s += (settings.gpu_attach_s if session.wants_gpus else 0.0) + (
-            world.node_start_s if cold else 0.0
-        )
+        takes_s += settings.gpu_attach_s if session.wants_gpus else 0.0
+        self._go(session, to, now_s)
+        takes_s += max(self.stock.on[to].ready_s - now_s, 0.0)
         protect_s = settings.protect_after_rouse_s if asleep else settings.protect_after_wake_s
         session.protected_s = now_s + takes_s + protect_s
-        self._go(session, to, now_s)
         self._resume(session, now_s + takes_s)
 
     def _migrate(self, session: _Session, decision: Decision, now_s: float) -> None:
@@ -282,12 +303,12 @@ class Simulation:
         back = decision.action == GIVE_GPU_BACK
         takes_s = session.memory_bytes / self.settings.dump_bytes_per_s + self.settings.wake_s
         takes_s += 0.0 if back else self.settings.gpu_attach_s
-        takes_s += self.world.node_start_s if decision.to not in self.stock.on else 0.0
         if back:
             session.wants_gpus = 0
         self._spend(session, now_s, takes_s)
         self._vacate(session, now_s)
         self._go(session, decision.to, now_s)
+        takes_s += max(self.stock.on[decision.to].ready_s - now_s, 0.0)
         if session.waiting_since_s is not None:
             session.protected_s = now_s + takes_s + self.settings.protect_after_wake_s
             self._resume(session, now_s + takes_s)
@@ -304,6 +325,7 @@ class Simulation:
         self.stock.leave(session.node, now_s)
         session.state, session.node, session.wants_gpus = HIBERNATED, "", 0
         session.image_bytes, session.since_s = session.memory_bytes, now_s
+        session.story = session.story._replace(image_bytes=session.image_bytes)
 
     def _resume(self, session: _Session, ready_s: float) -> None:
         """From `ready_s` on it computes what has come meanwhile."""
@@ -341,10 +363,12 @@ class Simulation:
                 session.check_s = NEVER_S
                 if session.state == HIBERNATED:
                     continue
-                idle_since_s = self._grid(session.busy_until_s)
-                if now_s - idle_since_s < self._soonest_s and not session.gpus:
-                    self._check_after(session, idle_since_s)
-                    continue
+                if not session.gpus:
+                    # The same as below, where that can only say "later", for less.
+                    due_s = self._grid(session.busy_until_s) + self._soonest(session)
+                    if due_s > now_s:
+                        self._check_at(session, max(self._grid(due_s), now_s + self._looks))
+                        continue
                 step = next_step(self._facts(session, now_s), self.settings, now_s)
                 if not step.action:
                     computing_s = max(session.busy_until_s, session.gpu_busy_until_s, now_s)
@@ -356,6 +380,15 @@ class Simulation:
                     self._check_at(session, max(self._grid(step.due_s), now_s + self._looks))
             if due:
                 self._ask(due, now_s)
+
+    def _soonest(self, session: _Session) -> float:
+        """The shortest window of a session without GPU."""
+        if not self.settings.adaptive:
+            return self._soonest_s
+        figures = self.settings
+        doze_first = figures.doze_after_s <= figures.hibernate_after_s
+        action = DOZE if doze_first and session.state == RUNNING else HIBERNATE
+        return window_of(action, session.story, figures)
 
     def _grid(self, at_s: float) -> float:
         """The first look at or after `at_s`."""
@@ -425,6 +458,7 @@ class Simulation:
     def _resize(self, session: _Session, memory_bytes: int) -> None:
         """Its memory is another; what it holds follows the most it has had."""
         session.memory_bytes = memory_bytes
+        session.story = session.story._replace(memory_bytes=memory_bytes)
         if memory_bytes <= session.peak_bytes:
             return
         rented, facts = self.stock.on[session.node], self.stock.on[session.node].facts

@@ -6,15 +6,17 @@ name, CPUs, memory, GPUs, how many there are at most, and what one costs by the 
 
 from __future__ import annotations
 
+import heapq
 import re
 from typing import NamedTuple
 
 from .facts import NodeFacts
 
 DEFAULT_FLEET = (
-    "small:2cpu:8G:x2000:0.0816/h,large:8cpu:64G:x500:0.4838/h,gpu:4cpu:16G:1gpu:x500:1.006/h"
+    "small:2cpu:8G:x2000:0.0816/h,large:8cpu:64G:x500:0.48/h,"
+    "gpu:4cpu:16G:1gpu:x500:1.006/h,gpu-large:16cpu:64G:1gpu:x100:1.62/h"
 )
-"""`small` and `gpu` at the prices of m7g.large and g5.xlarge, `large` assumed (docs/policy.md)."""
+"""Prices of `small` and `gpu` are those of m7g.large and g5.xlarge; see docs/policy.md."""
 
 _PART = re.compile(
     r"(?:(?P<cpus>\d+(?:\.\d+)?)cpu"
@@ -74,30 +76,36 @@ def parse_fleet(text: str) -> list[Kind]:
 class Rented:
     """One node that is, or was, on: what is reserved on it, and since when it is empty."""
 
-    __slots__ = ("empty_since_s", "facts", "held", "on_since_s")
+    __slots__ = ("empty_since_s", "facts", "held", "on_since_s", "ready_s")
 
-    def __init__(self, facts: NodeFacts, now_s: float) -> None:
+    def __init__(self, facts: NodeFacts, now_s: float, ready_s: float) -> None:
         self.facts = facts
         self.held = 0
         """Sessions that live there, dozing ones too: their processes keep it on."""
         self.on_since_s = now_s
+        self.ready_s = ready_s
         self.empty_since_s: float | None = now_s
 
 
 class Stock:
     """Nodes by name: those on, and one of each kind that could be switched on."""
 
-    def __init__(self, kinds: list[Kind], linger_s: float) -> None:
+    def __init__(self, kinds: list[Kind], linger_s: float, start_s: float, spare: int) -> None:
+        self._start_s = start_s
+        self._spare = {kind.name: 0 if kind.gpus else spare for kind in kinds}
         self._kinds = {kind.name: kind for kind in kinds}
         self._linger_s = linger_s
-        self._free = {kind.name: list(range(kind.count, 0, -1)) for kind in kinds}
+        self._free = {kind.name: list(range(1, kind.count + 1)) for kind in kinds}
+        self._count = {kind.name: 0 for kind in kinds}
         self._offered: dict[str, NodeFacts] = {}
         self.on: dict[str, Rented] = {}
-        self._empty: set[str] = set()
+        self._empty: dict[str, list[str]] = {kind.name: [] for kind in kinds}
         self.hours: dict[str, float] = {kind.name: 0.0 for kind in kinds}
         self.most: dict[str, int] = {kind.name: 0 for kind in kinds}
         for kind in kinds:
             self._offer(kind.name)
+            for _ in range(self._spare[kind.name]):
+                self._switch_on(kind.name, 0.0, 0.0)
 
     def nodes(self, now_s: float) -> tuple[NodeFacts, ...]:
         """What can be placed on: every node that is on, and a cold one of each kind."""
@@ -106,18 +114,16 @@ class Stock:
 
     def take(self, name: str, now_s: float) -> Rented:
         """The node `name` with one more session living on it, switched on if need be."""
-        rented = self.on.get(name)
-        if rented is None:
-            kind = name.rpartition("-")[0]
-            facts = self._offered.pop(kind)
-            assert facts.name == name
-            rented = self.on[name] = Rented(facts._replace(warm=True), now_s)
-            self._offer(kind)
-            count = sum(1 for other in self.on if other.rpartition("-")[0] == kind)
-            self.most[kind] = max(self.most[kind], count)
+        kind = name.rpartition("-")[0]
+        if name not in self.on:
+            self._switch_on(kind, now_s, now_s + self._start_s)
+        rented = self.on[name]
         rented.held += 1
-        rented.empty_since_s = None
-        self._empty.discard(name)
+        if rented.held == 1:
+            self._empty[kind].remove(name)
+            rented.empty_since_s = None
+            if len(self._empty[kind]) < self._spare[kind]:
+                self._switch_on(kind, now_s, now_s + self._start_s)
         return rented
 
     def leave(self, name: str, now_s: float) -> None:
@@ -126,7 +132,7 @@ class Stock:
         rented.held -= 1
         if not rented.held:
             rented.empty_since_s = now_s
-            self._empty.add(name)
+            self._empty[name.rpartition("-")[0]].append(name)
 
     def settle(self, now_s: float) -> None:
         """Count the hours of what is still on."""
@@ -139,18 +145,31 @@ class Stock:
         """What all hours of all nodes cost."""
         return sum(hours * self._kinds[name].price_per_hour for name, hours in self.hours.items())
 
+    def _switch_on(self, kind: str, now_s: float, ready_s: float) -> None:
+        """Have the cold node of a kind that is offered, if one is left; it is empty at first."""
+        facts = self._offered.pop(kind, None)
+        if facts is None:
+            return
+        self.on[facts.name] = Rented(facts._replace(warm=True), now_s, ready_s)
+        self._empty[kind].append(facts.name)
+        self._count[kind] += 1
+        self.most[kind] = max(self.most[kind], self._count[kind])
+        self._offer(kind)
+
     def _switch_off(self, now_s: float) -> None:
-        for name in [*self._empty]:
-            rented = self.on[name]
-            assert rented.empty_since_s is not None
-            off_s = rented.empty_since_s + self._linger_s
-            if off_s <= now_s:
-                kind, _, number = name.rpartition("-")
+        """Give back what has been empty for long, the longest first, but for the spare ones."""
+        for kind, empty in self._empty.items():
+            while len(empty) > self._spare[kind]:
+                rented = self.on[empty[0]]
+                assert rented.empty_since_s is not None
+                off_s = rented.empty_since_s + self._linger_s
+                if off_s > now_s:
+                    break
+                name = empty.pop(0)
                 self.hours[kind] += (off_s - rented.on_since_s) / 3600
                 del self.on[name]
-                self._empty.discard(name)
-                self._free[kind].append(int(number))
-                self._free[kind].sort(reverse=True)
+                self._count[kind] -= 1
+                heapq.heappush(self._free[kind], int(name.rpartition("-")[2]))
                 self._offer(kind)
 
     def _offer(self, name: str) -> None:
@@ -158,7 +177,7 @@ class Stock:
             return
         kind = self._kinds[name]
         self._offered[name] = NodeFacts(
-            f"{name}-{self._free[name].pop()}",
+            f"{name}-{heapq.heappop(self._free[name])}",
             kind.cpus,
             kind.memory_bytes,
             kind.gpus,

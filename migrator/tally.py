@@ -27,6 +27,8 @@ class Tally:
         self.sessions = 0
         self.killed = 0
         self.rerun_s = 0.0
+        self.refused = 0
+        """Requests that no node of the fleet could ever meet."""
         self.held_s = 0.0
         self.computing_s = 0.0
         self.running_s = 0.0

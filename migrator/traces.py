@@ -67,9 +67,9 @@ class Habits(NamedTuple):
     gpu_think_median_s: float = 150.0  # M: 300 s from task to task in the median, tasks included
     overnight: float = 0.04  # A: evenings on which something long is left computing
     overnight_median_s: float = 3 * 3600.0  # A
-    tidy: float = 0.3  # A: evenings on which a session is ended
-    resumed: float = 0.8  # A: mornings on which yesterday's session is used again
-    forgotten_days: float = 4.0  # A: mean until a session that is not used again is ended
+    tidy: float = 0.65  # A: evenings on which a session is ended
+    resumed: float = 0.9  # A: mornings on which yesterday's session is used again
+    forgotten_days: float = 1.5  # A: mean until a session that is not used again is ended
     memory_median_bytes: float = 2.0 * 2**30  # A: of what a session grows to
     memory_sigma: float = 1.0  # A
     memory_most_bytes: float = 40.0 * 2**30  # A

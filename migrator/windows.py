@@ -27,9 +27,9 @@ Rent, Lease or Buy, STACS 2008), so the bound holds for their sum.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from functools import lru_cache
-
-from .facts import NEVER_S
+from itertools import accumulate
 
 REMEMBERED_GAPS = 32
 """Gaps a session remembers; the windows follow a change of habits within a day or two."""
@@ -37,30 +37,33 @@ LARGEST_SLACK = 4.0
 """In break-evens: a good month must not pay for a bad week."""
 
 
-@lru_cache(maxsize=8192)  # a session's facts are asked several times between two of its gaps
 def choose_window(gaps_s: tuple[float, ...], slack_s: float, break_even_s: float) -> float:
-    """The window within break_even_s ± slack_s that would have cost least over `gaps_s`.
+    """The window from break_even_s - slack_s to break_even_s that would have cost least.
 
-    All in seconds. Without gaps it is `break_even_s`; of equals the longest wins.
+    All in seconds; `gaps_s` are the session's last gaps. Without any it is `break_even_s`; of
+    equals the shortest wins. Never longer than `break_even_s`, though the bound would allow it:
+    what was set is what people reckon with.
     """
+    return _choose(gaps_s, min(slack_s, break_even_s), break_even_s)
+
+
+@lru_cache(maxsize=8192)  # a session is asked about several times between two of its gaps
+def _choose(gaps_s: tuple[float, ...], slack_s: float, break_even_s: float) -> float:
     lowest_s = max(break_even_s - slack_s, 0.0)
     if not gaps_s or lowest_s >= break_even_s:
         return break_even_s
     ordered = sorted(gaps_s)
+    paid_s = [0.0, *accumulate(ordered)]
     count = len(ordered)
     # Least cost is at a bound or just at a gap's end: between two of them cost only grows with w.
-    best_s, best_cost = break_even_s, NEVER_S
-    paid_s, at = 0.0, 0
-    for window_s in (lowest_s, *ordered, break_even_s):
-        if not lowest_s <= window_s <= break_even_s:
-            continue
-        while at < count and ordered[at] <= window_s:
-            paid_s += ordered[at]
-            at += 1
-        cost = paid_s + (window_s + break_even_s) * (count - at)
-        if cost < best_cost:
-            best_s, best_cost = window_s, cost
-    return best_s
+    first, last = bisect_right(ordered, lowest_s), bisect_right(ordered, break_even_s)
+    costs = [(paid_s[first] + (lowest_s + break_even_s) * (count - first), lowest_s)]
+    costs += [
+        (paid_s[at + 1] + (ordered[at] + break_even_s) * (count - at - 1), ordered[at])
+        for at in range(first, last)
+    ]
+    costs.append((paid_s[last] + 2 * break_even_s * (count - last), break_even_s))
+    return min(costs)[1]
 
 
 def settle_gap(slack_s: float, gap_s: float, window_s: float, break_even_s: float) -> float:

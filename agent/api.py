@@ -180,6 +180,7 @@ class Api:
         self._refuse_others(request)
         values = _settings(asked["settings"], frozenset(Settings._fields))
         self._agent.state.set(values)
+        self._watcher.hurry()
         words = ", ".join(f"{name} {value}" for name, value in values.items())
         self._agent.state.tell("", 0, "set", words, request.uid)
         self._agent.ring()

@@ -168,7 +168,7 @@ class Agent:
 
     async def await_event(self, timeout_s: float) -> None:
         """Come back when something was told, or after the time."""
-        with contextlib.suppress(asyncio.TimeoutError):
+        with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._told.wait(), timeout_s)
 
     # -- operations

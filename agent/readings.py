@@ -18,7 +18,7 @@ from .processes import Process, list_processes
 
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 _TERMINAL_MAJORS = frozenset({4, 5, *range(136, 144)})  # Documentation/admin-guide/devices.txt
-_LIST_SOCKETS_EVERY = 8  # readings: else only when the number of descriptors has changed
+_LIST_SOCKETS_EVERY = 4  # readings: else only when the number of descriptors has changed
 
 
 class Terminal(NamedTuple):
@@ -88,6 +88,10 @@ class Watch:
         self._descriptors = -1
         self._listed = 0
         self._had_terminal: Terminal | None = None
+
+    def forget(self) -> None:
+        """Take nothing from the readings before."""
+        self._descriptors = -1
 
     def read(self, node: Node) -> Reading | None:
         """What the process shows now; None when it has ended."""

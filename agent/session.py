@@ -73,8 +73,13 @@ class Session:
         self._watch = self._reading = self._idle_since_s = None
         self.verdicts, self.cpu_share, self.is_known = [], 0.0, False
 
-    def look(self, node: Node, settings: Settings) -> float:
-        """Take a reading and judge it; the length of an idle gap that has just ended, else 0."""
+    def look(self, node: Node, settings: Settings, *, closely: bool = False) -> float:
+        """Take a reading and judge it; the length of an idle gap that has just ended, else 0.
+
+        `closely`: read again what is hardly ever another than it was.
+        """
+        if closely and self._watch:
+            self._watch.forget()
         reading = self._watch.read(node) if self._watch else None
         if reading is None:
             return 0.0

@@ -148,8 +148,10 @@ def take_lock(folder: Path) -> int | None:
 def find_supervisor(folder: Path) -> Running | None:
     """The living supervisor of a home; its `pidfd` is the caller's to close."""
     try:
-        text = (folder / "supervisor.lock").read_text()
-        told = json.loads(text)
+        with open(folder / "supervisor.lock", "rb") as file:
+            if not _is_held(file.fileno()):
+                return None
+            told = json.loads(file.read())
         pidfd = os.pidfd_open(told["pid"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -158,6 +160,15 @@ def find_supervisor(folder: Path) -> Running | None:
             return Running(told["pid"], pidfd)
     os.close(pidfd)
     return None
+
+
+def _is_held(descriptor: int) -> bool:
+    """Whether a living process has the lock; a zombie that nobody waits for has none."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    return False
 
 
 def shorten_log(path: Path) -> None:

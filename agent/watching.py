@@ -34,6 +34,7 @@ class Watcher:
     def __init__(self, agent: Agent) -> None:
         self._agent = agent
         self._runs_changed_ns = -1
+        self._changed = asyncio.Event()
 
     async def go_rounds(self) -> None:
         """Look at everything every `sample_s`, until cancelled."""
@@ -43,7 +44,14 @@ class Watcher:
             self._adopt_restored()
             self._mend_pagers()
             passed_s = time.monotonic() - began
-            await asyncio.sleep(max(self._agent.settings.sample_s - passed_s, 0.01))
+            pause_s = max(self._agent.settings.sample_s - passed_s, 0.01)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), pause_s)
+                self._changed.clear()
+
+    def hurry(self) -> None:
+        """Begin the next round now: the settings have changed."""
+        self._changed.set()
 
     def look(self, only: Session | None = None) -> None:
         """Take a reading of all sessions, or of one, that no operation works on."""
@@ -53,7 +61,8 @@ class Watcher:
             return
         node = look_around()
         for session in chosen:
-            gap_s = session.look(node, self._agent.settings_of(session))
+            settings = self._agent.settings_of(session)
+            gap_s = session.look(node, settings, closely=only is not None)
             if gap_s >= SHORTEST_GAP_S:
                 gaps = (*session.record.idle_gaps, round(gap_s, 1))[-MOST_GAPS:]
                 self._agent.update(session, idle_gaps=gaps)
@@ -108,7 +117,7 @@ class Watcher:
         words = f"hibernates in {notice_s:.3g} s: {why}; `lzy hold {name}` calls it off"
         self._agent.update(session, "notice", words)
         assert session.called_off
-        with contextlib.suppress(asyncio.TimeoutError):
+        with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(session.called_off.wait(), notice_s)
             self._agent.update(session, "called_off", "somebody asked for something else")
             raise Busy(f"the eviction of {name} was called off")

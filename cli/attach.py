@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,8 @@ from .sessions import choose, name_argument, note_lines
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
+
+_FLAGS = ("-f", "--f", "--connection-file", "--IPKernelApp.connection_file")
 
 
 def _complete(ctx: click.Context, parameter: click.Parameter, typed: str) -> list[CompletionItem]:
@@ -135,9 +138,9 @@ def _kernel_name(asked: str) -> Any:
 
     def is_kernel(pid: int) -> bool:
         words = _read(pid, "cmdline").split("\0")
-        return any(
-            word.removeprefix("--f=").removeprefix("-f=").endswith(path.name) for word in words
-        ) and any("ipykernel" in word or "kernel" in word for word in words)
+        given = [after for word, after in pairwise(words) if word in _FLAGS]
+        given += [word.partition("=")[2] for word in words if word.partition("=")[0] in _FLAGS]
+        return any(Path(file).name == path.name for file in given)
 
     return is_kernel
 

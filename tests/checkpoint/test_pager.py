@@ -454,6 +454,39 @@ def test_the_pager_leaves_no_trace(paged: MakePaged) -> None:
     process.expect_done()
 
 
+@pytest.mark.parametrize("heard_of", [False, True])
+def test_what_goes_later_is_not_forgotten(paged: MakePaged, heard_of: bool) -> None:
+    """Pages that a pager knows of, but that go only after it has served their neighbours.
+
+    So a process goes to doze, a slice at a time: what is still there when the pager brings in a
+    cluster of pages around a fault is asked for later.
+    """
+    later = range(4, 12)
+
+    def script(memory: Memory, channel: Channel) -> None:
+        start, length = page_at(later.start), len(later) * PAGE_BYTES
+        content = b"".join(map(memory.expected, later))
+        kernel.unregister(UFFD_NUMBER, start, length)
+        ctypes.memmove(start, content, length)
+        if heard_of:
+            kernel.register(UFFD_NUMBER, start, length)
+        channel.say(b"there")
+        channel.hear()
+        memory.check_all([0, 15])  # on both sides of what is there
+        kernel.unregister(UFFD_NUMBER, start, length)
+        libc.madvise(start, length, mmap.MADV_DONTNEED)
+        kernel.register(UFFD_NUMBER, start, length)
+        memory.check_all(list(later))
+
+    process = paged(script, holes=False)
+    process.channel.say()
+    assert process.channel.hear() == b"there"
+    plan = process.plan()._replace(on_demand=True)
+    start_pager(plan, process.uffd, process.pidfd, process.image, open_image=open_file_image)
+    process.channel.say()
+    process.expect_done()
+
+
 def memory_equals(address: int, content: bytes) -> bool:
     """Compare without holding the GIL, so that one thread's fault does not stop the others."""
     return bool(libc.memcmp(address, content, len(content)) == 0)

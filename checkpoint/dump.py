@@ -19,7 +19,7 @@ import errno
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import interrogate, machine, proc, resources, tracking
@@ -38,10 +38,12 @@ from .content import (
     own_page_ranges,
     windows_of,
 )
+from .dense import contains, still_dense
 from .errors import Busy, KernelError, LzyError, NotFound, StoreUnavailable, Unsupported
 from .history import ASKED, next_checkpoint, remember
 from .home import run_directory
 from .host import describe_host
+from .huge import gather_huge_pages
 from .increment import TooScattered, plan_increment
 from .inject import close_descriptor
 from .interrupts import Deferred
@@ -67,6 +69,7 @@ Progress = Callable[[str, int, int], None]
 
 DOCUMENT_FORMAT = 1
 PAGER_NAME = "lzy-pager"  # as `pager` calls itself
+_TO_DOZE = "doze"  # as `doze` calls its checkpoint: what is left out of an account cannot go
 _PAGER_LEAVES_S = 2.0  # after the last page: the close it injects, and its detaching
 _LITTLE = 32  # such a part of the memory is stored sooner than it is looked for in the store
 SNAPSHOT_OBJECT_LIMIT_BYTES = 32 << 20  # shared memory up to here is copied while frozen
@@ -225,9 +228,11 @@ def _dump(
                     vmas = proc.mappings(pid)
                     refuse_mappings(pid, vmas)
                     obstacle = obstacle or _why_no_snapshot(vmas)
-                written = None  # nobody knows
+                begun, written = None, None  # nobody knows
                 if leave_running and track and number >= 0:
-                    written = _begin_account(tracee, number, vmas, notes)
+                    dense = account.dense if account and why != _TO_DOZE else ()
+                    begun = _begin_account(tracee, number, vmas, dense, notes)
+                    written = begun.written if begun else None
                     reach("dump.tracked")
                     if proc.read_bytes(pid, "maps") != now:  # what is new was joined to the old
                         vmas = proc.mappings(pid)
@@ -298,8 +303,12 @@ def _dump(
                     reach("dump.resumed")
                 else:
                     notes.append(f"stopped until written, no snapshot: {obstacle}")
+            doubtful: list[int] = []  # windows of which nobody knows whether they were written
+            left_out = account.left_out if account else ()
             if base and written is not None:
                 writer.keep(base, kept)
+                doubtful = [address for address, _ in fresh if contains(left_out, address)]
+                writer.expect(base, doubtful)
             parent = session["parent"]
             if not base and parent:  # all of it: as the next wake is thought to need it
                 fresh = order_windows(fresh, read_order(store.path, parent))
@@ -313,6 +322,7 @@ def _dump(
             finally:
                 source.close()
             reach("dump.written")
+            changed = writer.find_changed(base, doubtful) if base and doubtful else []
 
             # 7. The manifest, once everything it names has been read back and found right.
             document = {
@@ -349,6 +359,8 @@ def _dump(
                         inode,
                         str(store.path),
                         summary.name,
+                        still_dense(begun.dense, left_out, changed) if begun else (),
+                        begun.left_out if begun else (),
                     )
                 )
 
@@ -386,6 +398,8 @@ def _dump(
             if number >= 0 and not account and not committed:
                 _end_account(pid, number, inode)
             os.close(pidfd)
+    if begun and begun.left_out and not doze:
+        gather_huge_pages(pid, begun.left_out)
     return DumpReport(
         image=summary.name,
         pid=pid,
@@ -648,11 +662,15 @@ def _open_account(tracee: Tracee, notes: list[str]) -> int:
 
 
 def _begin_account(
-    tracee: Tracee, number: int, vmas: list[Vma], notes: list[str]
-) -> list[tuple[int, int]] | None:
+    tracee: Tracee,
+    number: int,
+    vmas: list[Vma],
+    dense: Sequence[tuple[int, int]],
+    notes: list[str],
+) -> tracking.Begun | None:
     """Have the kernel keep account of writes from now on; what was written until now, or None."""
     try:
-        return tracking.begin_account(tracee, number, vmas)
+        return tracking.begin_account(tracee, number, vmas, dense=dense)
     except OSError as error:
         notes.append(f"the next checkpoint reads more of the memory than was written: {error}")
         return None

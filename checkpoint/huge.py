@@ -1,6 +1,7 @@
-"""Puts huge pages together again behind a wake, where the process had asked for them.
+"""Puts huge pages together again behind a wake or a checkpoint, where the process may have them.
 
-What a pager installs are small pages, whatever was there before the dump. The kernel's own daemon
+What a pager installs are small pages, whatever was there before the dump; and what is written
+while it is under account, or while a snapshot of it lives, becomes small. The kernel's own daemon
 (khugepaged) would find them in some minutes; until then a pass over the memory costs more.
 """
 
@@ -9,11 +10,11 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from . import proc
-from .content import holds_own_pages
+from .content import holds_own_pages, intersect
 from .errors import LzyError
 from .linux import memory
 from .linux.hugepages import HUGE_PAGE_BYTES, collapse
@@ -23,7 +24,21 @@ _MOST_REFUSED = 8  # one after the other: memory that cannot be huge
 _GIVE_UP = (errno.EPERM, errno.ESRCH, errno.ENOSYS, errno.ENOMEM)
 
 
-def restore_huge_pages(pid: int, pidfd: int) -> int:
+def gather_huge_pages(pid: int, ranges: Sequence[tuple[int, int]]) -> int:
+    """As `restore_huge_pages`, of these ascending ranges."""
+    try:
+        pidfd = os.pidfd_open(pid)
+    except OSError:
+        return 0
+    try:
+        return restore_huge_pages(pid, pidfd, within=ranges)
+    finally:
+        os.close(pidfd)
+
+
+def restore_huge_pages(
+    pid: int, pidfd: int, *, within: Sequence[tuple[int, int]] | None = None
+) -> int:
     """Collapse every range of 2 MiB that is all there and may be huge; how many it were.
 
     One at a time with as long a pause behind it, for the process cannot fault or map while the
@@ -31,7 +46,7 @@ def restore_huge_pages(pid: int, pidfd: int) -> int:
     """
     collapsed = refused = 0
     try:
-        for start in _whole_ranges(pid):
+        for start in _whole_ranges(pid, within):
             if refused > _MOST_REFUSED:
                 break
             began = time.monotonic()
@@ -49,7 +64,7 @@ def restore_huge_pages(pid: int, pidfd: int) -> int:
     return collapsed
 
 
-def _whole_ranges(pid: int) -> Iterator[int]:
+def _whole_ranges(pid: int, within: Sequence[tuple[int, int]] | None) -> Iterator[int]:
     """Starts of aligned 2 MiB of small pages, none of them missing, that may become huge."""
     always = "[always]" in _SETTING.read_text()
     pagemap = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
@@ -60,8 +75,14 @@ def _whole_ranges(pid: int) -> Iterator[int]:
                 continue
             present = memory.PAGE_IS_PRESENT
             none = memory.PAGE_IS_PFNZERO | memory.PAGE_IS_HUGE
-            found = memory.scan_pages(pagemap, vma.start, vma.end, every=present, none=none)
-            for low, high in found:
+            places = [(vma.start, vma.end)]
+            if within is not None:
+                places = intersect(places, list(within))
+            for low, high in (
+                run
+                for place in places
+                for run in memory.scan_pages(pagemap, *place, every=present, none=none)
+            ):
                 start = (low + HUGE_PAGE_BYTES - 1) & -HUGE_PAGE_BYTES
                 while start + HUGE_PAGE_BYTES <= high:
                     yield start

@@ -10,13 +10,27 @@ from __future__ import annotations
 import os
 import threading
 from bisect import bisect_right
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, NamedTuple
 
 from .errors import LzyError
 from .keys import DIGEST_BYTES, StoreKeys
 from .packs import PackIndex, Stored, read_index
 
+if TYPE_CHECKING:
+    from .image import Image
+
 MOST_KNOWN_CHUNKS = 400_000
 """Bounds the memory of a dump (about 60 MB); older packs beyond it are not deduplicated against."""
+
+
+class Found(NamedTuple):
+    """Where a content is: a pack, its size and how many chunks it has, and the place in it."""
+
+    pack: bytes
+    length_bytes: int
+    chunk_count: int
+    place: Stored
 
 
 class KnownChunks:
@@ -31,6 +45,15 @@ class KnownChunks:
         self._numbers: dict[bytes, int] = {}
         self._first_numbers: list[int] = []
         self._packs: list[PackIndex] = []
+        self._expected: dict[bytes, Found] = {}
+
+    def expect(self, image: Image, chunks: Iterable[int]) -> None:
+        """Know these chunks of `image` in any case. Precondition: nobody asks meanwhile."""
+        for chunk in chunks:
+            content_id, number, place = image.chunk_place(chunk)
+            pack, length_bytes = image.packs[number]
+            count = image.pack_chunk_counts[number]
+            self._expected[content_id] = Found(pack, length_bytes, count, place)
 
     def forgo(self) -> None:
         """Know nothing: so little is to be written that finding it again is not worth the look."""
@@ -79,8 +102,10 @@ class KnownChunks:
         self._load()
         return len(self._numbers)
 
-    def find(self, content_id: bytes) -> tuple[PackIndex, Stored] | None:
+    def find(self, content_id: bytes) -> Found | None:
         """Where the store has that content, or None."""
+        if (expected := self._expected.get(content_id)) is not None:
+            return expected
         if not self._loaded:
             self._load()
         number = self._numbers.get(content_id)
@@ -88,4 +113,5 @@ class KnownChunks:
             return None
         at = bisect_right(self._first_numbers, number) - 1
         pack = self._packs[at]
-        return pack, pack.place(number - self._first_numbers[at])
+        place = pack.place(number - self._first_numbers[at])
+        return Found(pack.pack, pack.length_bytes, len(pack), place)

@@ -173,6 +173,16 @@ class ImageTables:
         self._kept_whole.update(whole)
         self._kept.update(patchworks)
 
+    def fresh_contents(self) -> dict[int, tuple[int, bytes]]:
+        """{window address: (mask, id of the content)} of what was read of space 0."""
+        size = CHUNK_RECORD.size
+        found = {}
+        for runs in self._runs.values():
+            for address, mask, chunk in struct.iter_unpack("<QQQ", runs):
+                if not chunk >> 32:
+                    found[address] = mask, bytes(self._records[chunk * size : chunk * size + 32])
+        return found
+
     def encode_runs(self, *, ordered: bool) -> tuple[bytes, bytes]:
         """The run table and the pieces; call it last, when all chunks have their numbers.
 
@@ -198,7 +208,9 @@ class ImageTables:
         """Put what was kept and what was written of the windows of space 0 together."""
         fresh = {address: (mask, chunk) for address, mask, chunk in records if not chunk >> 32}
         whole, kept = self._kept_whole, self._kept
-        joined = [(address, *run) for address, run in whole.items() if address not in fresh]
+        joined: list[Run] = [
+            (address, *run) for address, run in whole.items() if address not in fresh
+        ]
         patchworks: list[list[Piece]] = []
         for address in sorted(fresh.keys() | kept.keys()):
             pieces = list(kept.get(address, ()))

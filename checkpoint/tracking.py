@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from . import proc
-from .content import behind_file, cut_ranges, holds_own_pages
+from .content import behind_file, cut_ranges, holds_own_pages, intersect, join_ranges, subtract
+from .dense import common, find_dense
 from .errors import LzyError
 from .home import run_directory
 from .linux import PAGE_BYTES, memory, process, uffd
@@ -53,12 +54,29 @@ class Account(NamedTuple):
     inode: int
     store: str
     image: str
+    dense: Sequence[Range] = ()
+    """What was written densely until then, in units of huge pages (see `dense`): a hint."""
+    left_out: Sequence[Range] = ()
+    """What of that was left unprotected, and counts as written: to know what to compare."""
+
+
+class Begun(NamedTuple):
+    """What an account that began anew has found; ranges ascend, each address in one at most."""
+
+    written: list[Range]
+    """Pages that may have been written until then."""
+    dense: list[Range]
+    """What was written densely, in units of huge pages."""
+    left_out: list[Range]
+    """What of that is not under account, being written densely again and again."""
 
 
 def find_account(pid: int) -> Account | None:
     """The account of process `pid`, if there is one to be relied on."""
     try:
         account = Account(**json.loads(_record(pid).read_bytes()))
+        dense, left_out = ([(a, b) for a, b in part] for part in account[-2:])
+        account = account._replace(dense=dense, left_out=left_out)
     except (OSError, ValueError, TypeError):
         return None
     try:
@@ -89,56 +107,66 @@ def written_ranges(pid: int, vmas: Iterable[Vma]) -> list[Range]:
     whole. In mappings of files, so does what is not in memory: where a protected page was dropped
     (MADV_DONTNEED) the kernel leaves a mark, which looks like a page in swap.
     """
+    own = list(filter(holds_own_pages, vmas))
     with _page_map(pid) as pagemap:
-        written, strangers = _look(pagemap, list(filter(holds_own_pages, vmas)), protect=False)
-    return _join(written + [(vma.start, vma.end) for vma in strangers])
+        found = _find_dropped(pagemap, own)
+        found += [(vma.start, vma.end) for vma in _find_strangers(pagemap, own)]
+        found += [run for part in _extent(own) for run in _find_written(pagemap, *part)]
+    return join_ranges(found)
 
 
-def _look(pagemap: int, vmas: Sequence[Vma], *, protect: bool) -> tuple[list[Range], list[Vma]]:
-    """(what was written under account, protected again if `protect`; mappings that are not)
+# Every question is asked of many mappings at once: one that is asked of each of some hundred takes
+# longer than the answer.
 
-    Every question is asked of many mappings at once: one that is asked of each of some hundred
-    takes longer than the answer. Only pages that are there are protected, since for others the
-    kernel would make page tables or leave marks.
+
+def _find_written(pagemap: int, start: int, end: int, *, protect: bool = False) -> list[Range]:
+    """What was written of memory under account, protected again if `protect`.
+
+    Only pages that are there, since for others the kernel would make page tables or leave marks.
     """
-    if not vmas:
-        return [], []
-    start, end = vmas[0].start, vmas[-1].end
-    there = memory.PAGE_IS_PRESENT | memory.PAGE_IS_SWAPPED
-    written = memory.scan_pages(
+    return memory.scan_pages(
         pagemap,
         start,
         end,
         every=memory.PAGE_IS_WPALLOWED | memory.PAGE_IS_WRITTEN,
         none=memory.PAGE_IS_FILE,
-        some=there,
+        some=memory.PAGE_IS_PRESENT | memory.PAGE_IS_SWAPPED,
         protect=protect,
     )
+
+
+def _find_dropped(pagemap: int, vmas: Iterable[Vma]) -> list[Range]:
+    """What is under account of mappings of files, and not in memory."""
     files = list(filter(behind_file, vmas))
+    found: list[Range] = []
     for low, high in _neighbourhoods(files):
-        dropped = memory.scan_pages(
+        found += memory.scan_pages(
             pagemap,
             low,
             high,
             every=memory.PAGE_IS_WPALLOWED | memory.PAGE_IS_SWAPPED,
             none=memory.PAGE_IS_PRESENT,
         )
-        written += cut_ranges(dropped, files)
-    outside = memory.scan_pages(
-        pagemap, start, end, none=memory.PAGE_IS_WPALLOWED | memory.PAGE_IS_FILE, some=there
-    )
-    return written, [vma for vma in vmas if _meets(outside, vma)]
+    return cut_ranges(found, files)
 
 
-def _join(ranges: list[Range]) -> list[Range]:
-    """Ranges in ascending order, each address in one of them."""
-    joined: list[Range] = []
-    for start, end in sorted(ranges):
-        if joined and start <= joined[-1][1]:
-            joined[-1] = (joined[-1][0], max(end, joined[-1][1]))
-        else:
-            joined.append((start, end))
-    return joined
+def _find_strangers(pagemap: int, vmas: Sequence[Vma]) -> list[Vma]:
+    """The mappings that have pages and are not under account."""
+    outside: list[Range] = []
+    for start, end in _extent(vmas):
+        outside += memory.scan_pages(
+            pagemap,
+            start,
+            end,
+            none=memory.PAGE_IS_WPALLOWED | memory.PAGE_IS_FILE,
+            some=memory.PAGE_IS_PRESENT | memory.PAGE_IS_SWAPPED,
+        )
+    return [vma for vma in vmas if _meets(outside, vma)]
+
+
+def _extent(vmas: Sequence[Vma]) -> list[Range]:
+    """From the first of ascending mappings to the last; nothing if there are none."""
+    return [(vmas[0].start, vmas[-1].end)] if vmas else []
 
 
 def _neighbourhoods(vmas: Iterable[Vma]) -> list[Range]:
@@ -207,10 +235,13 @@ def open_account(tracee: Tracee) -> int:
     return number
 
 
-def begin_account(tracee: Tracee, number: int, vmas: Sequence[Vma]) -> list[Range]:
+def begin_account(
+    tracee: Tracee, number: int, vmas: Sequence[Vma], *, dense: Sequence[Range] = ()
+) -> Begun:
     """Begin the account anew, on the descriptor `number` of the stopped process.
 
-    What was written until now, as `written_ranges` has it, in the same look at the page tables.
+    What was written until now, as `written_ranges` has it, in the same look at the page tables. Of
+    what has been written densely before (`dense`, ascending) that is left out which now is again.
     What has no page of its own yet is left alone: whatever comes to be there is outside of the
     account, and so will count as written. Raises OSError (EBUSY: memory is registered with somebody
     else's userfaultfd); what is not under account then will count as written.
@@ -221,17 +252,23 @@ def begin_account(tracee: Tracee, number: int, vmas: Sequence[Vma]) -> list[Rang
         ours = take_descriptor(pidfd, number)
     finally:
         os.close(pidfd)
+    own = list(filter(holds_own_pages, vmas))
     try:
         with _page_map(tracee.pid) as pagemap:
-            own = list(filter(holds_own_pages, vmas))
-            written, strangers = _look(pagemap, own, protect=True)
-            for vma in strangers:
+            before = [run for part in dense for run in _find_written(pagemap, *part)]
+            left_out = common(find_dense(before), dense)
+            written = intersect(before, left_out)
+            for start, end in subtract(_extent(own), left_out):
+                written += _find_written(pagemap, start, end, protect=True)
+            found = find_dense(written)
+            written += _find_dropped(pagemap, own)
+            for vma in _find_strangers(pagemap, own):
                 uffd.register(ours, vma.start, vma.end - vma.start, uffd.REGISTER_MODE_WP)
-                _look(pagemap, [vma], protect=True)
+                _find_written(pagemap, vma.start, vma.end, protect=True)
                 written.append((vma.start, vma.end))
     finally:
         os.close(ours)
-    return _join(written)
+    return Begun(join_ranges(written), found, left_out)
 
 
 def end_account(tracee: Tracee, number: int) -> None:

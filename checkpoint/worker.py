@@ -131,16 +131,16 @@ class Worker:
         found = shared.known.find(content_id)
         if found is None:
             return None
-        pack, place = found
+        place = found.place
         try:
-            file = shared.existing.open(pack.pack)
+            file = shared.existing.open(found.pack)
             blob = os.pread(file.descriptor, place.stored_bytes, place.offset)
             if place.raw_bytes != length_bytes or not self._sound(content_id, place, blob):
                 return None
         except (OSError, LzyError):
             return None  # rotten or gone: the content in hand is stored anew
-        shared.tables.record_chunk(number, content_id, pack.pack, place)
-        shared.tables.record_pack(pack.pack, pack.length_bytes, len(pack))
+        shared.tables.record_chunk(number, content_id, found.pack, place)
+        shared.tables.record_pack(found.pack, found.length_bytes, found.chunk_count)
         return place.stored_bytes
 
     def _append(self, new: list[_New]) -> int:

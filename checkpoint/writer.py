@@ -148,6 +148,24 @@ class ImageWriter:
         )
         self._batches += 1
 
+    def expect(self, base: Image, windows: Iterable[int]) -> None:
+        """These windows of space 0 may well turn out to be as `base` has them: look there first."""
+        runs = runs_by_address(base)
+        chunks = {runs[address][1] for address in windows if address in runs}
+        self._known.expect(base, (chunk for chunk in chunks if chunk < base.chunk_count))
+
+    def find_changed(self, base: Image, windows: Iterable[int]) -> list[int]:
+        """Which of these windows of space 0, which were read, are not as `base` has them."""
+        runs = runs_by_address(base)
+        fresh = self._tables.fresh_contents()
+        changed = []
+        for address in windows:
+            mask, chunk = runs.get(address, (0, -1))
+            known = base.chunk_place(chunk)[0] if 0 <= chunk < base.chunk_count else b""
+            if (mask, known) != fresh.get(address, (0, b"")):
+                changed.append(address)
+        return changed
+
     def add_space(
         self, source: PageSource, windows: Iterable[tuple[int, int]], *, space: int
     ) -> None:

@@ -151,6 +151,11 @@ def rewrite(seed: int) -> None:
                 ctypes.memset(start + page * PAGE_BYTES + seed % 4096, seed & 0xFF, 1)
 
 
+def rewrite_all(seed: int) -> None:
+    """Write to every page."""
+    ctypes.memset(BASE, seed & 0xFF, PAGES * PAGE_BYTES)
+
+
 def change_file(seed: int) -> None:
     """Write to pages of a file that is mapped privately, and drop some: the file shows again."""
     pick = random.Random(seed)
@@ -164,7 +169,8 @@ def nothing(seed: int) -> None:
 
 
 DEEDS: list[Callable[[int], None]] = [
-    write, drop, remap, unmap, grow, protect, fork, huge, read_into, rewrite, change_file, nothing,
+    write, drop, remap, unmap, grow, protect, fork, huge, read_into, rewrite, rewrite_all,
+    change_file, nothing,
 ]  # fmt: skip
 
 

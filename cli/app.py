@@ -35,6 +35,7 @@ COMMANDS = (
     ("forget", "forget", "Thin out a session's checkpoints."),
     ("gc", "upkeep", "Give back the space of removed images."),
     ("pager", "pager", "See to the pagers of lazily restored processes."),
+    ("simulate", "simulate", "Tell what lzy would save, by weeks of sessions replayed."),
     ("doctor", "doctor", "Tell what this machine can do, and what to do about the rest."),
     ("completion", "completion", "Print the script that makes tab complete lzy's commands."),
 )

@@ -80,17 +80,20 @@ def break_even(action: str, session: SessionFacts, settings: Settings) -> float:
     checkpoint and wake would cost more than they save is left alone for longer.
     """
     own = settings_of(session, settings)
-    unwritten_bytes = max(session.memory_bytes - session.image_bytes, 0)
     if action == DOZE:
-        set_s = own.doze_after_s
         work_s = doze_time(session, own) + session.memory_bytes / own.rouse_bytes_per_s
     elif action == GIVE_GPU_BACK:
-        set_s = own.gpu_back_after_s
         work_s = 2 * (session.memory_bytes / own.dump_bytes_per_s + own.wake_s) + own.gpu_attach_s
     else:
-        set_s = own.hibernate_after_s
+        unwritten_bytes = max(session.memory_bytes - session.image_bytes, 0)
         work_s = unwritten_bytes / own.dump_bytes_per_s + own.wake_s
-    return max(set_s, work_s, own.sample_s * own.looks)
+    return max(_set_s(action, own), work_s, own.sample_s * own.looks)
+
+
+def _set_s(action: str, own: Settings) -> float:
+    if action == DOZE:
+        return own.doze_after_s
+    return own.gpu_back_after_s if action == GIVE_GPU_BACK else own.hibernate_after_s
 
 
 def doze_time(session: SessionFacts, settings: Settings) -> float:
@@ -239,8 +242,13 @@ def _rung(
     if window_s == NEVER_S:
         return Step(action, NEVER_S, f"{action} is switched off", window_s, price_s)
     gaps = session.gpu_gaps_s if action == GIVE_GPU_BACK else session.idle_gaps_s
-    whose = f"of its last {len(gaps)} pauses" if own.adaptive and gaps else "that is set"
-    why = f"{words} for {_span(idle_s)}, {action} after {_span(window_s)} (the window {whose})"
+    if own.adaptive and gaps:
+        whose = f"the window of its last {len(gaps)} pauses"
+    elif window_s > _set_s(action, own):
+        whose = "the time that it and the way back take"
+    else:
+        whose = "the window that is set"
+    why = f"{words} for {_span(idle_s)}, {action} after {_span(window_s)} ({whose})"
     return Step(action, now_s - idle_s + window_s, why, window_s, price_s)
 
 

@@ -95,6 +95,7 @@ def place(
             best, best_rank = node, rank
     if best is not None and not explain:
         return Placement(best, ())
+    refused.sort(key=lambda pair: pair[1].name)
     refusals = tuple(_describe(obstacle, need, node, settings) for obstacle, node in refused)
     return Placement(best, refusals)
 

@@ -76,7 +76,7 @@ class _Plan:
         self.settings, self.now_s, self.explain = settings, now_s, explain
         self.nodes = {node.name: node for node in fleet.nodes}
         self.users = dict(fleet.users)
-        self.sessions = fleet.sessions
+        self.sessions = sorted(fleet.sessions, key=lambda session: session.name)
         self.decisions: list[Decision] = []
         self._decided: set[str] = set()
         self._moves = sum(node.moves for node in fleet.nodes)
@@ -88,7 +88,7 @@ class _Plan:
         settings = self.settings
         share = settings.pressure_share
         full = [n for n in self.nodes.values() if n.used_memory_bytes >= share * n.memory_bytes]
-        for node in full:
+        for node in sorted(full, key=lambda node: node.name):
             used = node.used_memory_bytes / node.memory_bytes
             words = f"{node.name} is {used:.0%} full"
             excess_bytes = int(node.used_memory_bytes - settings.relief_share * node.memory_bytes)

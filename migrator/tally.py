@@ -103,6 +103,11 @@ class Tally:
         at = int(quantile * count) - (count - len(self.waits_s))
         return self.waits_s[min(at, len(self.waits_s) - 1)] if at >= 0 and self.waits_s else 0.0
 
+    def held_at_once(self) -> list[float]:
+        """Sessions that held a share, on average in each hour of the week."""
+        weeks = max(self.days / 7, 1 / WEEK_H)
+        return [held_s / HOUR_S / weeks for held_s in self.held_by_hour]
+
     def by_hour(self) -> list[float | None]:
         """Utilisation in each hour of the week, Monday 00:00 UTC first; None: nothing was held."""
         return [

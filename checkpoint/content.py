@@ -17,6 +17,7 @@ from .linux import PAGE_BYTES, memory
 from .proc import Vma
 
 _RUNS_AT_ONCE = 512
+_CLOSE_BYTES = 1 << 20
 
 
 def windows_of(ranges: Iterable[tuple[int, int]], window_pages: int) -> list[tuple[int, int]]:
@@ -27,6 +28,10 @@ def windows_of(ranges: Iterable[tuple[int, int]], window_pages: int) -> list[tup
     for start, end in ranges:
         address = start & -size
         while address < end:
+            if start <= address <= end - size:
+                found += [(whole, full) for whole in range(address, end & -size, size)]
+                address = end & -size
+                continue
             first = max(start - address, 0) // PAGE_BYTES
             last = min(end - address, size) // PAGE_BYTES
             mask = full if last - first == window_pages else ((1 << (last - first)) - 1) << first
@@ -43,24 +48,39 @@ def holds_own_pages(vma: Vma) -> bool:
     return vma.kind in ("anonymous", "file", "memory") and not vma.shared and "dp" not in vma.flags
 
 
-def own_page_ranges(pid: int, vmas: Iterable[Vma]) -> list[tuple[int, int]]:
-    """Address ranges of the pages that only this process has: anonymous or changed, never zero-pfn.
+def neighbourhoods(vmas: Iterable[Vma]) -> list[tuple[int, int]]:
+    """The places of ascending mappings; those that are close to one another in one.
 
-    Asks PAGEMAP_SCAN (Linux 6.7), else /proc/PID/pagemap.
+    To ask of each of some hundred mappings by itself takes longer than the answer; but what lies
+    between them may be large.
     """
-    pagemap = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
     found: list[tuple[int, int]] = []
-    try:
-        for vma in vmas:
-            if holds_own_pages(vma):
-                found += _scan_own_pages(pagemap, vma)
-    finally:
-        os.close(pagemap)
+    for vma in vmas:
+        if found and vma.start - found[-1][1] <= _CLOSE_BYTES:
+            found[-1] = (found[-1][0], vma.end)
+        else:
+            found.append((vma.start, vma.end))
     return found
 
 
-def _scan_own_pages(pagemap: int, vma: Vma) -> list[tuple[int, int]]:
-    """As `own_page_ranges`, for one mapping.
+def own_page_ranges(pid: int, vmas: Iterable[Vma]) -> list[tuple[int, int]]:
+    """Address ranges of the pages that only this process has: anonymous or changed, never zero-pfn.
+
+    `vmas` ascend. Asks PAGEMAP_SCAN (Linux 6.7), else /proc/PID/pagemap.
+    """
+    pagemap = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+    own = list(filter(holds_own_pages, vmas))
+    found: list[tuple[int, int]] = []
+    try:
+        for start, end in neighbourhoods(own):
+            found += _scan_own_pages(pagemap, start, end)
+    finally:
+        os.close(pagemap)
+    return cut_ranges(found, own)
+
+
+def _scan_own_pages(pagemap: int, start: int, end: int) -> list[tuple[int, int]]:
+    """As `own_page_ranges`, for all that is mapped between two addresses.
 
     A guard page (MADV_GUARD_INSTALL) looks like one in swap, yet cannot be read by anybody; kernels
     tell it apart since 6.15, earlier ones refuse the question with EINVAL.
@@ -70,15 +90,15 @@ def _scan_own_pages(pagemap: int, vma: Vma) -> list[tuple[int, int]]:
         try:
             return memory.scan_pages(
                 pagemap,
-                vma.start,
-                vma.end,
+                start,
+                end,
                 none=none,
                 some=memory.PAGE_IS_PRESENT | memory.PAGE_IS_SWAPPED,
             )
         except OSError as error:
             if error.errno not in (errno.ENOTTY, errno.EINVAL):
                 raise
-    return memory.read_pagemap(pagemap, vma.start, vma.end)
+    return memory.read_pagemap(pagemap, start, end)
 
 
 def behind_file(vma: Vma) -> bool:

@@ -352,7 +352,7 @@ class Tracee:
                 )
         leader = self.threads[self.pid]
         self._signal = self._choose_signal()
-        place = self._find_unused_text(vmas or proc.mappings(self.pid, with_flags=False))
+        place = self._find_unused_text(vmas or proc.kernel_mappings(self.pid))
         self._restore_text = (place, bytes(machine.CODE_BYTES + machine.CONTEXT_BYTES))
         os.pwrite(self.memory, machine.CODE.ljust(machine.CODE_BYTES, b"\0"), place)
         self.code = place
@@ -409,8 +409,20 @@ class Tracee:
         return int(signal.SIGURG)  # its handlers expect to be called without cause
 
     def _find_unused_text(self, vmas: list[proc.Vma]) -> int:
-        """The address of enough zero bytes at the end of some mapped text."""
+        """The address of enough zero bytes at the end of some mapped text, if need be of any."""
         wanted = machine.CODE_BYTES + machine.CONTEXT_BYTES
+        place = self._find_zeros(vmas, wanted)
+        if not place:
+            place = self._find_zeros(proc.mappings(self.pid, with_flags=False), wanted)
+        if not place:
+            raise Unsupported(
+                f"pid {self.pid} has no {wanted} unused bytes in any mapped text",
+                remedy="report this program; no way around is known",
+                pid=self.pid,
+            )
+        return place
+
+    def _find_zeros(self, vmas: list[proc.Vma], wanted: int) -> int:
         texts = [v for v in vmas if "x" in v.permissions]
         texts = [v for v in texts if v.kind in ("vdso", "file") and not v.shared]
         for vma in sorted(texts, key=lambda v: v.kind != "vdso"):
@@ -421,11 +433,7 @@ class Tracee:
                 continue  # it was unmapped since
             if not any(tail) or tail.startswith(machine.CODE):
                 return place
-        raise Unsupported(
-            f"pid {self.pid} has no {wanted} unused bytes in any mapped text",
-            remedy="report this program; no way around is known",
-            pid=self.pid,
-        )
+        return 0
 
     def run_one(self, thread: Thread, call: Call, *, entry: int = machine.ONE) -> int:
         """Make one call from registers, with the context block beside the code."""

@@ -24,7 +24,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 from . import proc
-from .content import behind_file, cut_ranges, holds_own_pages, intersect, join_ranges, subtract
+from .content import (
+    behind_file,
+    cut_ranges,
+    holds_own_pages,
+    intersect,
+    join_ranges,
+    neighbourhoods,
+    subtract,
+)
 from .dense import common, find_dense
 from .errors import LzyError
 from .home import run_directory
@@ -37,7 +45,6 @@ from .tracee import Tracee
 Range = tuple[int, int]
 
 _START = itemgetter(0)
-_CLOSE_BYTES = 1 << 20
 
 
 class Account(NamedTuple):
@@ -111,12 +118,8 @@ def written_ranges(pid: int, vmas: Iterable[Vma]) -> list[Range]:
     with _page_map(pid) as pagemap:
         found = _find_dropped(pagemap, own)
         found += [(vma.start, vma.end) for vma in _find_strangers(pagemap, own)]
-        found += [run for part in _extent(own) for run in _find_written(pagemap, *part)]
+        found += [run for part in neighbourhoods(own) for run in _find_written(pagemap, *part)]
     return join_ranges(found)
-
-
-# Every question is asked of many mappings at once: one that is asked of each of some hundred takes
-# longer than the answer.
 
 
 def _find_written(pagemap: int, start: int, end: int, *, protect: bool = False) -> list[Range]:
@@ -139,7 +142,7 @@ def _find_dropped(pagemap: int, vmas: Iterable[Vma]) -> list[Range]:
     """What is under account of mappings of files, and not in memory."""
     files = list(filter(behind_file, vmas))
     found: list[Range] = []
-    for low, high in _neighbourhoods(files):
+    for low, high in neighbourhoods(files):
         found += memory.scan_pages(
             pagemap,
             low,
@@ -153,7 +156,7 @@ def _find_dropped(pagemap: int, vmas: Iterable[Vma]) -> list[Range]:
 def _find_strangers(pagemap: int, vmas: Sequence[Vma]) -> list[Vma]:
     """The mappings that have pages and are not under account."""
     outside: list[Range] = []
-    for start, end in _extent(vmas):
+    for start, end in neighbourhoods(vmas):
         outside += memory.scan_pages(
             pagemap,
             start,
@@ -162,22 +165,6 @@ def _find_strangers(pagemap: int, vmas: Sequence[Vma]) -> list[Vma]:
             some=memory.PAGE_IS_PRESENT | memory.PAGE_IS_SWAPPED,
         )
     return [vma for vma in vmas if _meets(outside, vma)]
-
-
-def _extent(vmas: Sequence[Vma]) -> list[Range]:
-    """From the first of ascending mappings to the last; nothing if there are none."""
-    return [(vmas[0].start, vmas[-1].end)] if vmas else []
-
-
-def _neighbourhoods(vmas: Iterable[Vma]) -> list[Range]:
-    """The places of ascending mappings; those that are close to one another in one."""
-    found: list[Range] = []
-    for vma in vmas:
-        if found and vma.start - found[-1][1] <= _CLOSE_BYTES:
-            found[-1] = (found[-1][0], vma.end)
-        else:
-            found.append((vma.start, vma.end))
-    return found
 
 
 def _meets(ranges: list[Range], vma: Vma) -> bool:
@@ -258,7 +245,7 @@ def begin_account(
             before = [run for part in dense for run in _find_written(pagemap, *part)]
             left_out = common(find_dense(before), dense)
             written = intersect(before, left_out)
-            for start, end in subtract(_extent(own), left_out):
+            for start, end in subtract(neighbourhoods(own), left_out):
                 written += _find_written(pagemap, start, end, protect=True)
             found = find_dense(written)
             written += _find_dropped(pagemap, own)
@@ -269,6 +256,13 @@ def begin_account(
     finally:
         os.close(ours)
     return Begun(join_ranges(written), found, left_out)
+
+
+def protect(pid: int, ranges: Iterable[Range]) -> None:
+    """Count pages as unwritten again. Preconditions: it is stopped, they are under account."""
+    with _page_map(pid) as pagemap:
+        for start, end in ranges:
+            _find_written(pagemap, start, end, protect=True)
 
 
 def end_account(tracee: Tracee, number: int) -> None:

@@ -82,14 +82,9 @@ class ImageWriter:
         self._closed = False
         self._queue: queue.Queue[Batch | None] = queue.Queue(maxsize=2 * workers)
         self._known = store.known_chunks()
-        shared = Shared(store.keys, self._tables, self._pending, self._known, self._existing)
+        self._shared = Shared(store.keys, self._tables, self._pending, self._known, self._existing)
         self._threads = [
-            threading.Thread(
-                target=self._work,
-                args=(Worker(shared, window_pages=window_pages, batch_bytes=_BATCH_BYTES),),
-                name=f"lzy-store-{number}",
-                daemon=True,
-            )
+            threading.Thread(target=self._work, name=f"lzy-store-{number}", daemon=True)
             for number in range(workers)
         ]
         for thread in self._threads:
@@ -269,21 +264,26 @@ class ImageWriter:
             thread.join()
         self._threads = []
 
-    def _work(self, worker: Worker) -> None:
+    def _work(self) -> None:
+        worker: Worker | None = None  # its buffers are made at the first batch: there may be none
         while True:
             batch = self._queue.get()
             try:
                 if self._failure is None:
-                    if batch is None:
-                        worker.finish_pack()
-                    else:
+                    if batch is not None:
+                        worker = worker or Worker(
+                            self._shared, window_pages=self.window_pages, batch_bytes=_BATCH_BYTES
+                        )
                         worker.store(batch)
+                    elif worker is not None:
+                        worker.finish_pack()
             except BaseException as error:
                 self._failure = self._failure or error  # raised again in the caller's thread
             finally:
                 self._queue.task_done()
             if batch is None:
-                worker.close()
+                if worker is not None:
+                    worker.close()
                 return
 
     def _manifest(self, document: dict[str, Any]) -> bytes:

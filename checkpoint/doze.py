@@ -22,7 +22,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from . import proc, tracking
@@ -81,16 +81,29 @@ def doze(
     store: Store,
     *,
     name: str | None = None,
+    why: str = WHY,
+    choose: Callable[[list[Range]], list[Range]] | None = None,
     progress: Progress | None = None,
 ) -> DozeReport:
     """Take a checkpoint of process `pid` and have it give back the memory that the image has.
+
+    With `choose` only what it chooses of what could go (ascending ranges) goes, and what is away
+    already does not come back, even where it had better (the process stands still longer then).
 
     Raises what a dump raises, Unsupported where the kernel keeps no account of writes or serves no
     missing pages; the process then runs on with all of its memory.
     """
     began = time.monotonic()
     before = resident_bytes(pid)
-    taken = dump(pid, store, name=name, leave_running=True, why=WHY, progress=progress)
+    taken = dump(
+        pid,
+        store,
+        name=name,
+        leave_running=True,
+        why=why,
+        rouse=choose is None,
+        progress=progress,
+    )
     account = tracking.find_account(pid)
     if account is None or account.image != taken.image:
         raise Unsupported(
@@ -100,7 +113,7 @@ def doze(
         )
     reach("doze.taken")
     with store.load(taken.image) as image:
-        plan, freeze_s = _prepare(pid, account, image)
+        plan, freeze_s = _prepare(pid, account, image, choose or list)
         if plan is None:
             return _report(taken, before, 0, freeze_s, began, None)
         pager_pid = plan.pager.wait()
@@ -198,7 +211,12 @@ class _Dropping(NamedTuple):
     pager: PagerStart
 
 
-def _prepare(pid: int, account: tracking.Account, image: Image) -> tuple[_Dropping | None, float]:
+def _prepare(
+    pid: int,
+    account: tracking.Account,
+    image: Image,
+    choose: Callable[[list[Range]], list[Range]],
+) -> tuple[_Dropping | None, float]:
     """Find what can be dropped, and start a pager that knows it; and the seconds frozen."""
     frozen_at = time.monotonic()
     with contextlib.ExitStack() as held:
@@ -212,7 +230,7 @@ def _prepare(pid: int, account: tracking.Account, image: Image) -> tuple[_Droppi
         if before is None:
             if heard_of:
                 raise _overtaken(pid)
-            ranges = _unwritten(pid, vmas, [])
+            ranges = choose(_unwritten(pid, vmas, []))
             if not ranges:
                 return None, time.monotonic() - frozen_at
             tracee.prepare(arena_bytes=16384)
@@ -228,7 +246,7 @@ def _prepare(pid: int, account: tracking.Account, image: Image) -> tuple[_Droppi
             away = read_away(before, own_page_ranges(pid, vmas))
         except NotAsItIs:
             raise _overtaken(pid) from None
-        ranges = _unwritten(pid, vmas, away.moved)
+        ranges = choose(_unwritten(pid, vmas, away.moved))
         if not ranges:
             return None, time.monotonic() - frozen_at
         end_pager(
@@ -392,9 +410,10 @@ def _drop(
             for start, end in intersect([(vma.start, vma.end)], part.fit)
             if tracking.is_under_account(pid, start)
         ]
-        if intersect(part.ranges, [(vma.start, vma.end) for vma in vmas]) != part.ranges:
+        if subtract(part.ranges, [(vma.start, vma.end) for vma in vmas]):
             raise _LayoutChanged
-        clean = intersect(_unwritten(pid, vmas, moved), part.ranges)
+        unwritten = _unwritten(pid, vmas, moved)
+        clean = intersect(unwritten, part.ranges)
         if not vmas:
             return 0, time.monotonic() - frozen_at
         unheard = subtract([(vma.start, vma.end) for vma in vmas], plan.heard_of)
@@ -428,6 +447,8 @@ def _drop(
             back = Call(process.SYS_PRCTL, (process.PR_SET_THP_DISABLE, no_huge_pages, 0, 0, 0))
             tracee.run_one(leader, back)
             raise
+        # What stays was unwritten and has lost its protection with the registration before.
+        tracking.protect(pid, intersect(subtract(unwritten, clean), unheard))
         for span, index in zip(spans, registered, strict=True):
             if batch.results[index] < 0:
                 _write_back(pid, image, intersect(clean, [span]))

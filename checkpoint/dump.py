@@ -73,7 +73,7 @@ _TO_DOZE = "doze"  # as `doze` calls its checkpoint: what is left out of an acco
 _PAGER_LEAVES_S = 2.0  # after the last page: the close it injects, and its detaching
 _LITTLE = 32  # such a part of the memory is stored sooner than it is looked for in the store
 SNAPSHOT_OBJECT_LIMIT_BYTES = 32 << 20  # shared memory up to here is copied while frozen
-COPY_LIMIT_BYTES = 256 << 20  # and so much memory of a process that dozes
+COPY_LIMIT_BYTES = 512 << 20  # and so much memory of a process that dozes
 
 
 class DumpReport(NamedTuple):
@@ -105,6 +105,7 @@ def dump(
     why: str = ASKED,
     track: bool = True,
     trim: bool = False,
+    rouse: bool = True,
     progress: Progress | None = None,
 ) -> DumpReport:
     """Write an image of process `pid` into `store`; end the process unless `leave_running`.
@@ -118,6 +119,9 @@ def dump(
 
     With `trim` its interpreter is asked to give back what it does not need first; what it has then
     stands in the image. If it is busy a note says so, and the dump goes on.
+
+    One that dozes and cannot be dumped as it is, or would stand still too long, gets all of its
+    memory back first; unless `rouse` is false: then it does stand still, or Busy is raised.
 
     Raises NotFound, AccessDenied, Unsupported (naming what cannot be kept), Busy,
     StoreUnavailable; the process then runs on as before.
@@ -140,10 +144,16 @@ def dump(
             progress, began,
         )  # fmt: skip
 
-    doze = _find_fit_doze(pid, store, window_pages, leave_running)
+    doze = _find_fit_doze(pid, store, window_pages, leave_running and rouse)
     if doze:
         with contextlib.suppress(NotAsItIs):
             return write(doze)
+    if not rouse and find_doze(pid):
+        raise Busy(
+            f"pid {pid} cannot be dumped before all of its memory is back",
+            remedy=f"run: lzy rouse {pid}",
+            pid=pid,
+        )
     return write(None)
 
 
@@ -529,8 +539,8 @@ def look_at_mappings(pid: int) -> tuple[bytes, list[Vma]]:
     return places if agree else b"", vmas
 
 
-def _find_fit_doze(pid: int, store: Store, window_pages: int, leave_running: bool) -> Doze | None:
-    """How the process dozes, if it can be dumped as it is; if not, all has to come in first."""
+def _find_fit_doze(pid: int, store: Store, window_pages: int, quick: bool) -> Doze | None:
+    """How the process dozes, if it can be dumped as it is; `quick`: standing still but shortly."""
     doze = find_doze(pid)
     if doze is None or os.path.realpath(doze.store) != os.path.realpath(store.path):
         return None
@@ -540,7 +550,7 @@ def _find_fit_doze(pid: int, store: Store, window_pages: int, leave_running: boo
                 return None
     except LzyError:
         return None
-    if leave_running:
+    if quick:
         vmas = proc.mappings(pid)
         there = join_ranges(own_page_ranges(pid, vmas))
         written = intersect(there, join_ranges(tracking.written_ranges(pid, vmas)))

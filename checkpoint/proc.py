@@ -150,6 +150,18 @@ def mappings(pid: int, *, with_flags: bool = True) -> list[Vma]:
     return [_look_up(pid, vma) if vma.kind == "memory" else vma for vma in found]
 
 
+def referenced_bytes(pid: int) -> dict[int, int]:
+    """How much of each mapping, by its start, was touched lately; proc_pid_smaps(5) Referenced."""
+    found: dict[int, int] = {}
+    start = 0
+    for line in read_bytes(pid, "smaps").splitlines():
+        if line.startswith(b"Referenced:"):
+            found[start] = int(line.split()[1]) * 1024
+        elif not line[:1].isupper():
+            start = int(line.split(b"-", 1)[0], 16)
+    return found
+
+
 def _look_up(pid: int, vma: Vma) -> Vma:
     """A file that is only called ` (deleted)` lives in its directory like any other."""
     if vma.path.startswith(("/memfd:", "/dev/zero", "/SYSV", "[")):

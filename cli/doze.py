@@ -10,6 +10,7 @@ import click
 from .arguments import complete_image, complete_pid, json_option, store_option
 from .edge import Interrupted
 from .layout import duration, facts, paint, say, say_json, size
+from .sizes import Size
 from .stores import open_store
 
 if TYPE_CHECKING:
@@ -53,24 +54,40 @@ def find_process(store: Store, asked: str) -> int:
     Examples:
       lzy doze 4121                         its memory goes to the store, it stays
       lzy doze analysis                     the same by its session's name
+      lzy doze 4121 --limit 500M            what is cold goes, until no more than that is there
     """
 )
 @click.argument("process", metavar="PID|NAME", shell_complete=_complete_process)
 @store_option
 @click.option("--name", metavar="NAME", help="The session's name.  [default: chosen by lzy]")
+@click.option(
+    "--limit",
+    type=Size(),
+    help="Keep its anonymous memory below this, by writing out what is cold, until it ends.",
+)
+@click.option("--once", is_flag=True, help="With --limit: a single time.")
 @json_option
-def doze(process: str, store: str | None, name: str | None, as_json: bool) -> None:
+def doze(
+    process: str, store: str | None, name: str | None, limit: int | None, once: bool, as_json: bool
+) -> None:
     """Have a process give its memory back, without going away.
 
     A checkpoint is taken; then what the image has is dropped from memory and comes back as it is
     touched. The process keeps its pid, threads, descriptors and terminal, and notices nothing but
     that what it has not touched for a while takes a moment.
+
+    With --limit only what is cold goes, again and again as it grows, until it ends or Ctrl-C.
     """
     from ..checkpoint import doze as engine
     from .progress import ProgressLine
 
+    if once and limit is None:
+        raise click.UsageError("--once goes with --limit.")
     opened = open_store(store, create=True)
     pid = find_process(opened, process)
+    if limit is not None:
+        _keep_below(pid, opened, limit, name, once, as_json)
+        return
     try:
         with ProgressLine() as line:
             report = engine.doze(pid, opened, name=name, progress=line.update)
@@ -80,6 +97,52 @@ def doze(process: str, store: str | None, name: str | None, as_json: bool) -> No
         say_json(as_document(report))
     else:
         say(describe(report))
+
+
+def _keep_below(
+    pid: int, store: Store, limit_bytes: int, name: str | None, once: bool, as_json: bool
+) -> None:
+    """`--limit`: a line for each round as it goes, or one document at the end."""
+    from ..checkpoint.doze import resident_bytes
+    from ..checkpoint.limit import Round, keep_below
+    from .progress import ProgressLine
+
+    resident_bytes(pid)  # raises NotFound
+    rounds: list[Round] = []
+
+    def note(done: Round) -> None:
+        rounds.append(done)
+        if not as_json:
+            line.erase()
+            say(
+                [
+                    f"{size(done.resident_before_bytes)} → {size(done.resident_after_bytes)}:"
+                    f" {size(done.dropped_bytes)} went, {size(done.stored_bytes)} of them newly"
+                    f" stored; {size(done.came_back_bytes)} had come back since the last time"
+                ]
+            )
+
+    with ProgressLine() as line:
+        if not as_json and not once:
+            say([f"keeping process {pid} below {size(limit_bytes)}; Ctrl-C ends that, not it"])
+        ended = "once"
+        try:
+            keep_below(
+                pid, store, limit_bytes, name=name, once=once, progress=line.update, note=note
+            )
+            ended = "once" if once else "process"
+        except KeyboardInterrupt:
+            ended = "interrupt"
+    if as_json:
+        document = {
+            "pid": pid,
+            "limit_bytes": limit_bytes,
+            "ended_by": ended,
+            "rounds": [done._asdict() for done in rounds],
+        }
+        say_json(document)
+    elif not rounds:
+        say([f"process {pid} did not have more than {size(limit_bytes)}"])
 
 
 @click.command(

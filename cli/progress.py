@@ -32,7 +32,7 @@ class ProgressLine:
         error: BaseException | None,
         where: TracebackType | None,
     ) -> None:
-        self._erase()
+        self.erase()
 
     def update(self, stage: str, done_bytes: int, total_bytes: int) -> None:
         """Draw that `done_bytes` of `total_bytes` of `stage` are done (0 total: not known)."""
@@ -53,7 +53,8 @@ class ProgressLine:
         sys.stderr.flush()
         self._drawn = True
 
-    def _erase(self) -> None:
+    def erase(self) -> None:
+        """Take the line away until the next `update`."""
         if self._drawn:
             sys.stderr.write("\r\033[K")
             sys.stderr.flush()

@@ -138,6 +138,15 @@ def page_out(pidfd: int, start: int, length_bytes: int) -> None:
     syscall(_PROCESS_MADVISE, pidfd, ctypes.addressof(vector), 1, MADV_PAGEOUT, 0)
 
 
+def clear_access_bits(pid: int) -> None:
+    """Have the kernel forget which pages were touched: `1` to /proc/PID/clear_refs, proc(5)."""
+    descriptor = os.open(f"/proc/{pid}/clear_refs", os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.write(descriptor, b"1")
+    finally:
+        os.close(descriptor)
+
+
 def open_memory(pid: int) -> int:
     """/proc/PID/mem: a tracer may write through it into read-only pages (FOLL_FORCE)."""
     return os.open(f"/proc/{pid}/mem", os.O_RDWR | os.O_CLOEXEC)

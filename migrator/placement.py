@@ -73,15 +73,11 @@ def place(
     nodes: Iterable[NodeFacts],
     settings: Settings,
     *,
-    stay: str = "",
     explain: bool = True,
 ) -> Placement:
-    """The node for `need`; `stay` names the one it is on, which wins if it is no dearer.
-
-    Without `explain`, refusals are only told when no node was found.
-    """
+    """The node for `need`. Without `explain`, refusals are only told when none was found."""
     best: NodeFacts | None = None
-    best_rank: tuple[float, bool, bool, float, str] | None = None
+    best_rank: tuple[float, bool, float, str] | None = None
     refused = []
     for node in nodes:
         obstacle = _find_obstacle(need, node, settings)
@@ -90,7 +86,7 @@ def place(
             continue
         free = 1 - node.reserved_memory_bytes / node.memory_bytes
         price = round(share_price(need, node), 9)
-        rank = (price, node.name != stay, not node.warm, free, node.name)
+        rank = (price, not node.warm, free, node.name)
         if best_rank is None or rank < best_rank:
             best, best_rank = node, rank
     if best is not None and not explain:

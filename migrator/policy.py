@@ -252,10 +252,13 @@ class _Plan:
         need = need_of(session, self.settings)
         now_price = share_price(need, node)
         affordable = (1 - own.saving) * now_price
-        if not any(share_price(need, kind) <= affordable for kind in self._kinds()):
+        if not now_price or not any(
+            share_price(need, kind) <= affordable for kind in self._kinds()
+        ):
             return False
-        found = self._place(need, self.nodes.values(), session.node)
-        if found.node is None or found.node.name == session.node:
+        others = (other for other in self.nodes.values() if other.name != node.name)
+        found = self._place(need, others)
+        if found.node is None:
             return False
         price = share_price(need, found.node)
         if price > affordable:
@@ -303,8 +306,8 @@ class _Plan:
                 return at_home
         return self._place(need, self.nodes.values())
 
-    def _place(self, need: Need, nodes: Iterable[NodeFacts], stay: str = "") -> Placement:
-        return place(need, nodes, self.settings, stay=stay, explain=self.explain)
+    def _place(self, need: Need, nodes: Iterable[NodeFacts]) -> Placement:
+        return place(need, nodes, self.settings, explain=self.explain)
 
     def _kinds(self) -> Iterable[NodeFacts]:
         """One node of each size and price."""

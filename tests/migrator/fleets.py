@@ -119,12 +119,26 @@ def fleets(draw: st.DrawFn, settings: Settings | None = None) -> Fleet:
                 room[found_node.name] = reserve(need, found_node, gpus)
         found.append(facts)
     full = summarise(there, tuple(found), settings)
-    used = tuple(
-        one._replace(used_memory_bytes=sum(s.memory_bytes for s in found
-                                           if s.node == one.name and is_holding(s)))
-        for one in full.nodes
-    )  # fmt: skip
-    return full._replace(nodes=used)
+    others = {
+        one.name: draw(st.sampled_from([0.0, 0.0, 0.3, 0.7])) * one.memory_bytes for one in there
+    }
+    return _count_used(full, others)
+
+
+def _count_used(fleet: Fleet, others_bytes: dict[str, float]) -> Fleet:
+    """With what sessions and others use on each node, as its kernel would tell it."""
+    return fleet._replace(
+        nodes=tuple(
+            one._replace(
+                used_memory_bytes=_used_bytes(fleet, one.name) + int(others_bytes[one.name])
+            )
+            for one in fleet.nodes
+        )
+    )
+
+
+def _used_bytes(fleet: Fleet, name: str) -> int:
+    return sum(s.memory_bytes for s in fleet.sessions if s.node == name and is_holding(s))
 
 
 def carry_out(
@@ -153,9 +167,6 @@ def carry_out(
         by_name[decision.session] = one
     sessions = tuple(by_name.values())
     full = summarise(fleet.nodes, sessions, settings)
-    settled = tuple(
-        one._replace(moves=0, used_memory_bytes=sum(s.memory_bytes for s in sessions
-                                                    if s.node == one.name and is_holding(s)))
-        for one in full.nodes
-    )  # fmt: skip
-    return Fleet(settled, sessions, full.users)
+    others = {one.name: one.used_memory_bytes - _used_bytes(fleet, one.name) for one in fleet.nodes}
+    idle_nodes = tuple(one._replace(moves=0) for one in full.nodes)
+    return _count_used(full._replace(nodes=idle_nodes), others)

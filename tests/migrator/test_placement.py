@@ -66,14 +66,13 @@ def test_the_cheapest_for_its_share_wins() -> None:
     assert share_price(NEED, large) < share_price(NEED, small)
 
 
-def test_of_equals_it_stays_then_the_warm_then_the_fullest_wins() -> None:
-    """Nothing moves for nothing, nothing is switched on for nothing, and what is empty stays so."""
+def test_of_equals_the_warm_and_then_the_fullest_wins() -> None:
+    """Nothing is switched on for nothing, and what is empty stays so."""
     cold = node("a", warm=False)
     empty = node("b")
     fuller = node("c", reserved_memory_bytes=4 * GIB)
     assert place(NEED, (cold, empty, fuller), S).node == fuller
     assert place(NEED, (cold, empty), S).node == empty
-    assert place(NEED, (cold, empty, fuller), S, stay="b").node == empty
 
 
 def test_a_session_needs_what_it_asks_for_and_what_it_has_been_seen_to_use() -> None:

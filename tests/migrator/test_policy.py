@@ -66,6 +66,29 @@ def test_pressure_has_the_idle_doze_before_their_window() -> None:
     assert "95% full" in found[0].reason
 
 
+def test_what_relief_has_done_is_not_done_again() -> None:
+    """A session that dozes for its node's sake is past its window as well: it dozes once."""
+    found = _decide([node(gib=10)], [idle("i", gib=9.5)])
+    assert _what(found) == [(DOZE, "i", "n")]
+
+
+def test_who_is_told_first_is_no_matter() -> None:
+    """Of several that may go, one goes by its name, not by its place in a list."""
+    sessions = [idle(name, for_s=60.0) for name in ("c", "a", "b")]
+    found = _decide([node(draining=True)], sessions, S._replace(moves_a_node=1))
+    assert _what(found) == [(HIBERNATE, "a", "")]
+
+
+def test_who_is_held_or_protected_is_not_put_to_sleep_for_others() -> None:
+    """Neither for a full node nor for who waits; to be moved before the kernel kills is no harm."""
+    for more in ({"hold_until_s": NOW_S + 9}, {"protected_until_s": NOW_S + 9}):
+        kept = idle("i", for_s=60.0, gib=9.5, **more)
+        assert _what(_decide([node(gib=10)], [kept])) == []
+        assert _what(_decide([node(gib=10), node("x", gib=32)], [kept])) == [(MIGRATE, "i", "x")]
+        found = _decide([node(gib=12)], [kept._replace(memory_bytes=8 * GIB), waiting("w", gib=2)])
+        assert _what(found) == [(WAIT, "w", "")]
+
+
 def test_pressure_moves_the_active_before_the_kernel_kills() -> None:
     """With nobody idle, a session moves to a node that can take it; with none, nothing is done."""
     busy = [session("a", gib=6, verdicts=BUSY), session("b", gib=3.5, verdicts=BUSY)]
@@ -228,6 +251,8 @@ def test_size_goes_before_memory_where_that_saves() -> None:
     assert _what(found) == [(MIGRATE, "a", "cheap")]
     assert "80% cheaper" in found[0].reason
     assert _what(_decide([node(price_per_hour=0.25), cheap], sessions)) == [(DOZE, "a", "n")]
+    free = [node(), node("other")]
+    assert _what(_decide(free, [idle("a", gib=8, since_s=NOW_S - 9000)])) == [(DOZE, "a", "n")]
     fresh = [idle("a", since_s=NOW_S - 60)]
     assert _what(_decide([node(price_per_hour=1.0), cheap], fresh)) == [(DOZE, "a", "n")]
 

@@ -23,6 +23,7 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from . import proc, tracking
@@ -42,6 +43,7 @@ from .proc import Vma
 from .stages import reach
 from .tracee import Tracee, stopped
 from .unfinished import forget_descriptor, note_descriptor
+from .warm import leave_warm
 
 if TYPE_CHECKING:
     from .dump import DumpReport, Progress
@@ -113,7 +115,7 @@ def doze(
         )
     reach("doze.taken")
     with store.load(taken.image) as image:
-        plan, freeze_s = _prepare(pid, account, image, choose or list)
+        plan, freeze_s = _prepare(pid, account, image, choose or partial(leave_warm, pid))
         if plan is None:
             return _report(taken, before, 0, freeze_s, began, None)
         pager_pid = plan.pager.wait()

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .store import Store
 
 _SUFFIX = ".session"
+_BESIDE = (".account", ".warm")  # what else is kept of a process, and is stale with it
 
 
 class Lineage(NamedTuple):
@@ -96,9 +97,10 @@ def list_lineages(store: Store) -> list[Lineage]:
 
 
 def forget_lineage(pid: int) -> None:
-    """Remove the record of a process that has ended."""
-    with contextlib.suppress(OSError):
-        os.unlink(lineage_path(pid))
+    """Remove the record of a process that has ended, and what is kept of it beside."""
+    for path in (lineage_path(pid), *map(lineage_path(pid).with_suffix, _BESIDE)):
+        with contextlib.suppress(OSError):
+            os.unlink(path)
 
 
 def _create(path: Path) -> int:
@@ -121,6 +123,8 @@ def _read(path: Path) -> Lineage | None:
     with contextlib.suppress(OSError):
         if os.stat(path).st_ino == read:  # and not one that was written meanwhile
             os.unlink(path)
+            for other in map(path.with_suffix, _BESIDE):
+                other.unlink(missing_ok=True)
     return None
 
 

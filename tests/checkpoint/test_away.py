@@ -25,7 +25,7 @@ from deeds import BASE, DEEDS, PAGES, remap, rewrite, write
 from test_tracking import Subject, untouched
 
 from lzy.checkpoint import doze as engine
-from lzy.checkpoint import proc
+from lzy.checkpoint import proc, warm
 from lzy.checkpoint.away import find_doze, hold_pager, is_unroused, read_away
 from lzy.checkpoint.content import join_ranges, own_page_ranges, subtract
 from lzy.checkpoint.dump import DumpReport, dump
@@ -209,6 +209,33 @@ def test_what_came_back_unwritten_goes_without_being_stored(dozer: Dozer) -> Non
     assert again.stored_bytes < 32 * PAGE_BYTES
     assert dozer.resident_bytes() < first.resident_after_bytes + 64 * PAGE_BYTES
     dozer.checkpoint_glanced(None)
+
+
+def test_what_comes_back_each_time_is_left_there(dozer: Dozer) -> None:
+    """Touched after each doze, as by a heartbeat: at the third it stays, sometime it goes again."""
+    part, length_bytes = BASE + 64 * PAGE_BYTES, 100 * PAGE_BYTES
+    came_back = []
+    for _ in range(12):
+        dozer.doze()
+        before = dozer.resident_bytes()
+        dozer.read(part, length_bytes)
+        came_back.append(dozer.resident_bytes() - before)
+    assert min(came_back[:2]) > length_bytes // 3  # every second page has been written to
+    assert max(came_back[2:7]) < length_bytes // 10
+    assert max(came_back[7:]) > length_bytes // 3
+    dozer.checkpoint_glanced(None)
+
+
+def test_who_works_between_dozes_keeps_nothing(
+    dozer: Dozer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More than a heartbeat comes back: all of it goes each time."""
+    monkeypatch.setattr(warm, "MOST_BYTES", 64 * PAGE_BYTES)
+    for _ in range(4):
+        dozer.doze()
+        left = dozer.resident_bytes()
+        dozer.read(BASE, PAGES * PAGE_BYTES)
+        assert dozer.resident_bytes() - left > PAGES // 3 * PAGE_BYTES
 
 
 def test_what_was_moved_while_it_dozed_is_not_taken_for_what_it_was(dozer: Dozer) -> None:

@@ -84,7 +84,8 @@ ROUTES: Final = (
            {"pid": Field("integer", "the process", 1, 1 << 22, required=True),
             "name": Field("string", "the session's name", 1, 200),
             "settings": Field("object", "settings of the session")}),
-    _route("GET", _S, "session", "One session."),
+    _route("GET", _S, "session", "One session.", None,
+           {"look": Field("string", "1: look at it now if nobody has yet", 1, 1)}),
     _route("POST", f"{_S}/detach", "detach", "Look after it no longer."),
     _route("POST", f"{_S}/checkpoint", "checkpoint", "Take a checkpoint.", {"wait": _WAIT}),
     _route("POST", f"{_S}/hibernate", "hibernate", "Dump it and end its process.",
@@ -227,6 +228,8 @@ class Api:
         return Response(document={"sessions": found})
 
     async def _session(self, request: Request, asked: dict[str, Any], session: Session) -> Response:
+        if asked.get("look") == "1":
+            await self._watcher.look_first(session)
         return Response(document=describe_session(self._agent, session))
 
     async def _attach(self, request: Request, asked: dict[str, Any]) -> Response:
@@ -237,6 +240,7 @@ class Api:
             self._agent.state.tell("", 0, "refused", str(error), request.uid)
             self._agent.ring()
             raise
+        self._watcher.hurry()
         document = describe_session(self._agent, attached.session)
         return Response(document={"session": document, "notes": attached.notes})
 

@@ -73,6 +73,7 @@ def attach(
     if "hibernate_after_s" not in settings and (why := _why_it_stays(pid, environment)):
         settings = {**settings, "hibernate_after_s": None}
         notes.append(f"it dozes when idle, but is not hibernated by itself: {why}")
+        notes.append("with --hibernate-after TIME it is, all the same")
     now = time.time()
     record = Record(
         name=name,

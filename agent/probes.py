@@ -121,6 +121,13 @@ def _terminal(between: _Between) -> Verdict | None:
     return Verdict("terminal", False, f"waits, and nobody types on {now.terminal.path}")
 
 
+def _gpu(between: _Between) -> Verdict | None:
+    """Whether a GPU that is open computes cannot be told yet, so it counts as in use."""
+    if not between.now.has_gpu:
+        return None
+    return Verdict("gpu", True, "has a GPU open, and lzy cannot tell yet whether it computes")
+
+
 def _describe_call(call: int | None) -> str:
     return "its main thread computes" if call is None else f"its main thread is in call {call}"
 
@@ -133,4 +140,5 @@ PROBES: Mapping[str, Probe] = {
     "children": _children,
     "kernel": _kernel,
     "terminal": _terminal,
+    "gpu": _gpu,
 }

@@ -18,6 +18,7 @@ from .processes import Process, list_processes
 
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 _TERMINAL_MAJORS = frozenset({4, 5, *range(136, 144)})  # Documentation/admin-guide/devices.txt
+GPU_DEVICES = "/dev/nvidia"
 _LIST_SOCKETS_EVERY = 4  # readings: else only when the number of descriptors has changed
 
 
@@ -49,6 +50,7 @@ class Reading(NamedTuple):
     waiting_connections: int
     call: int | None
     terminal: Terminal | None
+    has_gpu: bool
     is_kernel: bool
     errors: Mapping[str, str]
 
@@ -88,6 +90,7 @@ class Watch:
         self._descriptors = -1
         self._listed = 0
         self._had_terminal: Terminal | None = None
+        self._has_gpu = False
 
     def forget(self) -> None:
         """Take nothing from the readings before."""
@@ -137,6 +140,7 @@ class Watch:
             waiting_connections=waiting,
             call=call,
             terminal=self._had_terminal,
+            has_gpu=self._has_gpu,
             is_kernel=self._is_kernel,
             errors=errors,
         )
@@ -157,11 +161,14 @@ class Watch:
             return
         self._descriptors, self._listed = number, _LIST_SOCKETS_EVERY
         inodes = set()
+        self._has_gpu = False
         for name in os.listdir(folder):
             with contextlib.suppress(FileNotFoundError):
                 link = os.readlink(f"{folder}/{name}")
                 if link.startswith("socket:["):
                     inodes.add(int(link[8:-1]))
+                elif link.startswith(GPU_DEVICES):
+                    self._has_gpu = True
         self._inodes = frozenset(inodes)
         self._had_terminal = self._find_terminal()
 

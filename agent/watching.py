@@ -69,6 +69,14 @@ class Watcher:
             if session.record.state == DOZING and not only:
                 self._follow_doze(session)
 
+    async def look_first(self, session: Session) -> None:
+        """Look twice, so that somebody who asks about a new session gets an answer."""
+        if not session.is_known:
+            self.look(session)
+        if not session.is_known:
+            await asyncio.sleep(_LOOK_AGAIN_S)
+            self.look(session)
+
     def _follow_doze(self, session: Session) -> None:
         """A session that is used again gets all of its memory back; it may have it already."""
         if not is_dozing(session.record.pid):

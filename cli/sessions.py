@@ -155,7 +155,7 @@ def why(name: str | None, as_json: bool) -> None:
     from ..migrator.loop import read_session, read_settings
 
     client = Client()
-    document = client.get(client.session(choose(client, name)))
+    document = client.get(f"{client.session(choose(client, name))}?look=1")
     node = client.get("/v1/node")
     settings = read_settings(node["settings"], [document])
     session = read_session(document)

@@ -175,6 +175,16 @@ def test_terminal(nothing_left_behind: None) -> None:
         os.close(terminal)
 
 
+def test_open_gpu(
+    begin: Callable[[str], Program], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever has a GPU's device open counts as in use."""
+    monkeypatch.setattr("lzy.agent.readings.GPU_DEVICES", str(tmp_path / "nvidia"))
+    (tmp_path / "nvidia0").touch()
+    program = begin(f"gpu = open({str(tmp_path / 'nvidia0')!r}); {READY}")
+    Looking(program.pid).await_verdict("gpu", True)
+
+
 def test_probe_that_errs_says_active(begin: Callable[[str], Program]) -> None:
     """Where a probe may not look, what it looks for counts as in use, and it says so."""
     program = begin(READY)

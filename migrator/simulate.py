@@ -59,6 +59,11 @@ class World(NamedTuple):
     rerun_share: float = 0.25
     """A: of what a killed kernel has computed, what its user computes again."""
 
+    def wake_of(self, memory_bytes: float, settings: Settings, *, dozing: bool = False) -> float:
+        """Seconds until a sleeping session of so much memory has answered."""
+        touched_s = self.touched_share * memory_bytes / settings.rouse_bytes_per_s
+        return (self.doze_reply_s if dozing else settings.wake_s) + touched_s
+
 
 class Policy(NamedTuple):
     """A name, the rules' figures, and whether hibernating means killing, as elsewhere."""
@@ -87,13 +92,15 @@ class _Session:
     __slots__ = (
         "busy_until_s", "check_s", "computed_s", "cpu", "gpu_busy_until_s", "gpus", "image_bytes",
         "mark_s", "memory_bytes", "name", "node", "paused", "peak_bytes", "price", "protected_s",
-        "since_s", "state", "story", "user", "waiting_since_s", "wants_gpus", "work",
+        "ready_s", "since_s", "state", "story", "user", "waiting_since_s", "wants_gpus", "work",
     )  # fmt: skip
 
     def __init__(self, event: Event) -> None:
         self.name, self.user, self.cpu = event.session, event.user, event.cpu
         self.state, self.node = HIBERNATED, ""
-        self.since_s = self.mark_s = self.busy_until_s = self.gpu_busy_until_s = event.at_s
+        self.ready_s = self.since_s = self.mark_s = self.busy_until_s = self.gpu_busy_until_s = (
+            event.at_s
+        )
         self.memory_bytes = self.peak_bytes = 2**28
         self.image_bytes = self.gpus = self.wants_gpus = 0
         self.protected_s = 0.0
@@ -101,7 +108,7 @@ class _Session:
         self.waiting_since_s: float | None = None
         self.work: list[Event] = []  # what came while it could not run
         self.price = 0.0  # of its share, by the hour
-        self.paused: list[tuple[float, float, float]] = []  # held since it last computed
+        self.paused: list[tuple[float, float]] = []  # held since it last computed
         self.check_s = NEVER_S  # when it is looked at next
         self.story = SessionFacts(event.session, event.user, RUNNING)  # its gaps and slack
 
@@ -150,6 +157,10 @@ class Simulation:
         self.tally.close(self.stock)
         return self.tally
 
+    def facts(self, now_s: float) -> tuple[SessionFacts, ...]:
+        """What agents would tell of all sessions."""
+        return tuple(self._facts(session, now_s) for session in self._sessions.values())
+
     # -- what people do -------------------------------------------------------------------------
 
     def _start(self, event: Event) -> _Session:
@@ -169,7 +180,7 @@ class Simulation:
             self._account(session, now_s)
             if event.gpu <= session.gpus:
                 self._pass_gap(session, gap_s, now_s)
-                self._run(session, event, now_s, 0.0)
+                self._run(session, event, now_s, max(session.ready_s - now_s, 0.0))
                 return
         if gap_s > 0:
             self._pass_gap(session, gap_s, now_s)
@@ -221,8 +232,7 @@ class Simulation:
         freed = self._carry_out(self._decide(facts, now_s), now_s)
         if any(session.name in self._waiting for session in sessions):
             # Somebody must wait for room: let the rules see who could make it.
-            everybody = tuple(self._facts(s, now_s) for s in self._sessions.values())
-            freed |= self._carry_out(self._decide(everybody, now_s), now_s)
+            freed |= self._carry_out(self._decide(self.facts(now_s), now_s), now_s)
         if freed:
             self._retry(now_s)
 
@@ -282,15 +292,14 @@ class Simulation:
     def _wake(self, session: _Session, to: str, now_s: float) -> None:
         world, settings = self.world, self.settings
         asleep = session.state == DOZING and session.node == to
-        touched_s = world.touched_share * session.memory_bytes / settings.rouse_bytes_per_s
         if asleep:
-            takes_s = world.doze_reply_s + touched_s
+            takes_s = world.wake_of(session.memory_bytes, settings, dozing=True)
         elif self.policy.kills or not session.computed_s:
             takes_s = world.kernel_start_s + world.rerun_share * session.computed_s
             self.tally.rerun_s += world.rerun_share * session.computed_s
             session.computed_s = 0.0
         else:
-            takes_s = settings.wake_s + touched_s
+            takes_s = world.wake_of(session.memory_bytes, settings)
         takes_s += settings.gpu_attach_s if session.wants_gpus else 0.0
         self._go(session, to, now_s)
         takes_s += max(self.stock.on[to].ready_s - now_s, 0.0)
@@ -316,7 +325,6 @@ class Simulation:
     def _hibernate(self, session: _Session, now_s: float) -> None:
         if self.policy.kills:
             self.tally.killed += 1
-            session.memory_bytes = session.peak_bytes = 2**28
         elif session.state == DOZING:
             self._spend(session, now_s, self.world.hibernate_dozing_s)
         else:
@@ -324,6 +332,8 @@ class Simulation:
         self._vacate(session, now_s)
         self.stock.leave(session.node, now_s)
         session.state, session.node, session.wants_gpus = HIBERNATED, "", 0
+        if self.policy.kills:
+            session.memory_bytes = session.peak_bytes = 2**28
         session.image_bytes, session.since_s = session.memory_bytes, now_s
         session.story = session.story._replace(image_bytes=session.image_bytes)
 
@@ -331,6 +341,8 @@ class Simulation:
         """From `ready_s` on it computes what has come meanwhile."""
         session.waiting_since_s = None
         self._waiting.pop(session.name, None)
+        session.paused.clear()
+        session.ready_s = max(session.ready_s, ready_s)
         session.busy_until_s = max(session.busy_until_s, ready_s)
         work, session.work = session.work, []
         for event in work:
@@ -473,14 +485,19 @@ class Simulation:
         session.price = share * facts.price_per_hour
 
     def _account(self, session: _Session, now_s: float) -> None:
-        """Count what it has held since it was last counted: computing first, then pausing."""
-        if session.state == RUNNING and now_s > session.mark_s:
-            middle_s = min(max(session.busy_until_s, session.mark_s), now_s)
-            if middle_s > session.mark_s:
-                self.tally.hold(session.mark_s, middle_s, session.price, session.gpus, True)
-            if now_s > middle_s:
-                self.tally.hold(middle_s, now_s, session.price, session.gpus, False)
-                session.paused.append((middle_s, now_s, session.price))
+        """Count what it has held since it was last counted: waking, computing, then pausing."""
+        since_s = session.mark_s
+        if session.state == RUNNING and now_s > since_s:
+            if since_s < session.ready_s:
+                until_s = min(session.ready_s, now_s)
+                self.tally.hold(since_s, until_s, session.price, session.gpus, False)
+                since_s = until_s
+            until_s = min(max(session.busy_until_s, since_s), now_s)
+            if until_s > since_s:
+                self.tally.hold(since_s, until_s, session.price, session.gpus, True)
+            if now_s > until_s:
+                self.tally.hold(until_s, now_s, session.price, session.gpus, False)
+                session.paused.append((until_s, now_s))
         session.mark_s = max(session.mark_s, now_s)
 
     def _spend(self, session: _Session, now_s: float, time_s: float) -> None:

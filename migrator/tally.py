@@ -68,9 +68,9 @@ class Tally:
                 self.running_by_hour[hour % WEEK_H] += stop_s - since_s
             since_s, hour = stop_s, hour + 1
 
-    def use(self, pauses: list[tuple[float, float, float]]) -> None:
+    def use(self, pauses: list[tuple[float, float]]) -> None:
         """Pauses that were held already turn out to have been work."""
-        for since_s, until_s, _ in pauses:
+        for since_s, until_s in pauses:
             self.running_s += until_s - since_s
             self.running_by_hour[int(since_s // HOUR_S) % WEEK_H] += until_s - since_s
 

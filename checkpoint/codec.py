@@ -158,6 +158,18 @@ class Encoder:
         self._until_trial_bytes = _BYTES_PER_TRIAL
 
 
+class PlainEncoder:
+    """Tries nothing: for some dozen small chunks that would take most of the time."""
+
+    def __init__(self) -> None:
+        self._compressor = _compressor(10)
+
+    def encode(self, content: bytes | memoryview) -> tuple[int, bytes | memoryview]:
+        """As `Encoder.encode`."""
+        packed = self._compressor.compress(content)
+        return (RAW, content) if len(packed) > _MOST_SHARE * len(content) else (ZSTD, packed)
+
+
 class Decoder:
     """Turns stored bytes into content again; one per thread."""
 

@@ -323,7 +323,7 @@ def _dump(
             if not base and parent:  # all of it: as the next wake is thought to need it
                 fresh = order_windows(fresh, read_order(store.path, parent))
             if base and written_bytes < total // _LITTLE:
-                writer.forgo_known()
+                writer.expect_little(written_bytes)
             try:
                 with _reporting(progress, "writing", writer, total):
                     writer.add_space(source, fresh, space=0)

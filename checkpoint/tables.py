@@ -128,11 +128,14 @@ class ImageTables:
         """
         taken = sorted(chunks)
         with self._lock:
-            ids = _ids(_copy_records(base, taken))
-            here = {
-                n: self._numbers[i] for n, i in zip(taken, ids, strict=True) if i in self._numbers
-            }
-            if here:
+            here: dict[int, int] = {}
+            if self._numbers:
+                ids = _ids(_copy_records(base, taken))
+                here = {
+                    number: self._numbers[content_id]
+                    for number, content_id in zip(taken, ids, strict=True)
+                    if content_id in self._numbers
+                }
                 taken = [number for number in taken if number not in here]
             records = _copy_records(base, taken)
             self._renumber_packs(records, base)
@@ -142,7 +145,7 @@ class ImageTables:
             self.chunk_count += len(taken)
             self._numbers.update(zip(_ids(records), range(first, self.chunk_count), strict=True))
         stored_bytes = sum(_column(records, _SIZE_AT))
-        if not first and not here and taken == list(range(len(taken))):
+        if not first and not here and taken[-1:] in ([], [len(taken) - 1]):
             return None, stored_bytes
         numbers = [-1] * base.chunk_count
         for number, ours in itertools.chain(zip(taken, itertools.count(first)), here.items()):

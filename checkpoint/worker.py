@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 from .buffers import page_aligned
-from .codec import RAW, ZSTD, Decoder, Encoder
+from .codec import RAW, ZSTD, Decoder, Encoder, PlainEncoder
 from .errors import Damaged, LzyError
 from .keys import StoreKeys, keyed_digest
 from .known import KnownChunks
@@ -62,13 +62,18 @@ class _New(NamedTuple):
 
 
 class Worker:
-    """Reads batches of at most `batch_bytes` (and a window) and stores them; used by one thread."""
+    """Reads batches of at most `batch_bytes` (and a window) and stores them; used by one thread.
 
-    def __init__(self, shared: Shared, *, window_pages: int, batch_bytes: int) -> None:
+    `plain`: it will be so little that trying encodings would take longer than it gains.
+    """
+
+    def __init__(
+        self, shared: Shared, *, window_pages: int, batch_bytes: int, plain: bool = False
+    ) -> None:
         window_bytes = window_pages * PAGE_BYTES
         self._shared = shared
         self._chunk_key = shared.keys.chunk
-        self._encoder = Encoder()
+        self._encoder = PlainEncoder() if plain else Encoder()
         self._decoder = Decoder()
         most_bytes = batch_bytes + window_bytes
         self._buffer, self._start, self._view = page_aligned(most_bytes)

@@ -80,6 +80,7 @@ class ImageWriter:
         self._ordered = True
         self._failure: BaseException | None = None
         self._closed = False
+        self._plain = False
         self._queue: queue.Queue[Batch | None] = queue.Queue(maxsize=2 * workers)
         self._known = store.known_chunks()
         self._shared = Shared(store.keys, self._tables, self._pending, self._known, self._existing)
@@ -105,9 +106,13 @@ class ImageWriter:
         """Bytes written to packs so far."""
         return self._tables.stored_bytes
 
-    def forgo_known(self) -> None:
-        """Do not look for what follows among all that the store has: it is but little."""
+    def expect_little(self, length_bytes: int) -> None:
+        """So little is to be read that it is not looked for among all that the store has.
+
+        If it is less than a batch, encodings are not tried either.
+        """
         self._known.forgo()
+        self._plain = length_bytes <= _BATCH_BYTES
 
     def keep(self, base: Image, windows: Iterable[tuple[int, int]]) -> None:
         """Take these pages of space 0, (window address, mask), from `base` as they are.
@@ -272,7 +277,10 @@ class ImageWriter:
                 if self._failure is None:
                     if batch is not None:
                         worker = worker or Worker(
-                            self._shared, window_pages=self.window_pages, batch_bytes=_BATCH_BYTES
+                            self._shared,
+                            window_pages=self.window_pages,
+                            batch_bytes=_BATCH_BYTES,
+                            plain=self._plain,
                         )
                         worker.store(batch)
                     elif worker is not None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import increments
+import limits
 from figures import Figure, Floor
 from floors import measure
 from hosting import Command, Subject, follow_to_the_end, memory_with_children, watching
@@ -471,4 +472,5 @@ CASES: dict[str, Callable[[Bench], Iterator[Figure]]] = {
     "first-cell": first_cell,
     "everything": everything,
     **increments.CASES,
+    **limits.CASES,
 }

@@ -21,12 +21,12 @@ MIB = 1 << 20
 
 
 class Scribe:
-    """`scribe.py` as a child of ours; a context manager."""
+    """`scribe.py`, or a program like it, as a child of ours; a context manager."""
 
-    def __init__(self, size_bytes: int) -> None:
+    def __init__(self, size_bytes: int, program: Path = SCRIBE, *arguments: str) -> None:
         self.pages = size_bytes // PAGE_BYTES
         self._child = subprocess.Popen(
-            [sys.executable, str(SCRIBE), str(size_bytes)],
+            [sys.executable, str(program), str(size_bytes), *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

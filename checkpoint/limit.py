@@ -23,9 +23,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from . import proc, tracking
 from .content import intersect, join_ranges, own_page_ranges, subtract
+from .dense import find_dense
 from .doze import doze, resident_bytes
 from .errors import LzyError, NotFound
 from .history import split_name
+from .huge import gather_huge_pages
 from .linux import PAGE_BYTES, memory
 from .log import read_log
 from .pager import who_waits
@@ -40,6 +42,7 @@ _AIM = 0.85  # of the limit is left in memory, so that not every page that comes
 _LEAST_BYTES = 1 << 20
 _COLD = 0.02  # of the pages of a mapping, touched between two rounds
 _ROUNDS_WARM = 4  # for so many rounds what came back is thought to be needed
+_LOOKS_UNTIL_SETTLED = 5
 _CLUSTER_BYTES = 16 * PAGE_BYTES  # as they come back
 
 Range = tuple[int, int]
@@ -91,6 +94,16 @@ class Heat:
             if touched.get(vma.start, 0) <= _COLD * _length(intersect(there, [vma[:2]]))
         )
         memory.clear_access_bits(self._pid)
+
+    def settle(self) -> int:
+        """Put huge pages together where all was written since the last round; how many they were.
+
+        What is under account, or has come back, became small pages at the first touch.
+        """
+        if not tracking.find_account(self._pid):
+            return 0
+        vmas = [vma for vma in proc.mappings(self._pid) if vma.kind == "anonymous"]
+        return gather_huge_pages(self._pid, find_dense(tracking.written_ranges(self._pid, vmas)))
 
     def choose(self, ranges: list[Range], wanted_bytes: int) -> list[Range]:
         """The coldest of ascending `ranges`, at least `wanted_bytes` of them if there are."""
@@ -148,6 +161,7 @@ def keep_below(
     heat.look()
     time.sleep(every_s)  # what is cold shows in what is touched meanwhile
     rounds: list[Round] = []
+    unsettled = 0
     while True:
         try:
             resident = resident_bytes(pid)
@@ -156,6 +170,10 @@ def keep_below(
                 done = release(pid, store, limit_bytes, heat, name=name, progress=progress)
                 rounds.append(done)
                 note(done)
+                unsettled = _LOOKS_UNTIL_SETTLED
+            elif unsettled:
+                unsettled -= 1
+                heat.settle()
         except NotFound:
             if rounds or not once:
                 return rounds  # it has ended

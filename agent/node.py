@@ -85,10 +85,15 @@ class Agent:
         prctl(PR_SET_CHILD_SUBREAPER, 1)
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGCHLD, self.children.reap)
-        with Store.open(self.store, create=True) as store:
-            for record in self.state.records():
-                session = self.sessions[record.name] = Session(record)
-                self._repair(session, store, watched=False)
+        for record in self.state.records():
+            session = self.sessions[record.name] = Session(record)
+            try:
+                with Store.open(self.store, create=True) as store:
+                    self._repair(session, store, watched=False)
+            except LzyError as error:  # the store is away, say: the rounds try again
+                self.update(session, "failure", f"not looked into: {error}", failure=str(error))
+                if session.record.state in LIVING:
+                    self._watch_end(session)
         self.children.reap()
 
     async def stop(self) -> None:
@@ -100,9 +105,14 @@ class Agent:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         deadline = time.monotonic() + 5
-        while self.children.are_at_work and time.monotonic() < deadline:
+        while self._is_at_work and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
         self.state.close()
+
+    @property
+    def _is_at_work(self) -> bool:
+        locked = any(session.lock.locked() for session in self.sessions.values())
+        return locked or self.children.are_at_work
 
     def spawn(self, work: Any) -> None:
         """Run a coroutine beside everything else, until it or the agent ends."""
@@ -114,7 +124,7 @@ class Agent:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()):
             if isinstance(error, LzyError):
-                return  # it stands in the session's record
+                return  # whoever asked is told; the rounds settle what is left open
             asyncio.get_running_loop().call_exception_handler(
                 {"message": "work of the agent failed", "exception": error}
             )

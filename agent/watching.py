@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import os
 import time
+import traceback
 from functools import partial
 from typing import Any
 
@@ -40,9 +41,13 @@ class Watcher:
         """Look at everything every `sample_s`, until cancelled."""
         while True:
             began = time.monotonic()
-            self.look()
-            self._adopt_restored()
-            self._mend_pagers()
+            try:
+                self.look()
+                self._adopt_restored()
+                self._mend_pagers()
+                self._mend_sessions()
+            except Exception:  # a full disk, say: the next round may fare better
+                traceback.print_exc()
             passed_s = time.monotonic() - began
             pause_s = max(self._agent.settings.sample_s - passed_s, 0.01)
             with contextlib.suppress(TimeoutError):
@@ -173,8 +178,14 @@ class Watcher:
 
     async def _settle(self, session: Session) -> None:
         async with session.lock:
-            if session.record.state in ASLEEP:
+            if session.record.state in ASLEEP or _is_open(session):
                 self._agent.settle(session)
+
+    def _mend_sessions(self) -> None:
+        """Find out about those of which something was left open: the store was away, say."""
+        for session in self._agent.sessions.values():
+            if _is_open(session) and not session.lock.locked():
+                self._agent.spawn(self._settle(session))
 
     def _mend_pagers(self) -> None:
         """Start pagers anew where they were killed: their processes stall until then."""
@@ -182,6 +193,11 @@ class Watcher:
             for report in list_pagers():
                 if not report.alive:
                     self._agent.spawn(self._agent.children.run_aside(partial(_resume, report.pid)))
+
+
+def _is_open(session: Session) -> bool:
+    """Whether an operation, or an end, is not accounted for."""
+    return bool(session.record.intent) or (session.is_living and session.pidfd < 0)
 
 
 def _resume(pid: int) -> None:

@@ -15,6 +15,10 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lzy.agent.client import Client
 
 IDLE = """
 import threading, time
@@ -129,12 +133,9 @@ def measure_wake(home: Path) -> None:
         kernel.wait()
 
 
-def sessions(client: object) -> list[dict[str, object]]:
+def sessions(client: Client) -> list[dict[str, Any]]:
     """All sessions of the agent."""
-    from lzy.agent.client import Client
-
-    assert isinstance(client, Client)
-    found: list[dict[str, object]] = client.get("/v1/sessions")["sessions"]
+    found: list[dict[str, Any]] = client.get("/v1/sessions")["sessions"]
     return found
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterable
-from typing import NamedTuple
 
 from .facts import (
     DOZING,
@@ -23,94 +22,20 @@ from .facts import (
     Fleet,
     Requests,
     SessionFacts,
-    Settings,
     Verdict,
     share_of,
 )
 from .idleness import DOZE, GIVE_GPU_BACK, HIBERNATE, doze_time, next_step, remember_gap, window_of
+from .life import Life
 from .placement import need_of
 from .policy import MIGRATE, WAIT, WAKE, Decision, decide
 from .stock import Kind, Stock
 from .tally import Tally
 from .traces import BUSY, END, START, Event
+from .world import Policy, World
 
 IDLE = (Verdict("cells", False, "no cell runs"),)
 ACTIVE = (Verdict("cells", True, "a cell runs"),)
-
-
-class World(NamedTuple):
-    """What things take that the rules do not decide upon, in seconds; `A`: assumed."""
-
-    pause_s: float = 600.0
-    """A: of pauses up to this long the user is taken to be at work; see `tally`."""
-    doze_reply_s: float = 0.1
-    """A: first reply of a dozing session, beside what it touches: 770 faults of 130 µs."""
-    touched_share: float = 0.1
-    """A: of its memory, by the first cell after a wake."""
-    hibernate_dozing_s: float = 0.3
-    """A: what dozing has written need not be written again."""
-    node_start_s: float = 40.0  # A
-    linger_s: float = 600.0
-    """A: an empty node is kept on for so long."""
-    spare_nodes: int = 1
-    """A: empty nodes of each kind without GPU that are always on, for who comes next."""
-    kernel_start_s: float = 0.96
-    """Measured: a new notebook kernel, docs/performance.md."""
-    rerun_share: float = 0.25
-    """A: of what a killed kernel has computed, what its user computes again."""
-
-    def wake_of(self, memory_bytes: float, settings: Settings, *, dozing: bool = False) -> float:
-        """Seconds until a sleeping session of so much memory has answered."""
-        touched_s = self.touched_share * memory_bytes / settings.rouse_bytes_per_s
-        return (self.doze_reply_s if dozing else settings.wake_s) + touched_s
-
-
-class Policy(NamedTuple):
-    """A name, the rules' figures, and whether hibernating means killing, as elsewhere."""
-
-    name: str
-    settings: Settings
-    kills: bool = False
-
-
-def always_on() -> Policy:
-    """A session holds its share from its start to its end."""
-    never = Settings(gpu_back_after_s=NEVER_S, doze_after_s=NEVER_S, hibernate_after_s=NEVER_S,
-                     adaptive=False)  # fmt: skip
-    return Policy("always on", never)
-
-
-def fixed_timeout(timeout_s: float = 3600.0) -> Policy:
-    """What cullers do: a kernel idle for `timeout_s` is killed, and its variables with it."""
-    settings = always_on().settings
-    return Policy("idle timeout", settings._replace(hibernate_after_s=timeout_s), kills=True)
-
-
-class _Session:
-    """One session in the simulated world."""
-
-    __slots__ = (
-        "busy_until_s", "check_s", "computed_s", "cpu", "gpu_busy_until_s", "gpus", "image_bytes",
-        "mark_s", "memory_bytes", "name", "node", "paused", "peak_bytes", "price", "protected_s",
-        "ready_s", "since_s", "state", "story", "user", "waiting_since_s", "wants_gpus", "work",
-    )  # fmt: skip
-
-    def __init__(self, event: Event) -> None:
-        self.name, self.user, self.cpu = event.session, event.user, event.cpu
-        self.state, self.node = HIBERNATED, ""
-        self.ready_s = self.since_s = self.mark_s = self.busy_until_s = self.gpu_busy_until_s = (
-            event.at_s
-        )
-        self.memory_bytes = self.peak_bytes = 2**28
-        self.image_bytes = self.gpus = self.wants_gpus = 0
-        self.protected_s = 0.0
-        self.computed_s = 0.0
-        self.waiting_since_s: float | None = None
-        self.work: list[Event] = []  # what came while it could not run
-        self.price = 0.0  # of its share, by the hour
-        self.paused: list[tuple[float, float]] = []  # held since it last computed
-        self.check_s = NEVER_S  # when it is looked at next
-        self.story = SessionFacts(event.session, event.user, RUNNING)  # its gaps and slack
 
 
 class Simulation:
@@ -121,8 +46,8 @@ class Simulation:
         self.settings = policy.settings
         self.stock = Stock(kinds, world.linger_s, world.node_start_s, world.spare_nodes)
         self.tally = Tally(policy.name, days)
-        self._sessions: dict[str, _Session] = {}
-        self._waiting: dict[str, _Session] = {}
+        self._sessions: dict[str, Life] = {}
+        self._waiting: dict[str, Life] = {}
         self._checks: list[tuple[float, str]] = []
         self._looks = self.settings.sample_s
         figures = self.settings
@@ -163,14 +88,14 @@ class Simulation:
 
     # -- what people do -------------------------------------------------------------------------
 
-    def _start(self, event: Event) -> _Session:
-        session = self._sessions[event.session] = _Session(event)
+    def _start(self, event: Event) -> Life:
+        session = self._sessions[event.session] = Life(event)
         session.waiting_since_s = event.at_s
         self.tally.sessions += 1
         self._ask([session], event.at_s)
         return session
 
-    def _compute(self, session: _Session, event: Event) -> None:
+    def _compute(self, session: Life, event: Event) -> None:
         now_s = event.at_s
         if session.waiting_since_s is not None:
             session.work.append(event)
@@ -189,7 +114,7 @@ class Simulation:
         session.work.append(event)
         self._ask([session], now_s)
 
-    def _run(self, session: _Session, event: Event, asked_s: float, wait_s: float) -> None:
+    def _run(self, session: Life, event: Event, asked_s: float, wait_s: float) -> None:
         """The session computes `event`, as soon as it has computed what came before."""
         begin_s = max(asked_s + wait_s, session.busy_until_s)
         self.tally.add_wait(wait_s)
@@ -207,7 +132,7 @@ class Simulation:
         if self._steps:
             self._check_after(session, end_s)
 
-    def _pass_gap(self, session: _Session, gap_s: float, now_s: float) -> None:
+    def _pass_gap(self, session: Life, gap_s: float, now_s: float) -> None:
         """A pause has ended: it was work if it was short; the windows learn from it."""
         if gap_s <= self.world.pause_s:
             self.tally.use(session.paused)
@@ -215,7 +140,7 @@ class Simulation:
         if gap_s > 0 and self.settings.adaptive:
             session.story = remember_gap(session.story, gap_s, self.settings)
 
-    def _end(self, session: _Session, now_s: float) -> None:
+    def _end(self, session: Life, now_s: float) -> None:
         self._account(session, now_s)
         self._vacate(session, now_s)
         if session.node:
@@ -226,7 +151,7 @@ class Simulation:
 
     # -- what the rules do ----------------------------------------------------------------------
 
-    def _ask(self, sessions: list[_Session], now_s: float) -> None:
+    def _ask(self, sessions: list[Life], now_s: float) -> None:
         """Have the rules decide about `sessions`, and do what they say."""
         facts = tuple(self._facts(session, now_s) for session in sessions)
         freed = self._carry_out(self._decide(facts, now_s), now_s)
@@ -272,7 +197,7 @@ class Simulation:
                 self._hibernate(session, now_s)
         return freed
 
-    def _wait(self, session: _Session, decision: Decision, now_s: float) -> None:
+    def _wait(self, session: Life, decision: Decision, now_s: float) -> None:
         """It waits for room; where there never can be any, it does without."""
         if any(refusal.busy for refusal in decision.refusals):
             self._waiting[session.name] = session
@@ -289,7 +214,7 @@ class Simulation:
             session.waiting_since_s = None
             session.work.clear()
 
-    def _wake(self, session: _Session, to: str, now_s: float) -> None:
+    def _wake(self, session: Life, to: str, now_s: float) -> None:
         world, settings = self.world, self.settings
         asleep = session.state == DOZING and session.node == to
         if asleep:
@@ -307,7 +232,7 @@ class Simulation:
         session.protected_s = now_s + takes_s + protect_s
         self._resume(session, now_s + takes_s)
 
-    def _migrate(self, session: _Session, decision: Decision, now_s: float) -> None:
+    def _migrate(self, session: Life, decision: Decision, now_s: float) -> None:
         """Hibernate here, wake there: no faster way has been measured yet."""
         back = decision.action == GIVE_GPU_BACK
         takes_s = session.memory_bytes / self.settings.dump_bytes_per_s + self.settings.wake_s
@@ -322,7 +247,7 @@ class Simulation:
             session.protected_s = now_s + takes_s + self.settings.protect_after_wake_s
             self._resume(session, now_s + takes_s)
 
-    def _hibernate(self, session: _Session, now_s: float) -> None:
+    def _hibernate(self, session: Life, now_s: float) -> None:
         if self.policy.kills:
             self.tally.killed += 1
         elif session.state == DOZING:
@@ -337,7 +262,7 @@ class Simulation:
         session.image_bytes, session.since_s = session.memory_bytes, now_s
         session.story = session.story._replace(image_bytes=session.image_bytes)
 
-    def _resume(self, session: _Session, ready_s: float) -> None:
+    def _resume(self, session: Life, ready_s: float) -> None:
         """From `ready_s` on it computes what has come meanwhile."""
         session.waiting_since_s = None
         self._waiting.pop(session.name, None)
@@ -352,13 +277,13 @@ class Simulation:
 
     # -- looking at sessions --------------------------------------------------------------------
 
-    def _check_at(self, session: _Session, at_s: float) -> None:
+    def _check_at(self, session: Life, at_s: float) -> None:
         """Look at the session at `at_s`, unless that is to happen sooner anyway."""
         if at_s < session.check_s:
             session.check_s = at_s
             heapq.heappush(self._checks, (at_s, session.name))
 
-    def _check_after(self, session: _Session, idle_since_s: float) -> None:
+    def _check_after(self, session: Life, idle_since_s: float) -> None:
         """Look at it when it may have been idle for long enough."""
         self._check_at(session, self._grid(idle_since_s) + self._soonest_s)
 
@@ -393,7 +318,7 @@ class Simulation:
             if due:
                 self._ask(due, now_s)
 
-    def _soonest(self, session: _Session) -> float:
+    def _soonest(self, session: Life) -> float:
         """The shortest window of a session without GPU."""
         if not self.settings.adaptive:
             return self._soonest_s
@@ -406,7 +331,7 @@ class Simulation:
         """The first look at or after `at_s`."""
         return -(-at_s // self._looks) * self._looks
 
-    def _facts(self, session: _Session, now_s: float) -> SessionFacts:
+    def _facts(self, session: Life, now_s: float) -> SessionFacts:
         idle_s = now_s - self._grid(session.busy_until_s)
         gpu_idle_s = now_s - self._grid(session.gpu_busy_until_s)
         return SessionFacts(
@@ -434,7 +359,7 @@ class Simulation:
 
     # -- who holds what -------------------------------------------------------------------------
 
-    def _go(self, session: _Session, to: str, now_s: float) -> None:
+    def _go(self, session: Life, to: str, now_s: float) -> None:
         """Live on `to`, running, and hold a share there."""
         was = session.node
         rented = self.stock.take(to, now_s)
@@ -453,7 +378,7 @@ class Simulation:
         share = share_of(facts, need.cpu, need.memory_bytes, session.gpus)
         session.price = share * facts.price_per_hour
 
-    def _vacate(self, session: _Session, now_s: float) -> None:
+    def _vacate(self, session: Life, now_s: float) -> None:
         """Hold nothing any more."""
         if session.state != RUNNING:
             return
@@ -467,7 +392,7 @@ class Simulation:
         )
         session.gpus, session.price = 0, 0.0
 
-    def _resize(self, session: _Session, memory_bytes: int) -> None:
+    def _resize(self, session: Life, memory_bytes: int) -> None:
         """Its memory is another; what it holds follows the most it has had."""
         session.memory_bytes = memory_bytes
         session.story = session.story._replace(memory_bytes=memory_bytes)
@@ -484,7 +409,7 @@ class Simulation:
         share = share_of(facts, need.cpu, need.memory_bytes, session.gpus)
         session.price = share * facts.price_per_hour
 
-    def _account(self, session: _Session, now_s: float) -> None:
+    def _account(self, session: Life, now_s: float) -> None:
         """Count what it has held since it was last counted: waking, computing, then pausing."""
         since_s = session.mark_s
         if session.state == RUNNING and now_s > since_s:
@@ -500,7 +425,7 @@ class Simulation:
                 session.paused.append((until_s, now_s))
         session.mark_s = max(session.mark_s, now_s)
 
-    def _spend(self, session: _Session, now_s: float, time_s: float) -> None:
+    def _spend(self, session: Life, now_s: float, time_s: float) -> None:
         """Its share is held for `time_s` more while it is written or moved."""
         if session.state == RUNNING and time_s > 0:
             self.tally.hold(now_s, now_s + time_s, session.price, session.gpus, False)

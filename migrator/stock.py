@@ -36,7 +36,7 @@ class Kind(NamedTuple):
     cpus: float
     memory_bytes: int
     gpus: int = 0
-    count: int = 1
+    how_many: int = 1
     price_per_hour: float = 0.0
 
 
@@ -67,7 +67,7 @@ def parse_fleet(text: str) -> list[Kind]:
             int(found.get("count", 1)),
             float(found.get("price", 0)),
         )
-        if not (kind.cpus and kind.memory_bytes and kind.count):
+        if not (kind.cpus and kind.memory_bytes and kind.how_many):
             raise ValueError(f"{described.strip()!r} has nothing to give")
         kinds.append(kind)
     return kinds
@@ -95,7 +95,7 @@ class Stock:
         self._spare = {kind.name: 0 if kind.gpus else spare for kind in kinds}
         self._kinds = {kind.name: kind for kind in kinds}
         self._linger_s = linger_s
-        self._free = {kind.name: list(range(1, kind.count + 1)) for kind in kinds}
+        self._free = {kind.name: list(range(1, kind.how_many + 1)) for kind in kinds}
         self._count = {kind.name: 0 for kind in kinds}
         self._offered: dict[str, NodeFacts] = {}
         self.on: dict[str, Rented] = {}

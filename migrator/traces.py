@@ -165,7 +165,8 @@ def _live(user: int, days: int, seed: int, habits: Habits) -> Iterator[Event]:
     zone_h = dice.choices([z for z, _ in habits.zones_h], [w for _, w in habits.zones_h])[0]
     slower = math.exp(dice.gauss(0.0, 0.3))
     likes_gpu = dice.random() < habits.gpu_users
-    session, count, ends = "", 0, []
+    session, count = "", 0
+    ends: list[tuple[float, str]] = []
     memory_bytes = most_bytes = 0.0
     busy_until_s = 0.0
     for day in range(days):  # theirs, not those of UTC

@@ -6,10 +6,11 @@ import pytest
 
 from lzy.migrator.facts import NEVER_S, Settings
 from lzy.migrator.placement import summarise
-from lzy.migrator.simulate import Policy, Simulation, World, always_on, fixed_timeout
+from lzy.migrator.simulate import Simulation
 from lzy.migrator.stock import DEFAULT_FLEET, parse_fleet
 from lzy.migrator.tally import Tally
 from lzy.migrator.traces import BUSY, END, START, Event, make_trace
+from lzy.migrator.world import Policy, World, always_on, fixed_timeout
 
 GIB = 2**30
 PLAIN = Settings(adaptive=False)

@@ -12,7 +12,8 @@ class Life:
     __slots__ = (
         "busy_until_s", "check_s", "computed_s", "cpu", "gpu_busy_until_s", "gpus", "image_bytes",
         "mark_s", "memory_bytes", "name", "node", "paused", "peak_bytes", "price", "protected_s",
-        "ready_s", "since_s", "state", "story", "user", "waiting_since_s", "wants_gpus", "work",
+        "ready_s", "since_s", "state", "story", "user", "waiting_since_s", "wants_gpus",
+        "window_of", "window_s", "work",
     )  # fmt: skip
 
     def __init__(self, event: Event) -> None:
@@ -31,3 +32,5 @@ class Life:
         self.paused: list[tuple[float, float]] = []  # held since it last computed
         self.check_s = NEVER_S  # when it is looked at next
         self.story = SessionFacts(event.session, event.user, RUNNING)  # its gaps and slack
+        self.window_s = 0.0  # its doze window,
+        self.window_of: SessionFacts | None = None  # by the past that this is

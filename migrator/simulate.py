@@ -130,7 +130,7 @@ class Simulation:
         if event.memory_bytes and event.memory_bytes != session.memory_bytes:
             self._resize(session, event.memory_bytes)
         if self._steps:
-            self._check_after(session, end_s)
+            self._check_idle(session, end_s)
 
     def _pass_gap(self, session: Life, gap_s: float, now_s: float) -> None:
         """A pause has ended: it was work if it was short; the windows learn from it."""
@@ -287,6 +287,14 @@ class Simulation:
         """Look at it when it may have been idle for long enough."""
         self._check_at(session, self._grid(idle_since_s) + self._soonest_s)
 
+    def _check_idle(self, session: Life, idle_since_s: float) -> None:
+        """Look at it when its first window may have passed, if nothing happens after then."""
+        if session.gpus:
+            self._check_after(session, idle_since_s)
+        else:
+            due_s = self._grid(idle_since_s) + self._soonest(session)
+            self._check_at(session, self._grid(due_s))
+
     def _run_checks(self, until_s: float) -> None:
         """Everything that is due on the grid of looks up to `until_s`."""
         checks = self._checks
@@ -323,9 +331,12 @@ class Simulation:
         if not self.settings.adaptive:
             return self._soonest_s
         figures = self.settings
-        doze_first = figures.doze_after_s <= figures.hibernate_after_s
-        action = DOZE if doze_first and session.state == RUNNING else HIBERNATE
-        return window_of(action, session.story, figures)
+        if session.state != RUNNING or figures.doze_after_s > figures.hibernate_after_s:
+            return window_of(HIBERNATE, session.story, figures)
+        if session.window_of is not session.story:
+            session.window_of = session.story
+            session.window_s = window_of(DOZE, session.story, figures)
+        return session.window_s
 
     def _grid(self, at_s: float) -> float:
         """The first look at or after `at_s`."""

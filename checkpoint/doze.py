@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from . import proc, tracking
 from .away import NotAsItIs, end_pager, find_doze, hold_pager, is_unroused, read_away, read_moved
 from .content import intersect, join_ranges, own_page_ranges, subtract, windows_of
-from .dump import dump
+from .dump import dump, look_at_mappings
 from .errors import Busy, KernelError, LzyError, NotFound, Unsupported
 from .home import run_directory
 from .inject import close_descriptor
@@ -220,12 +220,16 @@ def _prepare(
     choose: Callable[[list[Range]], list[Range]],
 ) -> tuple[_Dropping | None, float]:
     """Find what can be dropped, and start a pager that knows it; and the seconds frozen."""
+    places, vmas = look_at_mappings(pid)
     frozen_at = time.monotonic()
     with contextlib.ExitStack() as held:
         tracee = held.enter_context(stopped(pid))
         if tracking.find_account(pid) != account:
             raise _overtaken(pid)
-        vmas = [vma for vma in proc.mappings(pid) if _is_fit(vma)]
+        is_as_before = proc.read_bytes(pid, "maps") == places
+        vmas = [
+            vma for vma in (before_stop if is_as_before else proc.mappings(pid)) if _is_fit(vma)
+        ]
         fit = [(vma.start, vma.end) for vma in vmas]
         heard_of = [(vma.start, vma.end) for vma in vmas if "um" in vma.flags]
         before = find_doze(pid)

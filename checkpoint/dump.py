@@ -179,6 +179,8 @@ def _dump(
     refuse_mappings(pid, vmas)
     all_kinds()  # their modules are loaded: what can be done before the process is stopped, is
     obstacle = "the process ends"
+    hurries = leave_running and doze is not None  # all of this is done while it stands still
+    policies = proc.memory_policies(pid) if hurries else {}
     if leave_running:
         obstacle = "it dozes" if doze else _why_no_snapshot(vmas)
     comm = proc.stat(pid)[1]
@@ -277,13 +279,14 @@ def _dump(
 
             # 6. Its memory, and what the snapshot knows as well as the process did.
             own |= interrogate.describe_inherited(source_pid)
-            mappings.renew_flags(proc.mappings(source_pid), of_snapshot=bool(snapshot))
+            if not (hurries and now == places):  # else they were read a moment ago
+                mappings.renew_flags(proc.mappings(source_pid), of_snapshot=bool(snapshot))
+                policies = proc.memory_policies(source_pid)
             vmas = mappings.vmas
             if not doze:
                 ranges = own_page_ranges(source_pid, vmas)
             guards = guard_ranges(source_pid, vmas)
             host = describe_host(source_pid, vmas, interrogate.decode(threads[0]["xstate"]))
-            policies = proc.memory_policies(source_pid)
             ranges = join_ranges([*ranges, *away.missing])
             total = sum(end - start for start, end in ranges) + objects.total_bytes
             reach("dump.writing")

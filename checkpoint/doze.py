@@ -226,10 +226,9 @@ def _prepare(
         tracee = held.enter_context(stopped(pid))
         if tracking.find_account(pid) != account:
             raise _overtaken(pid)
-        is_as_before = proc.read_bytes(pid, "maps") == places
-        vmas = [
-            vma for vma in (before_stop if is_as_before else proc.mappings(pid)) if _is_fit(vma)
-        ]
+        if proc.read_bytes(pid, "maps") != places:
+            vmas = proc.mappings(pid)
+        vmas = [vma for vma in vmas if _is_fit(vma)]
         fit = [(vma.start, vma.end) for vma in vmas]
         heard_of = [(vma.start, vma.end) for vma in vmas if "um" in vma.flags]
         before = find_doze(pid)

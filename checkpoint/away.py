@@ -85,7 +85,7 @@ def find_doze(pid: int) -> Doze | None:
         return None
     if len(numbers) != 3 or inodes != facts["inodes"]:
         return None
-    if not all(map(_runs, (status.pager_pid, status.keeper_pid))):
+    if not _is_served(path):
         return None
     return Doze(pid, path, facts["store"], facts["image"], numbers[0], numbers[1:])
 
@@ -193,6 +193,20 @@ def end_pager(doze: Doze, held: tuple[Tracee, Tracee]) -> None:
     deadline = time.monotonic() + _READERS_END_S
     while is_held(doze.journal) and time.monotonic() < deadline:
         time.sleep(0.0002)  # its readers, which are killed with it, hold the journal's lock too
+
+
+def _is_served(journal: Path) -> bool:
+    """Whether pager and keeper live; waits a little if one has been killed: it is started anew."""
+    for _ in range(_ATTEMPTS):
+        try:
+            if all(map(_runs, read_status(journal)[1][:2])):
+                return True
+            if not is_held(journal):
+                return False
+        except LzyError:
+            return False
+        time.sleep(0.01)
+    return False
 
 
 def _runs(pid: int) -> bool:

@@ -6,6 +6,7 @@ import contextlib
 import http.client
 import json
 import socket
+import time
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -14,12 +15,21 @@ from urllib.parse import quote
 from ..checkpoint.errors import AccessDenied, LzyError, NotFound
 from ..checkpoint.home import home
 from . import errors
+from .supervisor import is_supervised
+
+_STARTS_WITHIN_S = 5.0
+_PAUSE_S = 0.05
+_ASKED_AGAIN = 3
 
 Progress = Callable[[str, int, int], None]
 
 
 class NoAgent(NotFound):
     """No agent runs for this home."""
+
+
+class _Unanswered(LzyError):
+    """The agent died over a request, or took too long for it."""
 
 
 def socket_path(folder: Path | None = None) -> Path:
@@ -45,7 +55,15 @@ class Client:
         self.path = socket_path(folder)
 
     def get(self, path: str, *, timeout_s: float | None = 30.0) -> dict[str, Any]:
-        """What it answers to a GET. Raises NoAgent, or what the agent answered."""
+        """What it answers to a GET. Raises NoAgent, or what the agent answered.
+
+        Asked again if the agent dies over it: there may be another by then, or none.
+        """
+        for _ in range(_ASKED_AGAIN):
+            try:
+                return self._ask("GET", path, None, timeout_s)
+            except _Unanswered:
+                time.sleep(_PAUSE_S)
         return self._ask("GET", path, None, timeout_s)
 
     def post(
@@ -109,18 +127,25 @@ class Client:
         return document
 
     def _connect(self, timeout_s: float | None) -> _Connection:
-        connection = _Connection(self.path, timeout_s)
-        try:
-            connection.connect()
-        except PermissionError as error:
-            raise AccessDenied(
-                f"{self.path} is not open to you", remedy="lzy up --all-users opens it to all"
-            ) from error
-        except OSError as error:
-            raise NoAgent(
-                f"no agent runs for {self.path.parent.parent}", remedy="start one: lzy up"
-            ) from error
-        return connection
+        """A connection; if an agent is just being started (again), it is waited for."""
+        folder = self.path.parent.parent
+        deadline = time.monotonic() + _STARTS_WITHIN_S
+        while True:
+            connection = _Connection(self.path, timeout_s)
+            try:
+                connection.connect()
+                return connection
+            except PermissionError as error:
+                raise AccessDenied(
+                    f"{self.path} is not open to you", remedy="lzy up --all-users opens it to all"
+                ) from error
+            except OSError as error:
+                connection.close()
+                if time.monotonic() > deadline or not is_supervised(folder):
+                    raise NoAgent(
+                        f"no agent runs for {folder}", remedy="start one: lzy up"
+                    ) from error
+            time.sleep(_PAUSE_S)
 
 
 @contextlib.contextmanager
@@ -128,7 +153,7 @@ def _explained(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, http.client.HTTPException) as error:
-        raise LzyError(
+        raise _Unanswered(
             f"the agent at {path} did not answer: {error or type(error).__name__}",
             remedy="see lzy ps; its log is in agent/agent.log of its home",
         ) from error

@@ -162,6 +162,15 @@ def find_supervisor(folder: Path) -> Running | None:
     return None
 
 
+def is_supervised(folder: Path) -> bool:
+    """Whether a supervisor lives for that home."""
+    try:
+        with open(folder / "supervisor.lock", "rb") as file:
+            return _is_held(file.fileno())
+    except OSError:
+        return False
+
+
 def _is_held(descriptor: int) -> bool:
     """Whether a living process has the lock; a zombie that nobody waits for has none."""
     try:

@@ -58,6 +58,10 @@ class Session:
     def doze(self) -> None:
         self.run("doze", str(self.program.pid), "--name", self.name)
 
+    def limit(self) -> None:
+        """Some of its memory goes, the coldest."""
+        self.run("doze", str(self.program.pid), "--limit", "8M", "--once", "--name", self.name)
+
     def rouse(self) -> None:
         self.run("rouse", str(self.program.pid))
 
@@ -87,7 +91,7 @@ class Session:
         self.program.prove()
 
 
-DEEDS = ("checkpoint", "doze", "rouse", "move", "kill_a_pager", "collect_garbage")
+DEEDS = ("checkpoint", "doze", "limit", "rouse", "move", "kill_a_pager", "collect_garbage")
 
 
 def test_sessions_live_through_everything(

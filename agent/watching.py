@@ -100,10 +100,11 @@ class Watcher:
         if session.lock.locked() or session.called_off is not None:
             raise Busy(f"something is done to session {session.record.name} already")
         session.called_off = asyncio.Event()
+        began_s = time.monotonic()
         try:
             if verb == HIBERNATE:
                 await self._give_notice(session, why)
-            await self._see_that_it_is_idle(session)
+            await self._see_that_it_is_idle(session, began_s)
             called_off = session.called_off
 
             def still_wanted() -> None:
@@ -135,15 +136,16 @@ class Watcher:
             self._agent.update(session, "called_off", "somebody asked for something else")
             raise Busy(f"the eviction of {name} was called off")
 
-    async def _see_that_it_is_idle(self, session: Session) -> None:
-        """Look at it over a short moment of its own, whatever the last round said."""
+    async def _see_that_it_is_idle(self, session: Session, since_s: float) -> None:
+        """Look over a moment of its own; every look since `since_s` must have found it idle."""
         self.look(session)
-        await asyncio.sleep(min(_LOOK_AGAIN_S, self._agent.settings.sample_s))
+        await asyncio.sleep(_LOOK_AGAIN_S)
         self.look(session)
         if session.lock.locked() or session.record.state not in LIVING or session.pidfd < 0:
             raise Busy(f"something is done to session {session.record.name} already")
-        if session.is_active:
+        if session.is_active or session.idle_for_s < time.monotonic() - since_s:
             words = "; ".join(f"{v.probe}: {v.reason}" for v in session.verdicts if v.active)
+            words = words or "it was a moment ago"
             self._agent.update(session, "called_off", f"it is in use again: {words}")
             raise Busy(f"session {session.record.name} is in use again: {words}")
 

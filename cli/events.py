@@ -11,12 +11,13 @@ from urllib.parse import quote
 import click
 
 from .arguments import json_option
-from .layout import paint, say
+from .layout import paint, say, say_json
 from .sessions import choose, complete_name, name_argument
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+_MOST_TEXT_BYTES = 1 << 20
 _LOUD = {"failed": "red", "failure": "red", "refused": "red", "notice": "yellow"}
 
 
@@ -75,7 +76,8 @@ def describe(event: dict[str, Any]) -> str:
 )
 @name_argument
 @click.option("-f", "--follow", is_flag=True, help="Go on as it prints, until Ctrl-C.")
-def logs(name: str | None, follow: bool) -> None:
+@json_option
+def logs(name: str | None, follow: bool, as_json: bool) -> None:
     """Show what a woken session prints, where its own terminal or pipe is gone.
 
     What is printed before the first wake, or to a file of its own, is not here.
@@ -93,6 +95,11 @@ def logs(name: str | None, follow: bool) -> None:
             f"{chosen} has printed nothing that lzy keeps",
             remedy="only what a session prints after a wake, to no file of its own, is kept",
         )
+    if as_json:
+        content = path.read_bytes()
+        text = content[-_MOST_TEXT_BYTES:].decode(errors="replace")
+        say_json({"name": chosen, "file": str(path), "length_bytes": len(content), "text": text})
+        return
     try:
         _copy(path, follow)
     except KeyboardInterrupt:

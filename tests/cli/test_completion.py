@@ -21,7 +21,7 @@ def _complete(lzy: Run, line: str) -> list[str]:
 
 def test_commands_complete(lzy: Run) -> None:
     """A command's name completes, without importing the command."""
-    assert _complete(lzy, "lzy re") == ["restore"]
+    assert _complete(lzy, "lzy res") == ["restore"]
 
 
 def test_choices_complete(lzy: Run) -> None:

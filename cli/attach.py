@@ -140,6 +140,8 @@ def _kernel_name(asked: str) -> Any:
         words = _read(pid, "cmdline").split("\0")
         given = [after for word, after in pairwise(words) if word in _FLAGS]
         given += [word.partition("=")[2] for word in words if word.partition("=")[0] in _FLAGS]
+        if path.exists():
+            return any(os.path.realpath(file) == os.path.realpath(path) for file in given)
         return any(Path(file).name == path.name for file in given)
 
     return is_kernel

@@ -20,11 +20,8 @@ if TYPE_CHECKING:
     Start = Callable[..., Program]
 
 # The engine's own tests kill it at every stage; to the agent these differ.
-DUMP_STAGES = ["dump.seized", "dump.writing", "dump.written", "dump.committed", "dump.ended"]
-RESTORE_STAGES = [
-    "restore.checked", "restore.created", "restore.threads", "restore.paging",
-    "restore.committing", "restore.committed",
-]  # fmt: skip
+DUMP_STAGES = ["dump.seized", "dump.written", "dump.committed", "dump.ended"]
+RESTORE_STAGES = ["restore.checked", "restore.threads", "restore.committing", "restore.committed"]
 DOZE_STAGES = [stage for stage in STAGES if stage.startswith("doze.")]
 AGENT_STAGES = [stage for stage in STAGES if stage.startswith("operation.")]
 OF_THE_CHILD = "operation.done"
@@ -61,7 +58,7 @@ def prove(program: Program, service: Service, deadly: str = "") -> str:
     assert session["operation"] is None
     assert session["epoch"] <= 2
     program.prove()
-    if deadly.startswith("doze."):
+    if deadly and deadly not in (OF_THE_CHILD, "dump.committed", "restore.committing"):
         return state
     # What was killed hinders nothing: down and up once more, whole.
     service.do("hibernate")

@@ -315,7 +315,7 @@ def _inodes(pid: int, numbers: Sequence[int]) -> list[int]:
 
 def _is_the_one(fd: int, facts: dict[str, Any], place: int) -> bool:
     """Whether our duplicate is of what the process had there when the journal was written."""
-    return os.fstat(fd).st_ino == facts["inodes"][place]
+    return bool(os.fstat(fd).st_ino == facts["inodes"][place])
 
 
 def _take_harbour(journal: Journal, pidfd: int) -> list[int]:

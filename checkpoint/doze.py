@@ -54,8 +54,6 @@ WHY = "doze"
 _SLICE_BYTES = 16 << 20
 _SLICE_RANGES = 1000
 _UNFIT = frozenset({"gd", "lo", "dp", "io", "pf", "wf"})
-_AF_UNIX, _SOCK_SEQPACKET, _SOCK_CLOEXEC = 1, 5, 0x80000
-_SYS_SOCKETPAIR = 53
 
 Range = tuple[int, int]
 
@@ -351,7 +349,8 @@ def _open_descriptors(tracee: Tracee) -> tuple[int, tuple[int, int]]:
     batch = tracee.batch()
     made = batch.call(process.SYS_USERFAULTFD, os.O_CLOEXEC | os.O_NONBLOCK, what="userfaultfd")
     pair = batch.room(8)
-    batch.call(_SYS_SOCKETPAIR, _AF_UNIX, _SOCK_SEQPACKET | _SOCK_CLOEXEC, 0, pair)
+    kind = process.SOCK_SEQPACKET | process.SOCK_CLOEXEC
+    batch.call(process.SYS_SOCKETPAIR, process.AF_UNIX, kind, 0, pair)
     tracee.run(leader, batch)
     ends = memoryview(batch.read(pair, 8)).cast("i")
     return batch.results[made], (ends[0], ends[1])

@@ -72,12 +72,12 @@ SYS_RESTART_SYSCALL: Final = 219
 RESTARTED_CALLS: Final = frozenset({7, 35, 202, 230})
 """poll, nanosleep, futex, clock_nanosleep: what restart_syscall(2) goes on with."""
 
-CLONE_VM: Final = 0x100
-CLONE_FS: Final = 0x200
 AF_UNIX: Final = 1
 SOCK_SEQPACKET: Final = 5
 SOCK_CLOEXEC: Final = 0o2000000
 
+CLONE_VM: Final = 0x100
+CLONE_FS: Final = 0x200
 CLONE_FILES: Final = 0x400
 CLONE_SIGHAND: Final = 0x800
 CLONE_PARENT: Final = 0x8000

@@ -38,6 +38,7 @@ from .tracee import Tracee
 Range = tuple[int, int]
 
 _ATTEMPTS = 20
+_NAMES = ("lzy-pager", "lzy-keeper")  # as they call themselves: a pid may be another's by now
 _READERS_END_S = 2.0
 
 
@@ -112,7 +113,8 @@ def _seize(doze: Doze) -> tuple[Tracee, Tracee]:
         try:
             for tracee in held[::-1]:
                 tracee.seize()
-            if read_status(doze.journal)[1][:2] == status[:2]:
+            names = tuple(proc.stat(tracee.pid)[1] for tracee in held)
+            if names == _NAMES and read_status(doze.journal)[1][:2] == status[:2]:
                 return held
         except LzyError:  # one has just been killed: the other starts it anew
             time.sleep(0.01)

@@ -252,9 +252,7 @@ def _prepare(
         ranges = choose(_unwritten(pid, vmas, away.moved))
         if not ranges:
             return None, time.monotonic() - frozen_at
-        end_pager(
-            before, pagers
-        )  # whoever looks for a page that is away now waits for the next one
+        end_pager(before, pagers)  # who looks for a page that is away now waits for the next one
         reach("doze.replacing")
         number, harbour = before.uffd_number, before.harbour_numbers
         try:

@@ -175,12 +175,19 @@ def keep_below(
                 unsettled -= 1
                 heat.settle()
         except NotFound:
-            if rounds or not once:
-                return rounds  # it has ended
-            raise
-        if once:
+            if once or not _has_ended(pid):  # something else was not found
+                raise
+        if once or _has_ended(pid):
             return rounds
         time.sleep(max(every_s, 2 * (time.monotonic() - began)))
+
+
+def _has_ended(pid: int) -> bool:
+    """Whether it is gone, or a zombie that nobody has waited for yet."""
+    try:
+        return proc.stat(pid)[2] in "ZX"
+    except NotFound:
+        return True
 
 
 def release(

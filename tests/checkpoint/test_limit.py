@@ -104,8 +104,9 @@ def test_it_is_kept_below_as_it_grows_until_it_ends(dozer: Dozer) -> None:
             dozer.read(BASE, PAGES * PAGE_BYTES)
     finally:
         dozer.child.kill()
+        keeper.join(20)  # a zombie has ended, too
         dozer.child.wait()
-        keeper.join(20)
+    assert not keeper.is_alive()
     assert len(found[0]) >= 3
 
 

@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import platform
+import queue
 import re
 import shutil
 import signal
@@ -33,6 +34,7 @@ from lzy.cli.layout import count, duration, facts, paint, size
 ROWS_OF_HALF_A_GIGABYTE = 4_400_000
 CELL_TIMEOUT_S = 300
 COMMAND_TIMEOUT_S = 300
+SUBSCRIPTION_PERIOD_S = 0.1
 
 
 class DemoFailed(Exception):
@@ -58,6 +60,26 @@ class Notebook:
         self.client = BlockingKernelClient(connection_file=self.manager.connection_file)
         self.client.load_connection_file()
         self.client.start_channels()
+
+    def await_subscription(self) -> None:
+        """Return once what the kernel publishes comes through.
+
+        A kernel publishes to who has subscribed: what it says before that, after its start or after
+        the client has had to connect anew, goes nowhere. So it is asked until an answer is heard.
+        """
+        deadline = time.monotonic() + CELL_TIMEOUT_S
+        asked = set()
+        while time.monotonic() < deadline:
+            asked.add(self.client.kernel_info())
+            try:
+                while True:
+                    message = self.client.get_iopub_msg(timeout=SUBSCRIPTION_PERIOD_S)
+                    if message["parent_header"].get("msg_id") in asked:
+                        return
+            except queue.Empty:
+                if not is_alive(self.seen_as):
+                    raise DemoFailed(f"the kernel (pid {self.pid}) is gone") from None
+        raise DemoFailed(f"the kernel does not answer within {CELL_TIMEOUT_S} s")
 
     def run(self, code: str) -> str:
         """Run a cell; what it printed. Raises DemoFailed if it failed or the kernel is gone."""
@@ -201,7 +223,7 @@ def show(lzy: Lzy, folder: Path, rows: int) -> dict[str, float]:
     try:
         with step("Start a notebook kernel, as Jupyter does") as took:
             notebook = Notebook(folder)
-            notebook.run("pass")
+            notebook.await_subscription()
             say(f"ipykernel, pid {notebook.pid}, python {platform.python_version()}")
         figures["start_s"] = took["s"]
 
@@ -230,6 +252,7 @@ def show(lzy: Lzy, folder: Path, rows: int) -> dict[str, float]:
             began = time.monotonic()
             printed, figures["restore_s"] = lzy.call("restore", "notebook")
             notebook.seen_as = pid_of(printed)
+            notebook.await_subscription()
             answer = notebook.run(session.FIRST)
             figures["first_reply_s"] = time.monotonic() - began
             say(f"first reply   {answer}")

@@ -186,7 +186,7 @@ class Restorer:
             resources.finish_descriptors(
                 self.document["descriptors"],
                 self.local,
-                pid=born.pid,
+                pids={self.document["descriptors"]["pid"]: born.pid},
                 tids={t["tid"]: new.tid for t, new in zip(self.threads, new_threads, strict=True)},
             )
             remember_restored(self.image, born.pid, self.session, self.notes)

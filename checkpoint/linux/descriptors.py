@@ -61,6 +61,7 @@ TIOCGEXCL = 0x80045440
 TIOCEXCL = 0x540C
 TIOCGWINSZ = 0x5413
 TIOCSWINSZ = 0x5414
+TIOCSCTTY = 0x540E
 TCGETS2 = 0x802C542A
 TCSETS2 = 0x402C542B
 TERMIOS2_BYTES = 44
@@ -119,12 +120,12 @@ def duplicate_from(pidfd: int, number: int) -> int:
     return syscall(_PIDFD_GETFD, pidfd, number, 0)
 
 
-def compare_descriptions(pid: int, one: int, other: int) -> int:
-    """Order the descriptions behind two descriptors of `pid`: 0 the same, -1 or 1 a total order.
+def compare_descriptions(pid: int, one: int, other: int, other_pid: int = 0) -> int:
+    """Order the descriptions behind two descriptors: 0 the same, -1 or 1 a total order.
 
-    Source: kcmp(2), KCMP_FILE.
+    `one` is of process `pid`, `other` of `other_pid` (0: of the same). Source: kcmp(2), KCMP_FILE.
     """
-    answer = syscall(_KCMP, pid, pid, _KCMP_FILE, one, other)
+    answer = syscall(_KCMP, pid, other_pid or pid, _KCMP_FILE, one, other)
     return {0: 0, 1: -1, 2: 1}.get(answer, 1)
 
 

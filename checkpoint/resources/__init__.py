@@ -11,10 +11,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from .assembly import (
+    chosen_places,
     close_descriptors,
     finish_descriptors,
     free_number,
     make_descriptors,
+    needs_placing,
     place_descriptors,
 )
 from .kind import NoObjects, ObjectSink, ObjectSource, RestoreOptions, all_kinds
@@ -22,20 +24,24 @@ from .locks import posix_locks
 
 if TYPE_CHECKING:
     from .release import hold_connections, release_descriptors
-    from .survey import describe_descriptors
+    from .survey import Holder, describe_descriptors, describe_together
 
 __all__ = [
+    "Holder",
     "NoObjects",
     "ObjectSink",
     "ObjectSource",
     "RestoreOptions",
+    "chosen_places",
     "close_descriptors",
     "describe_descriptors",
+    "describe_together",
     "finish_descriptors",
     "free_number",
     "hold_connections",
     "load_kinds",
     "make_descriptors",
+    "needs_placing",
     "place_descriptors",
     "posix_locks",
     "release_descriptors",
@@ -51,10 +57,10 @@ def load_kinds() -> None:
 
 def __getattr__(name: str) -> Any:
     # What only a dump needs is loaded then: a restore must not wait for it.
-    if name == "describe_descriptors":
-        from .survey import describe_descriptors as found
+    if name in ("Holder", "describe_descriptors", "describe_together"):
+        from . import survey
 
-        return found
+        return getattr(survey, name)
     if name in ("hold_connections", "release_descriptors"):
         from . import release
 

@@ -36,6 +36,11 @@ class Assembly:
         self.local: dict[int, int] = {}
         """Description index to our descriptor of it; -1-n is the replacement for number n."""
         self.numbers = _numbers_of(table)
+        """Description index to the numbers that lead to it, in whichever process."""
+        self._places: dict[int, list[tuple[int, int]]] = {}
+        for holder, places in _tables_of(table):
+            for number, place in places.items():
+                self._places.setdefault(place["description"], []).append((holder, int(number)))
         self._once: dict[Any, Any] = {}
 
     def once(self, key: Any, make: Callable[[], T]) -> T:
@@ -63,14 +68,24 @@ class Assembly:
 
     def is_needed(self, index: int) -> bool:
         """Whether anything is left of it once the standard descriptors are re-pointed."""
-        numbers = self.numbers.get(index, [])
-        if any(number > 2 or not self._replacement(number) for number in numbers):
+        numbers = self._places.get(index, [])
+        if any(not self._is_repointed(holder, number, index) for holder, number in numbers):
             return True
         return any(
             target["description"] == index
             for entry in self.entries
             for target in entry.get("targets", ())
         )
+
+    def _is_repointed(self, holder: int, number: int, index: int) -> bool:
+        """Whether a standard descriptor leads to what was chosen instead.
+
+        That of another process of the tree does where it is the first one's, inherited.
+        """
+        if number > 2 or not self._replacement(number):
+            return False
+        own = self.table["descriptors"].get(str(number))
+        return not holder or (own is not None and own["description"] == index)
 
     def adopt(self, index: int, fd: int) -> int:
         """Own `fd` as description `index`: moved above all numbers of the process."""
@@ -146,14 +161,21 @@ class Assembly:
 def _numbers_of(table: dict[str, Any]) -> dict[int, list[int]]:
     """Description index to the descriptors that share it."""
     numbers: dict[int, list[int]] = {}
-    for number, place in table["descriptors"].items():
-        numbers.setdefault(place["description"], []).append(int(number))
+    for _, places in _tables_of(table):
+        for number, place in places.items():
+            numbers.setdefault(place["description"], []).append(int(number))
     return numbers
+
+
+def _tables_of(table: dict[str, Any]) -> list[tuple[int, dict[str, Any]]]:
+    """(number of the process in the tree, its descriptors); 0 for the first."""
+    others = table.get("others", {}).items()
+    return [(0, table["descriptors"]), *((int(holder), places) for holder, places in others)]
 
 
 def free_number(table: dict[str, Any]) -> int:
     """The first number above all that the process uses (at least 3)."""
-    return max([2, *map(int, table["descriptors"])]) + 1
+    return max([2, *(int(number) for _, places in _tables_of(table) for number in places)]) + 1
 
 
 def set_flags(fd: int, flags: int) -> None:
@@ -193,35 +215,36 @@ def make_descriptors(
     return assembly.local
 
 
-def place_descriptors(table: dict[str, Any], local: dict[int, int], keep: Sequence[int]) -> None:
+def place_descriptors(
+    table: dict[str, Any], local: dict[int, int], keep: Sequence[int], holder: int = 0
+) -> None:
     """In the child that becomes the process: every descriptor to its number, all others closed.
+
+    `holder` is its number in the tree, 0 for the first.
 
     Those in `keep` stay as they are; they must not be numbers of the table (`free_number` tells
     where the free ones begin), else ValueError. All come out without close-on-exec, so that they
     live through the exec of the stub.
     """
-    places = {int(number): place["description"] for number, place in table["descriptors"].items()}
+    places = {int(n): place["description"] for n, place in dict(_tables_of(table))[holder].items()}
     if taken := sorted(set(places) & set(keep)):
         raise ValueError(f"descriptors {taken} are to be kept and also belong to the process")
     for index, entry in enumerate(table["descriptions"]):
-        if index in local:
+        if index in local and entry.get("holder", 0) == holder:
             made = kind_named(entry["kind"]).make_inside(entry, os.getpid())
             if made is not None:
                 os.dup2(made, local[index], inheritable=False)
                 os.close(made)
                 set_flags(local[index], entry["flags"])
-    _place_stale_targets(table, local, set(keep))
-    wanted = dict(places)
-    for number in (0, 1, 2):
-        if -1 - number in local:
-            wanted[number] = -1 - number
+    _place_stale_targets(table, local, set(keep), holder)
+    wanted = chosen_places(table, local, holder)
     for number, index in wanted.items():
         os.dup2(local[index], number, inheritable=True)
     for index, entry in enumerate(table["descriptions"]):
         if index in local:
-            kind_named(entry["kind"]).place(entry, local[index], local)
+            kind_named(entry["kind"]).place(entry, local[index], local, holder)
     for number, index in places.items():
-        if wanted[number] == index:
+        if wanted[number] == index and table["descriptions"][index].get("holder", 0) == holder:
             owners.ask_for_signals(table["descriptions"][index], number)
     previous = -1
     for number in sorted({*wanted, *keep}):
@@ -230,7 +253,32 @@ def place_descriptors(table: dict[str, Any], local: dict[int, int], keep: Sequen
     kernel.close_range(previous + 1, 0x7FFFFFFF)
 
 
-def _place_stale_targets(table: dict[str, Any], local: dict[int, int], keep: set[int]) -> None:
+def chosen_places(table: dict[str, Any], local: dict[int, int], holder: int = 0) -> dict[int, int]:
+    """Each number of a process to what `local` has for it: its description or a re-pointed one."""
+    places = dict(_tables_of(table))[holder]
+    wanted = {int(number): place["description"] for number, place in places.items()}
+    for number in (0, 1, 2):
+        own = table["descriptors"].get(str(number))
+        if -1 - number in local and (
+            not holder or (own is not None and wanted.get(number) == own["description"])
+        ):
+            wanted[number] = -1 - number
+    return wanted
+
+
+def needs_placing(table: dict[str, Any], holder: int) -> bool:
+    """Whether `place_descriptors` does more for a process than to put descriptors at numbers."""
+    return any(
+        (entry["flags"] & os.O_ASYNC
+        and entry.get("holder", 0) == holder)
+        or any(target.get("holder", 0) == holder for target in entry.get("targets", ()))
+        for entry in table["descriptions"]
+    )
+
+
+def _place_stale_targets(
+    table: dict[str, Any], local: dict[int, int], keep: set[int], holder: int
+) -> None:
     """Let epolls watch what they watch under numbers that now mean something else.
 
     The program registered a descriptor, made a duplicate and closed the first: the kernel still
@@ -238,7 +286,7 @@ def _place_stale_targets(table: dict[str, Any], local: dict[int, int], keep: set
     """
     for index, entry in enumerate(table["descriptions"]):
         for target in entry.get("targets", ()):
-            if index not in local or not target["stale"]:
+            if index not in local or not target["stale"] or target.get("holder", 0) != holder:
                 continue
             number = target["number"]
             if number in keep or number in local.values():
@@ -254,15 +302,15 @@ def finish_descriptors(
     table: dict[str, Any],
     local: dict[int, int],
     *,
-    pid: int,
+    pids: dict[int, int],
     tids: dict[int, int] | None = None,
 ) -> None:
     """In the restorer, when the process exists and before it runs: owners, locks, timers, seals.
 
-    `pid` is the new process as seen from here; `tids` maps thread ids of the image to those here.
-    Closes our copies and empties `local`. Raises Busy when another process holds a lock by now.
+    `pids` maps pids as lzy saw them at the dump to those it sees here, `tids` thread ids of the
+    image. Closes our copies and empties `local`. Raises Busy when another process holds a lock.
     """
-    finish = Finish(pid=pid, original_pid=table["pid"], tids=tids or {})
+    finish = Finish(pids=pids, tids=tids or {})
     numbers = _numbers_of(table)
     for index, entry in enumerate(table["descriptions"]):
         if index not in local:

@@ -39,23 +39,24 @@ class Epoll(Kind):
             facts = dict(zip(words[::2], words[1::2], strict=False))
             number = int(facts["tfd:"])
             occurrence = seen[number] = seen.get(number, -1) + 1
-            index, stale = _find_target(opened, survey, number, occurrence)
-            targets.append(
-                {
-                    "number": number,
-                    "description": index,
-                    "events": int(facts["events:"], 16),
-                    "data": int(facts["data:"], 16),
-                    "stale": stale,
-                }
-            )
+            index, stale, holder = _find_target(opened, survey, number, occurrence)
+            target = {
+                "number": number,
+                "description": index,
+                "events": int(facts["events:"], 16),
+                "data": int(facts["data:"], 16),
+                "stale": stale,
+            }
+            if holder:
+                target["holder"] = holder
+            targets.append(target)
         return {"targets": targets}
 
     def make(self, index: int, entry: Entry, assembly: Assembly) -> int:
         return kernel.make_epoll()
 
-    def place(self, entry: Entry, fd: int, local: dict[int, int]) -> None:
-        fresh = [target for target in entry["targets"] if not target["stale"]]
+    def place(self, entry: Entry, fd: int, local: dict[int, int], holder: int) -> None:
+        fresh = [t for t in entry["targets"] if not t["stale"] and t.get("holder", 0) == holder]
         # Fired ones first: what is ready is taken off again before others could be.
         for target in fresh:
             if _has_fired(target):
@@ -65,17 +66,27 @@ class Epoll(Kind):
                 _add(fd, target, target["events"])
 
 
-def _find_target(opened: Opened, survey: Survey, number: int, occurrence: int) -> tuple[int, bool]:
-    """The description that an entry watches, and whether its number means something else now."""
+def _find_target(
+    opened: Opened, survey: Survey, number: int, occurrence: int
+) -> tuple[int, bool, int]:
+    """The description that an entry watches, whether its number means something else now, and who.
 
-    def watches(candidate: int) -> bool:
-        return kernel.watches_description(survey.pid, candidate, opened.number, number, occurrence)
-
-    if number in survey.index_of and watches(number):
-        return survey.index_of[number], False
-    for other in survey.opened:
-        if watches(other.number):
-            return other.index, True
+    The last is the process of a tree whose number it is, 0 for the first: the one that registered
+    it, or one that inherited the number.
+    """
+    for at, own in opened.first_places():
+        holder = survey.holders[at]
+        index = survey.index_of.get((at, number))
+        if index is not None and kernel.watches_description(
+            holder.pid, number, own, number, occurrence
+        ):
+            return index, False, holder.number
+    for (at, candidate), index in survey.index_of.items():
+        own_number = dict(opened.first_places()).get(at)
+        if own_number is not None and kernel.watches_description(
+            survey.holders[at].pid, candidate, own_number, number, occurrence
+        ):
+            return index, True, survey.holders[at].number
     raise opened.refusal(
         f"it watches something registered as descriptor {number} that the process has closed "
         "and somebody else keeps open",

@@ -38,7 +38,7 @@ class File(Kind):
     def describe(self, opened: Opened, survey: Survey) -> Entry:
         status = opened.status
         entry: Entry = {"path": opened.link, "mode": status.st_mode}
-        if own := _path_in_own_proc(opened.link, survey.pid):
+        if own := _path_in_own_proc(opened.link, opened.pid):
             return entry | {"form": "own", "path": own}
         if _leads_to(opened.link, status):
             if opened.is_path_only:

@@ -70,10 +70,9 @@ class RestoreOptions(NamedTuple):
 class Finish:
     """What a kind may need once the process exists and before it runs."""
 
-    def __init__(self, pid: int, original_pid: int, tids: dict[int, int]) -> None:
-        self.pid = pid
-        """The process, as the restorer sees it."""
-        self.original_pid = original_pid
+    def __init__(self, pids: dict[int, int], tids: dict[int, int]) -> None:
+        self.pids = pids
+        """The processes by the pids they had, as lzy saw them, to those that the restorer sees."""
         self.tids = tids
         """Thread ids of the image to thread ids as the restorer sees them."""
 
@@ -108,8 +107,11 @@ class Kind:
         """In the new process itself: make what only it can; None keeps what `make` made."""
         return None
 
-    def place(self, entry: Entry, fd: int, local: dict[int, int]) -> None:
-        """In the new process: what must be done there when every descriptor has its number."""
+    def place(self, entry: Entry, fd: int, local: dict[int, int], holder: int) -> None:
+        """In the new process: what must be done there when every descriptor has its number.
+
+        `holder` is its number in the tree, 0 for the first: only what that one registered.
+        """
 
     def finish(self, entry: Entry, fd: int, finish: Finish) -> None:
         """In the restorer, on its own copy `fd`, when the process exists, just before it runs."""

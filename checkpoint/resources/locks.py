@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from ..errors import Busy, KernelError
@@ -21,8 +22,20 @@ if TYPE_CHECKING:
 
 def describe_locks(opened: Opened) -> dict[str, Any]:
     """`{"locks": [...]}` with form (POSIX, OFDLCK, FLOCK), write, start, length_bytes (0: all)."""
-    found = []
-    for line in opened.information:
+    found: list[dict[str, Any]] = []
+    for at, number in opened.first_places():
+        holder = opened.survey.holders[at]
+        for lock in _locks_of(opened, opened.survey.information[at, number].splitlines()):
+            if lock["form"] == "POSIX" or holder is opened.holder:
+                found.append(lock | {"number": number})
+                if holder.number:
+                    found[-1]["holder"] = holder.number
+    return {"locks": found} if found else {}
+
+
+def _locks_of(opened: Opened, information: list[str]) -> Iterator[dict[str, Any]]:
+    """The locks that a descriptor's fdinfo tells of."""
+    for line in information:
         name, _, text = line.partition(":")
         if name != "lock":
             continue
@@ -34,20 +47,18 @@ def describe_locks(opened: Opened) -> dict[str, Any]:
                 "let the process give it back with fcntl(F_SETLEASE, F_UNLCK), then dump again",
             )
         length_bytes = 0 if end == "EOF" else int(end) - int(start) + 1
-        found.append(
-            {
-                "form": form,
-                "write": access == "WRITE",
-                "start": int(start),
-                "length_bytes": length_bytes,
-                "number": opened.number,
-            }
-        )
-    return {"locks": found} if found else {}
+        yield {
+            "form": form,
+            "write": access == "WRITE",
+            "start": int(start),
+            "length_bytes": length_bytes,
+        }
 
 
-def posix_locks(table: dict[str, Any]) -> list[tuple[int, int, bytes]]:
+def posix_locks(table: dict[str, Any], holder: int = 0) -> list[tuple[int, int, bytes]]:
     """The calls with which the new process itself must take its POSIX locks.
+
+    `holder` is its number in the tree, 0 for the first.
 
     Each is (descriptor, fcntl command, struct flock in bytes): fcntl(descriptor, command, &flock)
     made in the process, after the descriptors are in place. EAGAIN or EACCES means that another
@@ -56,7 +67,7 @@ def posix_locks(table: dict[str, Any]) -> list[tuple[int, int, bytes]]:
     calls = []
     for entry in table["descriptions"]:
         for lock in entry.get("locks", ()):
-            if lock["form"] == "POSIX":
+            if lock["form"] == "POSIX" and lock.get("holder", 0) == holder:
                 calls.append((lock["number"], fcntl.F_SETLK, _packed(lock)))
     return calls
 

@@ -33,8 +33,8 @@ def give_owner(entry: Entry, fd: int, finish: Finish) -> None:
     kind, identity = entry["owner"]
     if kind == kernel.OWNER_TID:
         identity = finish.tids.get(identity, identity)
-    elif identity == finish.original_pid:
-        identity = finish.pid
+    else:
+        identity = finish.pids.get(identity, identity)
     try:
         kernel.set_signal_owner(fd, kind, identity)
     except ProcessLookupError:

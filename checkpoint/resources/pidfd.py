@@ -23,14 +23,17 @@ class ProcessDescriptor(Kind):
             raise opened.refusal(
                 f"it refers to the thread {target}", "let the process close it, then dump again"
             )
-        if target == survey.pid:
+        if target == opened.pid:
             return {"form": "own"}
+        for holder in survey.holders:
+            if target == holder.pid:
+                return {"form": "member", "target": survey.number_of(holder)}
         if target <= 0:
             return {"form": "ended"}
         return {"form": "other", "target": target, "started": _start(target)}
 
     def make(self, index: int, entry: Entry, assembly: Assembly) -> int:
-        if entry["form"] == "own":
+        if entry["form"] in ("own", "member"):
             return os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)  # until there is the process
         if entry["form"] == "other" and _start(entry["target"]) == entry["started"]:
             with contextlib.suppress(ProcessLookupError):

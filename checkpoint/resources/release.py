@@ -18,18 +18,25 @@ from ..linux import descriptors as kernel
 from . import socket_state as state
 
 
-def hold_connections(pidfd: int, table: dict[str, Any]) -> list[tuple[int, bool]]:
+def hold_connections(
+    pidfd: int, table: dict[str, Any], pidfds: dict[int, int] | None = None
+) -> list[tuple[int, bool]]:
     """Duplicate the TCP connections of the frozen process that `table` describes.
+
+    `pidfds` are those of the other processes of a tree, by their numbers in it.
 
     To be called while it is frozen, just before it is ended; the answer is for
     `release_descriptors`: (our descriptor, whether both ends are in the process).
     """
     held: list[tuple[int, bool]] = []
-    number_of = {place["description"]: int(n) for n, place in table["descriptors"].items()}
+    found = {}
+    for holder, places in [*table.get("others", {}).items(), (0, table["descriptors"])]:
+        owner = (pidfds or {})[int(holder)] if int(holder) else pidfd
+        found.update({place["description"]: (owner, int(n)) for n, place in places.items()})
     try:
         for index, entry in enumerate(table["descriptions"]):
             if entry["kind"] == "tcp_socket" and entry["form"] != "listening":
-                fd = kernel.duplicate_from(pidfd, number_of[index])
+                fd = kernel.duplicate_from(*found[index])
                 held.append((fd, entry["form"] in ("connected", "waiting")))
     except BaseException:
         for fd, _ in held:

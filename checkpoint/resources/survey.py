@@ -1,7 +1,8 @@
-"""What a frozen process holds open, seen from outside: its descriptions, each once.
+"""What frozen processes hold open, seen from outside: their descriptions, each once.
 
-Descriptors are grouped by what they share (an open file description) with kcmp(2); each
-description is duplicated into lzy with pidfd_getfd(2), asked by its kind, and let go.
+Descriptors are grouped by what they share (an open file description) with kcmp(2), within a process
+and between those of a tree; each description is duplicated into lzy with pidfd_getfd(2), asked by
+its kind, and let go.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ import functools
 import os
 import resource
 import stat
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
+from .. import proc
 from ..errors import AccessDenied, KernelError, LzyError, NotFound, Unsupported
 from ..linux import descriptors as kernel
 from ..linux.uffd import keeps_account
@@ -23,19 +25,34 @@ from .kind import Entry, Kind, ObjectSink, all_kinds
 T = TypeVar("T")
 
 
-class Opened:
-    """One open file description of the process, and one of the numbers that lead to it."""
+class Holder(NamedTuple):
+    """A frozen process whose descriptors are asked for: `pidfd` refers to `pid`."""
 
-    def __init__(self, survey: Survey, index: int, numbers: list[int]) -> None:
+    pid: int
+    pidfd: int
+    left_out: frozenset[int] = frozenset()
+    """Numbers that are not the program's own."""
+    number: int = 0
+    """The pid as the tree itself sees it; 0 for the first of the tree."""
+
+
+class Opened:
+    """One open file description, the first process that holds it, and its numbers there."""
+
+    def __init__(self, survey: Survey, index: int, places: list[tuple[int, int]]) -> None:
+        """`places`: (index of a holder, number there), ascending."""
         self.survey = survey
         self.index = index
-        self.numbers = numbers
-        number = numbers[0]
+        self.places = places
+        self.holder = survey.holders[places[0][0]]
+        self.pid = self.holder.pid
+        self.numbers = [number for at, number in places if at == places[0][0]]
+        number = self.numbers[0]
         self.number = number
-        self.proc_path = f"/proc/{survey.pid}/fd/{number}"
-        self.link = survey.links[number]
+        self.proc_path = f"/proc/{self.pid}/fd/{number}"
+        self.link = survey.links[places[0]]
         self.status: os.stat_result = os.stat(self.proc_path)
-        self.information = survey.information[number].splitlines()
+        self.information = survey.information[places[0]].splitlines()
         self.fields = {
             name: value.strip()
             for name, separator, value in (line.partition(":") for line in self.information)
@@ -47,9 +64,13 @@ class Opened:
     @functools.cached_property
     def fd(self) -> int:
         """Our duplicate of the description, closed at the end of the survey."""
-        fd = kernel.duplicate_from(self.survey.pidfd, self.number)
+        fd = kernel.duplicate_from(self.holder.pidfd, self.number)
         self.survey.duplicates.append(fd)
         return fd
+
+    def first_places(self) -> list[tuple[int, int]]:
+        """(index of a holder, a number there) of each process that holds it."""
+        return list({at: (at, number) for at, number in reversed(self.places)}.values())[::-1]
 
     @property
     def anonymous(self) -> str:
@@ -77,37 +98,34 @@ class Opened:
 
     def __str__(self) -> str:
         names = ", ".join(map(str, self.numbers))
-        return f"descriptor {names} of process {self.survey.pid} ({self.link})"
+        return f"descriptor {names} of process {self.pid} ({self.link})"
 
     def refusal(self, reason: str, remedy: str) -> Unsupported:
         """The error that says why this description cannot be made again, and a way out."""
         return Unsupported(
             f"{self}: {reason}",
             remedy=remedy,
-            pid=self.survey.pid,
+            pid=self.pid,
             descriptor=self.number,
             link=self.link,
         )
 
 
 class Survey:
-    """Everything the process has open, for kinds that must look at their neighbours."""
+    """Everything the processes have open, for kinds that must look at their neighbours."""
 
-    def __init__(
-        self, pid: int, pidfd: int, objects: ObjectSink, left_out: frozenset[int] = frozenset()
-    ) -> None:
-        self.pid = pid
-        self._left_out = left_out
-        self.pidfd = pidfd
+    def __init__(self, holders: Sequence[Holder], objects: ObjectSink) -> None:
+        self.holders = holders
+        self.pid = holders[0].pid
         self.objects = objects
         self.duplicates: list[int] = []
-        self.links: dict[int, str] = {}
-        self.information: dict[int, str] = {}
-        """Descriptor number to its fdinfo, proc_pid_fdinfo(5)."""
+        self.links: dict[tuple[int, int], str] = {}
+        self.information: dict[tuple[int, int], str] = {}
+        """(index of the holder, descriptor number) to its fdinfo, proc_pid_fdinfo(5)."""
         self.opened: list[Opened] = []
         self.kinds: list[Kind] = []
-        self.index_of: dict[int, int] = {}
-        """Descriptor number to index of its description."""
+        self.index_of: dict[tuple[int, int], int] = {}
+        """(index of the holder, descriptor number) to index of its description."""
         self._once: dict[Any, Any] = {}
 
     def once(self, key: Any, make: Callable[[], T]) -> T:
@@ -116,6 +134,10 @@ class Survey:
             self._once[key] = make()
         value: T = self._once[key]
         return value
+
+    def number_of(self, holder: Holder) -> int:
+        """The pid of a holder as the tree itself sees it."""
+        return holder.number or proc.innermost(proc.status(holder.pid)["NSpid"])
 
     def of_kind(self, *names: str) -> list[Opened]:
         """All descriptions that the named kinds claimed."""
@@ -128,53 +150,66 @@ class Survey:
 
     def look(self) -> None:
         """Find descriptors, group them by description, and find who claims each."""
-        directory = f"/proc/{self.pid}/fd"
-        numbers = sorted(set(map(int, os.listdir(directory))) - self._left_out)
-        _allow_descriptors(2 * len(numbers) + 64)
-        groups: dict[str, list[int]] = {}
-        folder = os.open(f"/proc/{self.pid}/fdinfo", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        groups: dict[str, list[tuple[int, int]]] = {}
+        for at in range(len(self.holders)):
+            self._look_at(at, groups)
+        shared: list[list[tuple[int, int]]] = []
+        for group in groups.values():
+            shared += self._split_by_description(group)
+        _allow_descriptors(2 * len(shared) + 64)
+        for index, places in enumerate(sorted(shared)):
+            opened = Opened(self, index, places)
+            self.opened.append(opened)
+            self.index_of.update((place, index) for place in places)
+        for opened in self.opened:
+            self.kinds.append(_kind_of(opened))
+
+    def _look_at(self, at: int, groups: dict[str, list[tuple[int, int]]]) -> None:
+        holder = self.holders[at]
+        directory = f"/proc/{holder.pid}/fd"
+        numbers = sorted(set(map(int, os.listdir(directory))) - holder.left_out)
+        folder = os.open(f"/proc/{holder.pid}/fdinfo", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             for number in numbers:
                 link = os.readlink(f"{directory}/{number}")
                 information = _read(folder, str(number))
                 if link == "anon_inode:[userfaultfd]" and keeps_account(information):
                     continue  # lzy's own (`lzy.checkpoint.tracking`), which no program knows of
-                self.links[number] = link
-                self.information[number] = information
-                groups.setdefault(link, []).append(number)
+                self.links[at, number] = link
+                self.information[at, number] = information
+                groups.setdefault(link, []).append((at, number))
         finally:
             os.close(folder)
-        shared: list[list[int]] = []
-        for group in groups.values():
-            shared += self._split_by_description(group)
-        for index, numbers in enumerate(sorted(shared)):
-            opened = Opened(self, index, numbers)
-            self.opened.append(opened)
-            self.index_of.update((number, index) for number in numbers)
-        for opened in self.opened:
-            self.kinds.append(_kind_of(opened))
 
-    def _split_by_description(self, numbers: list[int]) -> list[list[int]]:
+    def _split_by_description(self, places: list[tuple[int, int]]) -> list[list[tuple[int, int]]]:
         """Divide descriptors that look alike into those that share a description."""
 
-        def order(one: int, other: int) -> int:
-            return kernel.compare_descriptions(self.pid, one, other)
+        def order(one: tuple[int, int], other: tuple[int, int]) -> int:
+            return kernel.compare_descriptions(
+                self.holders[one[0]].pid, one[1], other[1], self.holders[other[0]].pid
+            )
 
-        groups: list[list[int]] = []
-        previous = -1
-        for number in sorted(numbers, key=functools.cmp_to_key(order)):
-            if previous >= 0 and order(previous, number) == 0:
-                groups[-1].append(number)
+        groups: list[list[tuple[int, int]]] = []
+        previous: tuple[int, int] | None = None
+        for place in sorted(places, key=functools.cmp_to_key(order)):
+            if previous is not None and order(previous, place) == 0:
+                groups[-1].append(place)
             else:
-                groups.append([number])
-            previous = number
+                groups.append([place])
+            previous = place
         return [sorted(group) for group in groups]
 
     def describe(self) -> list[Entry]:
         """Ask each kind about its descriptions; the flags and the like are asked here."""
         entries = []
         for opened, kind in zip(self.opened, self.kinds, strict=True):
-            entry = {"kind": kind.name, "flags": opened.flags, "position": opened.position}
+            entry: Entry = {
+                "kind": kind.name,
+                "flags": opened.flags,
+                "position": opened.position,
+            }
+            if opened.holder.number:
+                entry["holder"] = opened.holder.number
             if not opened.is_path_only:
                 entry.update(locks.describe_locks(opened))
                 entry.update(owners.describe_owner(opened))
@@ -182,15 +217,16 @@ class Survey:
             entries.append(entry)
         return entries
 
-    def descriptors(self) -> dict[str, dict[str, Any]]:
-        """Each number (as text, for JSON) with its description and its own close-on-exec flag."""
+    def descriptors(self, at: int) -> dict[str, dict[str, Any]]:
+        """Each number of a holder (as text, for JSON): description and its own close-on-exec."""
         answer = {}
-        for number, index in sorted(self.index_of.items()):
-            flags = int(self.information[number].partition("flags:")[2].split(None, 1)[0], 8)
-            answer[str(number)] = {
-                "description": index,
-                "close_on_exec": bool(flags & os.O_CLOEXEC),
-            }
+        for place, index in sorted(self.index_of.items()):
+            if place[0] == at:
+                flags = int(self.information[place].partition("flags:")[2].split(None, 1)[0], 8)
+                answer[str(place[1])] = {
+                    "description": index,
+                    "close_on_exec": bool(flags & os.O_CLOEXEC),
+                }
         return answer
 
     def close(self) -> None:
@@ -263,14 +299,24 @@ def describe_descriptors(
     Raises Unsupported with the number, the kind and a way out for what cannot be made again,
     NotFound when the process ends meanwhile, AccessDenied, KernelError.
     """
-    survey = Survey(pid, pidfd, objects, left_out)
+    return describe_together([Holder(pid, pidfd, left_out)], objects)[0]
+
+
+def describe_together(holders: Sequence[Holder], objects: ObjectSink) -> list[dict[str, Any]]:
+    """As `describe_descriptors`, for several processes: a table of each.
+
+    The descriptions of all of them stand in the first; the others name them by their index there.
+    """
+    survey = Survey(holders, objects)
+    pid = holders[0].pid
     try:
         survey.look()
-        return {
-            "pid": pid,
-            "descriptions": survey.describe(),
-            "descriptors": survey.descriptors(),
-        }
+        tables = [
+            {"pid": holder.pid, "descriptors": survey.descriptors(at)}
+            for at, holder in enumerate(holders)
+        ]
+        tables[0]["descriptions"] = survey.describe()
+        return tables
     except LzyError:
         raise
     except OSError as error:
@@ -280,8 +326,9 @@ def describe_descriptors(
                 remedy="run lzy as the owner of the process, with the right to trace it",
                 pid=pid,
             ) from error
-        if not os.path.isdir(f"/proc/{pid}/fd"):
-            raise NotFound(f"process {pid} is gone", pid=pid) from error
+        for holder in holders:
+            if not os.path.isdir(f"/proc/{holder.pid}/fd"):
+                raise NotFound(f"process {holder.pid} is gone", pid=holder.pid) from error
         raise KernelError(
             f"cannot describe the descriptors of process {pid} ({error.filename or 'system call'})",
             error.errno or 0,

@@ -42,8 +42,8 @@ class UnixSocket(Kind):
             entry["name"] = state.address_to_json(sock.getsockname())
             entry["shutdown"] = facts.shutdown
             if isinstance(entry["name"], str):
-                entry["file"] = _describe_file(entry["name"], facts, survey.pid)
-                entry["folder"] = os.readlink(f"/proc/{survey.pid}/cwd")
+                entry["file"] = _describe_file(entry["name"], facts, opened.pid)
+                entry["folder"] = os.readlink(f"/proc/{opened.pid}/cwd")
             if facts.state == kernel.TCP_LISTEN:
                 return entry | {"form": "listening", "backlog": facts.send_queue}
             entry["failed"] = bool(kernel.readiness(sock) & select.POLLERR)
@@ -112,9 +112,9 @@ class UnixSocket(Kind):
                 _shut(sock, entry["shutdown"])
             state.settle_options(sock, entry)
 
-    def place(self, entry: Entry, fd: int, local: dict[int, int]) -> None:
+    def place(self, entry: Entry, fd: int, local: dict[int, int], holder: int) -> None:
         # SO_PEERCRED tells who called listen(2): say it again from the process itself.
-        if entry["form"] == "listening":
+        if entry["form"] == "listening" and entry.get("holder", 0) == holder:
             with state.borrowed(fd) as sock:
                 sock.listen(entry["backlog"])
 

@@ -121,7 +121,7 @@ class Cycle:
         try:
             os.close(answer)
             os.close(go)
-            finish_descriptors(self.table, local, pid=pid)
+            finish_descriptors(self.table, local, pids={self.table["pid"]: pid})
             os.write(let_go, b"1")
             return _result(result)
         finally:

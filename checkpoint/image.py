@@ -7,6 +7,7 @@ as they lie and are searched in place. The layout is told byte by byte in docs/f
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import struct
@@ -18,13 +19,14 @@ from blake3 import blake3
 
 from .buffers import page_aligned
 from .codec import RAW, SUITE_NONE, Decoder
-from .errors import Damaged, StoreUnavailable
+from .errors import Damaged, NotFound, StoreUnavailable
 from .keys import StoreKeys, keyed_digest, same_digest
 from .linux import PAGE_BYTES
 from .packs import PackFiles, Stored, pack_file, read_trailer
 from .patchwork import PIECE_RECORD, Piece, PieceTable, mask_of, place
 
 MANIFEST_VERSION = 2
+MEMBER_MARK = "#"  # behind it in a name: which process of the tree
 MOST_NAME_BYTES = 128
 MOST_MANIFEST_BYTES = 4 << 30
 MOST_DOCUMENT_BYTES = 256 << 20
@@ -225,6 +227,30 @@ class Image:
                 raise Damaged(f"the document of image {self.name} is no JSON object")
             self._document = document
         return self._document
+
+    def member(self, number: int) -> Image:
+        """The image as it would be if only that process of its tree had been dumped.
+
+        Space 0 is that process's memory, and the document tells of it; `number` is the pid as the
+        tree sees it. It shares everything with this one; only one of the two is to be closed.
+        Raises NotFound.
+        """
+        members = self.document.get("members", ())
+        found = next((member for member in members if member["pid"] == number), None)
+        if found is None:
+            raise NotFound(f"image {self.name} has no process {number}", image=self.name)
+        first, last = self.space_extent(found["space"])
+        other = copy.copy(self)
+        other.name = f"{self.name}{MEMBER_MARK}{number}"
+        other.runs = self.runs[3 * first : 3 * last]
+        other.run_count = last - first
+        other._addresses = other.runs[0::3]
+        other._owners = other.runs[2::3]
+        other._extents = {0: (0, last - first)}
+        table = {"descriptions": self.document["descriptors"]["descriptions"]}
+        other._document = {**self.document, "members": [], "zombies": [], **found}
+        other._document["descriptors"] = table | found["descriptors"]
+        return other
 
     @property
     def packs(self) -> list[tuple[bytes, int]]:

@@ -238,7 +238,8 @@ def who_waits(store: Path, image: str) -> list[int]:
     for path in run_directory().glob("*.pager"):
         with contextlib.suppress(NotFound, Damaged):
             facts, _ = read_status(path)
-            same = facts["image"] == image and os.path.realpath(facts["store"]) == str(
+            own = facts["image"].partition("#")[0]  # NAME#PID: one process of its tree
+            same = own == image and os.path.realpath(facts["store"]) == str(
                 store.resolve()
             )
             if same and _is_alive(facts):

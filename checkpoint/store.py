@@ -24,6 +24,7 @@ from .codec import SUITE_NONE
 from .errors import Busy, Damaged, LzyError, NotFound
 from .image import (
     HEADER_BYTES,
+    MEMBER_MARK,
     MOST_MANIFEST_BYTES,
     MOST_NAME_BYTES,
     Header,
@@ -188,18 +189,19 @@ class Store:
         """Load and authenticate an image, the latest when no name is given.
 
         Each pack it names is checked to be there whole. As long as the image is open (also in
-        forked children that inherited it) it cannot be removed. Raises NotFound, Damaged,
-        StoreUnavailable.
+        forked children that inherited it) it cannot be removed. `NAME#PID` is a process of the tree
+        by itself (`Image.member`). Raises NotFound, Damaged, StoreUnavailable.
         """
         if name is None:
             name = self._latest()
+        name, _, member = name.partition(MEMBER_MARK)
         image = self.load_unchecked(name)
         try:
             image.check_packs()
+            return image.member(int(member)) if member else image
         except BaseException:
             image.close()
             raise
-        return image
 
     def load_unchecked(self, name: str) -> Image:
         """Like `load`, without looking at the packs."""

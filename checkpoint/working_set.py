@@ -88,7 +88,7 @@ def remove_strays(store: Path, images: Collection[str]) -> int:
     removed = 0
     with contextlib.suppress(OSError):
         for name in os.listdir(store / _FOLDER):
-            if name.endswith(_SUFFIX) and name.removesuffix(_SUFFIX) in images:
+            if name.endswith(_SUFFIX) and name.removesuffix(_SUFFIX).partition("#")[0] in images:
                 continue
             with contextlib.suppress(OSError):
                 os.unlink(store / _FOLDER / name)

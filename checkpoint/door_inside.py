@@ -1,4 +1,4 @@
-"""What runs inside the interpreter that lzy asks: collect, release, and tell what is there.
+"""What runs inside the interpreter that lzy asks: collect, release, reseed, tell what is there.
 
 lzy never calls these functions: it sends this text. It runs under any CPython from 3.8 on, in a
 namespace of its own that is cleared afterwards, on a thread that is no `threading.Thread`. It
@@ -30,6 +30,8 @@ def answer_to(question: "dict[str, int]") -> bytes:
             told["variables"] = list_variables(question["variables"])
         if question.get("trim"):
             told["trim"] = trim()
+        if question.get("reseed"):
+            told["reseeded"] = reseed()
     except BaseException as error:
         told = {"error": f"{type(error).__name__}: {error}"[:WORDS_LIMIT]}
     forget_thread()
@@ -87,6 +89,74 @@ def release_torch(torch: object) -> None:
     cuda = getattr(torch, "cuda", None)
     if cuda and cuda.is_initialized():
         cuda.empty_cache()
+
+
+# -- other random numbers ----------------------------------------------------------------------
+
+
+def reseed() -> "dict[str, object]":
+    """Seed anew, from the operating system, every random generator that can be found."""
+    urandom = sys.modules["posix"].urandom
+    counts: dict[str, int] = {}
+    failures: list[str] = []
+
+    def renew(name: str, generator: object, how: "object") -> None:
+        try:
+            if how(generator) is not False:  # type: ignore[operator]
+                counts[name] = counts.get(name, 0) + 1
+        except Exception as error:
+            failures.append(f"a generator of {name}: {type(error).__name__}: {error}"[:WORDS_LIMIT])
+
+    kinds: "list[tuple[str, object, object]]" = []
+    if "random" in sys.modules:
+        random = sys.modules["random"]
+        system = random.SystemRandom  # which has no state
+
+        def seed_python(generator: object) -> bool:
+            if issubclass(type(generator), system):
+                return False
+            # Not its own `seed`, which a subclass may have made mean something else.
+            random.Random.seed(generator, int.from_bytes(urandom(32), "little"))
+            return True
+
+        kinds.append(("random", random.Random, seed_python))
+    numpy = sys.modules.get("numpy.random")
+    if numpy is not None:
+        kinds.append(("numpy", getattr(numpy, "BitGenerator", None), seed_bits))
+        kinds.append(("numpy", getattr(numpy, "RandomState", None), forget_gauss))
+    for thing in gc.get_objects():
+        kind = type(thing)
+        for name, base, how in kinds:
+            if type(base) is type and issubclass(kind, base):
+                renew(name, thing, how)
+    if "torch" in sys.modules:  # its default generators; the collector knows none of them
+        renew("torch", sys.modules["torch"], lambda it: it.seed())
+    if "_ssl" in sys.modules:
+        renew("OpenSSL", sys.modules["_ssl"], lambda it: it.RAND_add(urandom(64), 64.0))
+    return {"generators": sorted(counts.items()), "failures": failures}
+
+
+def seed_bits(generator: object) -> None:
+    """Give a bit generator of numpy the state that a new one of its kind has."""
+    fresh = type(generator)().state  # type: ignore[attr-defined]
+    lock = generator.lock  # type: ignore[attr-defined]
+    if not lock.acquire(timeout=TIME_LIMIT_S):
+        raise RuntimeError("it is in use")
+    try:
+        generator.state = fresh  # type: ignore[attr-defined]
+    finally:
+        lock.release()
+
+
+def forget_gauss(state: object) -> None:
+    """Have a legacy state of numpy forget the second of a pair of normal numbers, which it keeps.
+
+    Its bit generator is seeded by itself.
+    """
+    kept = state.get_state(legacy=False)  # type: ignore[attr-defined]
+    if kept.get("has_gauss"):
+        fresh = type(state._bit_generator)().state  # type: ignore[attr-defined]
+        state.set_state({**kept, "state": fresh["state"], "has_gauss": 0, "gauss": 0.0})  # type: ignore[attr-defined]
 
 
 # -- what there is -----------------------------------------------------------------------------

@@ -2,21 +2,25 @@
 
 The copy lives in a PID namespace of its own, where it has the pids it knows, and begins a session
 of its own. Nothing is done to the original: what only one of two can have (an address, a socket's
-name, a lock) is refused, and what both then share is told.
+name, a lock) is refused, and what both then share is told. *Apart*, it has a network of its own as
+well, with nobody in it: no address is taken there, and whom it was connected to is out of reach.
 """
 
 from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
-from .errors import Busy
+from . import proc
+from .errors import AccessDenied, Busy, LzyError, NotFound
 from .history import check_free, check_session_name, free_session_name, split_name
 from .home import run_directory
 from .linux import sockets
+from .linux.network import enter_apart, join_apart
 from .restore import Progress, RestoreReport, restore
 
 if TYPE_CHECKING:
@@ -24,10 +28,12 @@ if TYPE_CHECKING:
     from .store import Store
 
 _NAMED_AT_MOST = 3
+_INIT = "/memfd:lzy-init (deleted)"  # what `birth` makes the first process of a namespace of
 _RANDOM = (
-    "both lives go on with the same random numbers (random, numpy, OpenSSL, keys made from them): "
-    "seed one anew where that matters"
+    "all lives of this image go on with the same random numbers (random, numpy, OpenSSL, keys made "
+    "from them): --reseed gives this one others"
 )
+_APART = "its network is its own and empty: nobody outside reaches it, and it reaches nobody"
 
 
 def fork(
@@ -40,14 +46,17 @@ def fork(
     stdout: str | None = None,
     stderr: str | None = None,
     accept_changed_files: bool = False,
-    enter_network: Callable[[], None] | None = None,
+    apart: bool = False,
+    reseed: bool = False,
     progress: Progress | None = None,
 ) -> tuple[str, RestoreReport]:
     """Make the process of `image` once more; (the name of its session, the restore's report).
 
-    Its session is called `name`, else after the one it comes from. `enter_network` is called
-    before anything of the process is made, to put it into a network of its own. Raises Busy when
-    the name is taken, or something that the original holds; what `restore` raises besides.
+    Its session is called `name`, else after the one it comes from. `apart`: with a network and an
+    IPC namespace of its own, which the calling thread enters, too. `reseed`: its interpreter draws
+    other random numbers; the process runs by then, and is ended if it cannot be asked to. Raises
+    Busy when the name is taken, or something that the original holds, or when the interpreter
+    computes; what `restore` and `reseed.reseed` raise besides.
     """
     with _names_chosen_alone():
         if name is None:
@@ -60,8 +69,8 @@ def fork(
                 remedy="let the original close that socket, or dump and end it first",
                 path=taken,
             )
-        if enter_network is not None:
-            enter_network()
+        if apart:
+            _enter_apart()
         try:
             report = restore(
                 image,
@@ -90,8 +99,65 @@ def fork(
                 "end the original first",
                 address=error.facts["address"],
             ) from error
-    notes = [*report.notes, *shared_things(image.document, stdin, stdout, stderr), _RANDOM]
-    return name, report._replace(notes=notes)
+    notes = [*report.notes, *shared_things(image.document, stdin, stdout, stderr)]
+    if apart:
+        notes.append(_APART)
+    return name, report._replace(notes=[*notes, *(_reseed(report) if reseed else [_RANDOM])])
+
+
+def enter_copy(pid: int) -> bool:
+    """If `pid` is a copy that lives apart, enter its network, from which alone it can be dumped.
+
+    Whether it is one. The calling thread's namespaces change; of containers and the like nothing is
+    entered. Raises AccessDenied.
+    """
+    own = [os.stat(f"/proc/self/ns/{name}").st_ino for name in ("net", "ipc")]
+    try:
+        if [os.stat(f"/proc/{pid}/ns/{name}").st_ino for name in ("net", "ipc")] == own:
+            return False
+        above = pid
+        while above and int(proc.status(above)["NSpid"].split()[-1]) != 1:
+            above = int(proc.stat(above)[3])
+        if not above or os.readlink(f"/proc/{above}/exe") != _INIT:
+            return False
+        join_apart(pid)
+        return True
+    except (NotFound, FileNotFoundError, ProcessLookupError):
+        return False
+    except PermissionError as error:
+        raise AccessDenied(
+            f"cannot enter the network of pid {pid}: {error.strerror}",
+            remedy="run lzy as root",
+            pid=pid,
+        ) from error
+
+
+def _enter_apart() -> None:
+    try:
+        enter_apart()
+    except OSError as error:
+        raise AccessDenied(
+            f"cannot make a network of its own for the copy: {error.strerror}",
+            remedy="run lzy as root (CAP_SYS_ADMIN); see also user.max_net_namespaces",
+        ) from error
+
+
+def _reseed(report: RestoreReport) -> list[str]:
+    """Notes on what was seeded anew. Where nothing can be, the copy is ended, and that raised."""
+    from .reseed import in_words, reseed
+
+    try:
+        return in_words(reseed(report.pid))
+    except BaseException as error:
+        with suppress(ProcessLookupError):
+            os.kill(report.pid, signal.SIGKILL)
+        if not isinstance(error, LzyError):
+            raise
+        raise type(error)(
+            f"the copy was not seeded anew, and ended: {error.message}",
+            remedy="restore it without --reseed, or take a checkpoint while it waits",
+            **error.facts,
+        ) from error
 
 
 def shared_things(document: dict[str, Any], *replaced: str | None) -> list[str]:

@@ -31,6 +31,7 @@ from .stores import load_image, open_store
     show_default=True,
     help="Where it listens and connects: here, or in an empty network of its own.",
 )
+@click.option("--reseed", is_flag=True, help="Have its Python draw other random numbers.")
 @click.option("--eager", is_flag=True, help="Load all memory before the process runs.")
 @click.option("--stdin", metavar="FILE", type=click.Path(), help="Read standard input from FILE.")
 @click.option("--stdout", metavar="FILE", type=click.Path(), help="Write standard output to FILE.")
@@ -46,6 +47,7 @@ def fork(
     store: str | None,
     name: str | None,
     network: str,
+    reseed: bool,
     eager: bool,
     stdin: str | None,
     stdout: str | None,
@@ -60,8 +62,27 @@ def fork(
     they write and the random numbers to come; what only one can have (a port that it listens on)
     is refused.
     """
+    bring_copy(
+        image, store, name, network == "new", reseed, eager, stdin, stdout, stderr,
+        accept_changed_files, as_json,
+    )  # fmt: skip
+
+
+def bring_copy(
+    image: str | None,
+    store: str | None = None,
+    name: str | None = None,
+    apart: bool = False,
+    reseed: bool = False,
+    eager: bool = False,
+    stdin: str | None = None,
+    stdout: str | None = None,
+    stderr: str | None = None,
+    accept_changed_files: bool = False,
+    as_json: bool = False,
+) -> None:
+    """A second life of `image` (None: the latest), and how it went; `apart`: in its own network."""
     from ..checkpoint.fork import fork as fork_image
-    from ..checkpoint.linux.network import enter_new_network
     from .progress import ProgressLine
     from .restoring import as_document, describe
 
@@ -76,17 +97,16 @@ def fork(
                 stdout=stdout,
                 stderr=stderr,
                 accept_changed_files=accept_changed_files,
-                enter_network=enter_new_network if network == "new" else None,
+                apart=apart,
+                reseed=reseed,
                 progress=line.update if line else None,
             )
     except KeyboardInterrupt:
         raise Interrupted("interrupted; no process was left behind") from None
-    if network == "new":
-        enter = f"nsenter --net --target {report.pid}"
-        report.notes.append(
-            f"it is reached, and dumped, from its own network: {enter} lzy dump {report.pid}"
-        )
+    if apart:
+        report.notes.append(f"reached with: nsenter --net --target {report.pid} COMMAND")
     if as_json:
+        network = "new" if apart else "host"
         say_json({"session": session, "network": network, **as_document(report)})
     else:
         say([*describe(report), f"its session is {paint(session, 'bold')}"])

@@ -15,6 +15,8 @@ from .restoring import PID_NAMESPACES
 FLAGS = {
     "--eager": "eager",
     "--accept-changed-files": "accept_changed_files",
+    "--copy": "copy",
+    "--reseed": "reseed",
     "--json": "as_json",
 }
 VALUES = {
@@ -37,6 +39,8 @@ class RestoreArguments(TypedDict):
     stdout: str | None
     stderr: str | None
     accept_changed_files: bool
+    copy: bool
+    reseed: bool
     as_json: bool
 
 
@@ -69,7 +73,13 @@ def parse_restore(arguments: Sequence[str]) -> RestoreArguments | None:
         stdout=None,
         stderr=None,
         accept_changed_files=False,
+        copy=False,
+        reseed=False,
         as_json=False,
     )
     parsed.update(found)  # type: ignore[typeddict-item]  # the tables above name its keys
+    if parsed["reseed"] and not parsed["copy"]:
+        return None
+    if parsed["copy"] and parsed["pid_namespace"] == "host":
+        return None
     return parsed if parsed["pid_namespace"] in PID_NAMESPACES else None

@@ -15,6 +15,7 @@ from .restoring import PID_NAMESPACES, restore_image
       lzy restore before-training --eager   all memory first
       lzy restore before-training@3         its third checkpoint, not the newest
       lzy restore --pid-namespace new       when its pid is taken
+      lzy restore before-training --copy    once more, whoever runs from that image already
       lzy restore --stdin /dev/null --stdout run.log --stderr run.log
     """
 )
@@ -36,6 +37,12 @@ from .restoring import PID_NAMESPACES, restore_image
     is_flag=True,
     help="Go on though a file is not what it was when the image was taken.",
 )
+@click.option(
+    "--copy",
+    is_flag=True,
+    help="A second life, apart: with pids, network and session of its own.",
+)
+@click.option("--reseed", is_flag=True, help="With --copy: have it draw other random numbers.")
 @json_option
 def restore(
     image: str | None,
@@ -46,6 +53,8 @@ def restore(
     stdout: str | None,
     stderr: str | None,
     accept_changed_files: bool,
+    copy: bool,
+    reseed: bool,
     as_json: bool,
 ) -> None:
     """Make the process in IMAGE (the latest without it) again; return when it runs, detached.
@@ -63,5 +72,7 @@ def restore(
         stdout,
         stderr,
         accept_changed_files,
+        copy,
+        reseed,
         as_json,
     )

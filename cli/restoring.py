@@ -24,9 +24,17 @@ def restore_image(
     stdout: str | None = None,
     stderr: str | None = None,
     accept_changed_files: bool = False,
+    copy: bool = False,
+    reseed: bool = False,
     as_json: bool = False,
 ) -> None:
     """Restore `image` (None: the latest) and tell how it went; the arguments are the options'."""
+    if copy or reseed:
+        _restore_copy(
+            image, store, eager, pid_namespace, stdin, stdout, stderr, accept_changed_files, copy,
+            reseed, as_json,
+        )  # fmt: skip
+        return
     from ..checkpoint import restore as engine
 
     try:
@@ -50,6 +58,34 @@ def restore_image(
         say_json(as_document(report))
     else:
         say(describe(report))
+
+
+def _restore_copy(
+    image: str | None,
+    store: str | None,
+    eager: bool,
+    pid_namespace: str,
+    stdin: str | None,
+    stdout: str | None,
+    stderr: str | None,
+    accept_changed_files: bool,
+    copy: bool,
+    reseed: bool,
+    as_json: bool,
+) -> None:
+    """As `lzy fork --network new`, which says how; a mistake unless the options go together."""
+    import click
+
+    from .fork import bring_copy
+
+    if not copy:
+        raise click.UsageError("--reseed goes with --copy: who comes back alone goes on as it was")
+    if pid_namespace == "host":
+        raise click.UsageError("--copy has a PID namespace of its own: not --pid-namespace host")
+    bring_copy(
+        image, store, None, True, reseed, eager, stdin, stdout, stderr, accept_changed_files,
+        as_json,
+    )  # fmt: skip
 
 
 @contextmanager

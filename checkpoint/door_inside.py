@@ -107,7 +107,7 @@ def reseed() -> "dict[str, object]":
         except Exception as error:
             failures.append(f"a generator of {name}: {type(error).__name__}: {error}"[:WORDS_LIMIT])
 
-    kinds: "list[tuple[str, object, object]]" = []
+    kinds: list[tuple[str, object, object]] = []
     if "random" in sys.modules:
         random = sys.modules["random"]
         system = random.SystemRandom  # which has no state

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterator
 from typing import Any
 
 from .content import Objects
@@ -14,10 +15,16 @@ from .proc import Vma
 
 def refuse_mappings(pid: int, vmas: list[Vma]) -> None:
     """Raise Unsupported for a mapping that lzy cannot make again."""
+    for refusal in find_refusals(pid, vmas):
+        raise refusal
+
+
+def find_refusals(pid: int, vmas: list[Vma]) -> Iterator[Unsupported]:
+    """Why mappings of the process cannot be made again, one after the other."""
     for vma in vmas:
         if vma.kind not in ("vdso", "vvar", "vsyscall") and (found := _obstacle(vma)):
             what, remedy = found
-            raise Unsupported(
+            yield Unsupported(
                 f"pid {pid} has a {what} mapping at {vma.start:#x} ({vma.path or 'anonymous'})",
                 remedy=remedy,
                 pid=pid,
@@ -137,10 +144,10 @@ class Mappings:
         if vma.kind == "memory":
             described["object"] = self._objects[vma]
         elif vma.kind == "file" and vma.path != "/dev/zero":
-            described["file"] = self._describe_file(vma)
+            described["file"] = self.describe_file(vma)
         return described
 
-    def _describe_file(self, vma: Vma) -> dict[str, Any]:
+    def describe_file(self, vma: Vma) -> dict[str, Any]:
         """By what a mapped file is known again: size, modification time, build-id if it has one.
 
         Raises Unsupported when the path now names another file than the one that is mapped.

@@ -162,7 +162,12 @@ class Survey:
             self.opened.append(opened)
             self.index_of.update((place, index) for place in places)
         for opened in self.opened:
-            self.kinds.append(_kind_of(opened))
+            try:
+                kind = _kind_of(opened)
+            except Unsupported as error:
+                self.refuse(error)
+                kind = Kind()
+            self.kinds.append(kind)
 
     def _look_at(self, at: int, groups: dict[str, list[tuple[int, int]]]) -> None:
         holder = self.holders[at]
@@ -208,14 +213,22 @@ class Survey:
                 "flags": opened.flags,
                 "position": opened.position,
             }
+            entries.append(entry)
             if opened.holder.number:
                 entry["holder"] = opened.holder.number
-            if not opened.is_path_only:
-                entry.update(locks.describe_locks(opened))
-                entry.update(owners.describe_owner(opened))
-            entry.update(kind.describe(opened, self))
-            entries.append(entry)
+            try:
+                if not opened.is_path_only:
+                    entry.update(locks.describe_locks(opened))
+                    entry.update(owners.describe_owner(opened))
+                if kind.name:
+                    entry.update(kind.describe(opened, self))
+            except Unsupported as error:
+                self.refuse(error)
         return entries
+
+    def refuse(self, error: Unsupported) -> None:
+        """What to do about a description that cannot be made again: here, to give up."""
+        raise error
 
     def descriptors(self, at: int) -> dict[str, dict[str, Any]]:
         """Each number of a holder (as text, for JSON): description and its own close-on-exec."""

@@ -30,6 +30,21 @@ def find_refusals(pid: int, vmas: list[Vma]) -> Iterator[Unsupported]:
                 pid=pid,
                 address=vma.start,
             )
+    if rings := {vma.inode for vma in vmas if vma.kind == "ring"}:
+        _refuse_closed_rings(pid, rings)
+
+
+def _refuse_closed_rings(pid: int, inodes: set[int]) -> None:
+    """Raise Unsupported for a mapped io_uring whose descriptor was closed: nothing tells of it."""
+    for number in os.listdir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(OSError):
+            inodes.discard(os.stat(f"/proc/{pid}/fd/{number}").st_ino)
+    if inodes:
+        raise Unsupported(
+            f"pid {pid} has mapped an io_uring whose descriptor it has closed",
+            remedy="have the program unmap it, or keep the descriptor",
+            pid=pid,
+        )
 
 
 def _obstacle(vma: Vma) -> tuple[str, str] | None:
@@ -37,11 +52,6 @@ def _obstacle(vma: Vma) -> tuple[str, str] | None:
     path = vma.path
     if "ht" in vma.flags:
         return "huge-page (hugetlbfs)", "use transparent huge pages instead"
-    if path.startswith("anon_inode:[io_uring]"):
-        return "io_uring", (
-            "run it without: asyncio's own loop for uvloop, or `sysctl kernel.io_uring_disabled=2` "
-            "before it starts"
-        )
     if path.startswith("/[aio]"):
         return "asynchronous I/O (io_setup)", "end what uses it"
     if path.startswith("/SYSV"):
@@ -56,7 +66,7 @@ def _obstacle(vma: Vma) -> tuple[str, str] | None:
         return "shadow stack", "start it with GLIBC_TUNABLES=glibc.cpu.x86_shstk=off"
     if vma.flags & {"io", "pf"}:
         return "device memory", "have the program unmap it"
-    if path.startswith("anon_inode:"):
+    if path.startswith("anon_inode:") and vma.kind != "ring":
         return path, "have the program unmap it"
     return None
 
@@ -139,8 +149,10 @@ class Mappings:
         }
         if vma.path:
             described["path"] = vma.path
-        if vma.kind in ("file", "memory"):
+        if vma.kind in ("file", "memory", "ring"):
             described["offset"] = vma.offset
+        if vma.kind == "ring":
+            described["inode"] = vma.inode
         if vma.kind == "memory":
             described["object"] = self._objects[vma]
         elif vma.kind == "file" and vma.path != "/dev/zero":

@@ -16,6 +16,7 @@ _HEADER = re.compile(
     rb"^([0-9a-f]+)-([0-9a-f]+) (....) ([0-9a-f]+) ([0-9a-f]+):([0-9a-f]+) (\d+) *(.*)$"
 )
 _KEYED = re.compile(rb"\nProtectionKey: +[1-9]")
+_PF_IO_WORKER = 0x10  # linux/sched.h
 _SPECIAL = {
     b"[vdso]": "vdso",
     b"[vvar]": "vvar",
@@ -28,7 +29,7 @@ class Vma(NamedTuple):
     """One mapped range: addresses, permissions, what is behind it, and the kernel's VmFlags.
 
     `kind` is anonymous, file (behind a path), memory (shared anonymous or deleted or memfd:
-    content that lives in no directory), vdso, vvar or vsyscall.
+    content that lives in no directory), ring (of an io_uring), vdso, vvar or vsyscall.
     """
 
     start: int
@@ -109,6 +110,8 @@ def _behind(name: bytes, inode: bytes, major: bytes, minor: bytes) -> tuple[str,
         not path or path.startswith((b"[heap]", b"[stack", b"[anon:", b"[anon_shmem:"))
     ):
         kind = "anonymous"
+    elif path == b"anon_inode:[io_uring]":
+        kind = "ring"
     elif path.startswith(
         (b"/memfd:", b"/dev/zero (deleted)", b"/SYSV", b"[anon_shmem:")
     ) or path.endswith(b" (deleted)"):
@@ -187,6 +190,16 @@ def stat(pid: int, tid: int | None = None) -> list[str]:
     head, _, tail = text.rpartition(")")
     number, _, comm = head.partition(" (")
     return [number, comm, *tail.split()]
+
+
+def is_kernel_worker(pid: int, tid: int) -> bool:
+    """Whether the thread is one that the kernel runs for an io_uring: it executes no program."""
+    try:
+        if not read_file(f"/proc/{pid}/task/{tid}/comm").startswith(b"iou-"):
+            return False
+        return bool(int(stat(pid, tid)[8]) & _PF_IO_WORKER)
+    except (OSError, NotFound):
+        return False
 
 
 def start_time(pid: int) -> int:

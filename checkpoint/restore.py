@@ -36,6 +36,7 @@ from .linux.detached import take_descriptor
 from .linux.process import SYS_PRCTL
 from .machine import Call
 from .pages import page_runs
+from .rarities import MADE_LATER, make_rarities
 from .stages import reach
 from .tracee import Batch, Thread, Tracee
 
@@ -176,6 +177,7 @@ class Restorer:
             # 6. What the process as a whole has; its threads, and what each of them has.
             self._reinstate_process(tracee, [] if left or number < 0 else [number], paging=left > 0)
             new_threads = self._make_threads(tracee, wanted.pid)
+            make_rarities(tracee, self.document)
             reach("restore.threads")
             self._reinstate_threads(tracee, new_threads, wanted.pid)
             for vma in lazy if left else []:
@@ -548,7 +550,7 @@ class Restorer:
         leader = tracee.threads[tracee.pid]
         batch = tracee.batch()
         for vma in self.vmas:
-            if vma["kind"] in ("vdso", "vvar"):
+            if vma["kind"] in MADE_LATER:
                 continue
             if batch.full:
                 tracee.run(leader, batch)
@@ -693,7 +695,7 @@ class Restorer:
         leader = tracee.threads[tracee.pid]
         batch = tracee.batch()
         for vma in self.vmas:
-            if vma["kind"] in ("vdso", "vvar"):
+            if vma["kind"] in MADE_LATER:
                 continue
             if batch.full:
                 tracee.run(leader, batch)

@@ -125,6 +125,7 @@ class Tracee:
         self.arena_bytes = 0
         self._signal = 0
         self._dead: set[int] = set()
+        self._workers: set[int] = set()  # the kernel's own, of an io_uring: they are made with it
         self._restore_text: tuple[int, bytes] | None = None
 
     @classmethod
@@ -154,7 +155,7 @@ class Tracee:
         seized: list[int] = []
         try:
             while True:
-                known = self.threads.keys() | self._dead
+                known = self.threads.keys() | self._dead | self._workers
                 new = [tid for tid in proc.threads(self.pid) if tid not in known]
                 if not new:
                     break
@@ -185,6 +186,9 @@ class Tracee:
             raise
 
     def _seize_thread(self, tid: int) -> bool:
+        if tid != self.pid and proc.is_kernel_worker(self.pid, tid):
+            self._workers.add(tid)
+            return False
         try:
             ptrace.seize(tid)
         except OSError as error:

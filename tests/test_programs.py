@@ -40,6 +40,7 @@ class Case(NamedTuple):
 
 QUICK = [
     Case("asyncio_streams"),
+    Case("asyncio_streams", ("uvloop",)),
     Case("churn"),
     Case("clocks"),
     Case("ctypes_callbacks"),
@@ -49,6 +50,7 @@ QUICK = [
     Case("heap"),
     Case("hundred_threads"),
     Case("interpreter"),
+    Case("io_uring"),
     Case("locks"),
     Case("mapped_files", ("{folder}",)),
     Case("mappings"),
@@ -447,7 +449,7 @@ def test_living_children_are_refused(
 
 def test_uring_with_work_in_flight_is_refused(start: Start, lzy: CommandLine) -> None:
     """An io_uring with a read in flight is refused by name; the read then completes."""
-    program = start("io_uring").await_ready()
+    program = start("io_uring_busy").await_ready()
     error = refuses(lzy, program)
     assert error["kind"] == "unsupported"
     assert "io_uring" in error["message"]

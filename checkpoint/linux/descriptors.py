@@ -240,9 +240,14 @@ def make_epoll() -> int:
 
 def epoll_control(epoll: int, operation: int, fd: int, events: int, data: int) -> None:
     """Change what `epoll` watches; `data` is the program's own 64 bits. Source: epoll_ctl(2)."""
-    raw = struct.pack(_EPOLL_EVENT, events & 0xFFFFFFFF, data & 0xFFFFFFFFFFFFFFFF)
+    raw = pack_epoll_event(events, data)
     buffer = ctypes.create_string_buffer(raw, len(raw))
     _checked(_epoll_ctl(epoll, operation, fd, buffer))
+
+
+def pack_epoll_event(events: int, data: int) -> bytes:
+    """struct epoll_event."""
+    return struct.pack(_EPOLL_EVENT, events & 0xFFFFFFFF, data & 0xFFFFFFFFFFFFFFFF)
 
 
 def epoll_ready(epoll: int, limit: int) -> int:

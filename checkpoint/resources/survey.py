@@ -260,7 +260,6 @@ def _read(folder: int, name: str) -> str:
 
 
 _WAYS_OUT = {
-    "io_uring": "run it without (asyncio's own loop for uvloop), or let the process close it",
     "userfaultfd": "wait until its memory is served (after a lazy restore: `lzy images` and the "
     "pager's log tell), then dump again",
     "perf_event": "end the profiler that runs in the process, then dump again",

@@ -159,7 +159,6 @@ def test_deleted_file_is_carried_in_the_image(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("path", "flags", "word"),
     [
-        ("anon_inode:[io_uring]", set(), "io_uring"),
         ("/[aio] (deleted)", set(), "asynchronous"),
         ("/SYSV00000000 (deleted)", set(), "System V"),
         ("/dev/nvidia0", set(), "GPU"),
@@ -177,6 +176,15 @@ def test_mappings_that_cannot_be_made_again(path: str, flags: set[str], word: st
     with pytest.raises(Unsupported, match="0x7000") as caught:
         refuse_mappings(7, [vma])
     assert word in caught.value.message
+    assert caught.value.remedy
+
+
+def test_ring_without_descriptor_is_refused() -> None:
+    """Nothing can be asked of an io_uring that is only mapped."""
+    path = "anon_inode:[io_uring]"
+    vma = proc.Vma(0x7000, 0x8000, "rw-s", 0, 0, 1, path, "ring", frozenset())
+    with pytest.raises(Unsupported, match="io_uring") as caught:
+        refuse_mappings(os.getpid(), [vma])
     assert caught.value.remedy
 
 

@@ -1,9 +1,13 @@
-"""asyncio: timers, streams over TCP and a unix pair, a queue, an event, a thread; all waiting."""
+"""asyncio: timers, streams over TCP and a unix pair, a queue, an event, a thread; all waiting.
+
+With the argument `uvloop` on that loop, which has an io_uring to talk to its epoll.
+"""
 
 import asyncio
 import json
 import os
 import socket
+import sys
 import threading
 
 from dialogue import PATIENCE_S, Proof, say
@@ -121,4 +125,9 @@ async def main() -> None:
     os._exit(0)
 
 
-asyncio.run(main())
+if sys.argv[1:] == ["uvloop"]:
+    import uvloop
+
+    uvloop.run(main())
+else:
+    asyncio.run(main())

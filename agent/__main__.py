@@ -51,6 +51,7 @@ def _take_lock(path: Path) -> int:
 
 async def _run(folder: Path) -> None:
     from .api import Api
+    from .authority import fleet_folder, is_member, server_context
     from .http import Server
     from .node import Agent
     from .watching import Watcher
@@ -67,6 +68,9 @@ async def _run(folder: Path) -> None:
     server = Server(Api(agent, watcher).answer)
     mode = 0o666 if os.environ.get("LZY_ALL_USERS") else 0o600
     await server.listen(folder / "run" / "agent.sock", mode)
+    if agent.identity.address and is_member(folder):
+        context = server_context(fleet_folder(folder))
+        await server.listen_to_nodes(agent.identity.address, context)
     agent.spawn(watcher.go_rounds())
     gc.collect()
     gc.freeze()  # what is here now stays: children that are forked need not copy it

@@ -13,7 +13,7 @@ import re
 import signal
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 from ..checkpoint.errors import (
     AccessDenied,
@@ -30,7 +30,9 @@ from .documents import describe_event, describe_node, describe_session, write_me
 from .fields import BadBody, Field, parse
 from .http import Request, Response
 from .node import Agent
+from .node_api import NODE_ROUTES, NodeApi
 from .operations import CHECKPOINT, DOZE, HIBERNATE, ROUSE, WAKE
+from .routes import NODES, Route, parse_query
 from .session import Session
 from .settings import LONGEST_HOLD_S, OF_A_SESSION, Settings, check_settings
 from .state import ASLEEP
@@ -47,71 +49,60 @@ _STATUSES: Final = (
     (LzyError, 500),
 )
 _FOLLOW_S = 15.0
+_REQUESTS: Final = ("cpu", "memory_bytes", "gpu", "node")
 _WAIT = Field("boolean", "false: answer at once, with 202")
 _IF_IDLE = Field("boolean", "only if every probe says idle, now and after the notice")
 _REASON = Field("string", "why, for the events")
 
 
-class Route(NamedTuple):
-    """One door: `{name}` in its path is a session's. `fields` are those of its body."""
-
-    method: str
-    path: str
-    handle: str
-    words: str
-    fields: dict[str, Field]
-    query: dict[str, Field]
-
-    @property
-    def pattern(self) -> re.Pattern[str]:
-        return re.compile(re.escape(self.path).replace(r"\{name\}", "([^/]+)"))
-
-
-def _route(
-    method: str, path: str, handle: str, words: str, fields: dict[str, Field] | None = None,
-    query: dict[str, Field] | None = None,
-) -> Route:  # fmt: skip
-    return Route(method, path, handle, words, fields or {}, query or {})
-
-
 _S = "/v1/sessions/{name}"
 ROUTES: Final = (
-    _route("GET", "/v1/node", "node", "The node and its settings."),
-    _route("POST", "/v1/node/settings", "set_node", "Change settings of the node (root only).",
-           {"settings": Field("object", "names and values", required=True)}),
-    _route("GET", "/v1/sessions", "sessions", "All sessions that the caller may see."),
-    _route("POST", "/v1/sessions", "attach", "Look after a running process.",
-           {"pid": Field("integer", "the process", 1, 1 << 22, required=True),
-            "name": Field("string", "the session's name", 1, 200),
-            "settings": Field("object", "settings of the session")}),
-    _route("GET", _S, "session", "One session.", None,
-           {"look": Field("string", "1: look at it now if nobody has yet", 1, 1)}),
-    _route("POST", f"{_S}/detach", "detach", "Look after it no longer."),
-    _route("POST", f"{_S}/checkpoint", "checkpoint", "Take a checkpoint.", {"wait": _WAIT}),
-    _route("POST", f"{_S}/hibernate", "hibernate", "Dump it and end its process.",
-           {"wait": _WAIT, "if_idle": _IF_IDLE, "reason": _REASON}),
-    _route("POST", f"{_S}/doze", "doze", "Have it give its memory back.",
-           {"wait": _WAIT, "if_idle": _IF_IDLE, "reason": _REASON}),
-    _route("POST", f"{_S}/rouse", "rouse", "Bring all its memory back.", {"wait": _WAIT}),
-    _route("POST", f"{_S}/wake", "wake", "Have it run again.",
-           {"wait": _WAIT, "image": Field("string", "an earlier checkpoint", 1, 250),
-            "terminal": Field("string", "the caller's terminal", 1, 200)}),
-    _route("POST", f"{_S}/hold", "hold", "Do not evict it for a while.",
-           {"for_s": Field("number", "for how long", 1, LONGEST_HOLD_S, required=True)}),
-    _route("POST", f"{_S}/release", "release", "Hold it no longer."),
-    _route("POST", f"{_S}/signal", "signal", "Send its process a signal; wakes it if need be.",
-           {"signal": Field("integer", "the signal's number", 1, 64, required=True)}),
-    _route("POST", f"{_S}/settings", "set_session", "Change settings of a session.",
-           {"settings": Field("object", "names and values", required=True)}),
-    _route("GET", "/v1/events", "events", "What happened, oldest first.", None,
-           {"after": Field("integer", "only events numbered above this", 0, 1 << 53),
-            "last": Field("integer", "only so many of the newest", 0, 20000),
-            "session": Field("string", "only of this session", 1, 250),
-            "follow": Field("string", "1: go on as they come, a line each", 1, 1)}),
-    _route("GET", "/v1/metrics", "metrics", "Metrics for Prometheus (root only)."),
-    _route("GET", "/v1/openapi.json", "openapi", "This document."),
+    Route("GET", "/v1/node", "node", "The node and its settings."),
+    Route("POST", "/v1/node/settings", "set_node", "Change settings of the node (root only).",
+          {"settings": Field("object", "names and values", required=True)}),
+    Route("POST", "/v1/node/drain", "drain", "Take no sessions any more, or again (root only).",
+          {"draining": Field("boolean", "false: again", required=True)}),
+    Route("GET", "/v1/sessions", "sessions", "All sessions that the caller may see."),
+    Route("POST", "/v1/sessions", "attach", "Look after a running process.",
+          {"pid": Field("integer", "the process", 1, 1 << 22, required=True),
+           "name": Field("string", "the session's name", 1, 200),
+           "settings": Field("object", "settings of the session")}),
+    Route("GET", _S, "session", "One session.", None,
+          {"look": Field("string", "1: look at it now if nobody has yet", 1, 1)}),
+    Route("POST", f"{_S}/detach", "detach", "Look after it no longer."),
+    Route("POST", f"{_S}/checkpoint", "checkpoint", "Take a checkpoint.", {"wait": _WAIT}),
+    Route("POST", f"{_S}/hibernate", "hibernate", "Dump it and end its process.",
+          {"wait": _WAIT, "if_idle": _IF_IDLE, "reason": _REASON}),
+    Route("POST", f"{_S}/doze", "doze", "Have it give its memory back.",
+          {"wait": _WAIT, "if_idle": _IF_IDLE, "reason": _REASON}),
+    Route("POST", f"{_S}/rouse", "rouse", "Bring all its memory back.", {"wait": _WAIT}),
+    Route("POST", f"{_S}/wake", "wake", "Have it run again.",
+          {"wait": _WAIT, "image": Field("string", "an earlier checkpoint", 1, 250),
+           "terminal": Field("string", "the caller's terminal", 1, 200)}),
+    Route("POST", f"{_S}/migrate", "migrate", "Move it to another node (the migrator only).",
+          {"wait": _WAIT, "reason": _REASON,
+           "node": Field("string", "its name", 1, 32, required=True),
+           "address": Field("string", "where its agent listens", 1, 200, required=True),
+           "requests": Field("object", "cpu, memory_bytes, gpu: what it asks for"),
+           "wake": Field("boolean", "false: if it hibernates, it goes on doing so")}),
+    Route("POST", f"{_S}/requests", "requests", "What it asks for of a node (the migrator only).",
+          {"requests": Field("object", "cpu, memory_bytes, gpu, node", required=True)}),
+    Route("POST", f"{_S}/hold", "hold", "Do not evict it for a while.",
+          {"for_s": Field("number", "for how long", 1, LONGEST_HOLD_S, required=True)}),
+    Route("POST", f"{_S}/release", "release", "Hold it no longer."),
+    Route("POST", f"{_S}/signal", "signal", "Send its process a signal; wakes it if need be.",
+          {"signal": Field("integer", "the signal's number", 1, 64, required=True)}),
+    Route("POST", f"{_S}/settings", "set_session", "Change settings of a session.",
+          {"settings": Field("object", "names and values", required=True)}),
+    Route("GET", "/v1/events", "events", "What happened, oldest first.", None,
+          {"after": Field("integer", "only events numbered above this", 0, 1 << 53),
+           "last": Field("integer", "only so many of the newest", 0, 20000),
+           "session": Field("string", "only of this session", 1, 250),
+           "follow": Field("string", "1: go on as they come, a line each", 1, 1)}),
+    Route("GET", "/v1/metrics", "metrics", "Metrics for Prometheus (root only)."),
+    Route("GET", "/v1/openapi.json", "openapi", "This document."),
+    *NODE_ROUTES,
 )  # fmt: skip
-_PATTERNS: Final = [(route, route.pattern) for route in ROUTES]
 
 
 class Api:
@@ -120,6 +111,7 @@ class Api:
     def __init__(self, agent: Agent, watcher: Watcher) -> None:
         self._agent = agent
         self._watcher = watcher
+        self._nodes = NodeApi(agent)
 
     async def answer(self, request: Request) -> Response:
         """Find the door and go through it; every error of lzy's becomes an answer."""
@@ -131,21 +123,25 @@ class Api:
 
     async def _dispatch(self, request: Request) -> Response:
         others = []
-        for route, pattern in _PATTERNS:
-            if not (found := pattern.fullmatch(request.path)):
+        for route in ROUTES:
+            if not (found := route.pattern.fullmatch(request.path)):
                 continue
             if route.method != request.method:
                 others.append(route.method)
                 continue
             try:
                 body = parse(request.body, route.fields)
-                query = _parse_query(request, route)
+                query = parse_query(request, route)
             except LzyError as error:
                 return Response(400, errors.describe(error))
+            if route.who == NODES:
+                return await self._nodes.answer(route, request, body | query, found.groupdict())
+            if request.peer and request.uid < 0:
+                raise AccessDenied(f"{request.peer} may not {route.handle}")
             handle: Callable[..., Awaitable[Response]] = getattr(self, f"_{route.handle}")
             if not found.groups():
                 return await handle(request, body | query)
-            session = self._find(request, found[1], route)
+            session = self._find(request, found["name"], route)
             return await handle(request, body | query, session)
         if others:
             unfit = LzyError(f"{request.method} is not for {request.path[:200]}")
@@ -184,6 +180,15 @@ class Api:
         self._watcher.hurry()
         words = ", ".join(f"{name} {value}" for name, value in values.items())
         self._agent.state.tell("", 0, "set", words, request.uid)
+        self._agent.ring()
+        return Response(document=describe_node(self._agent))
+
+    async def _drain(self, request: Request, asked: dict[str, Any]) -> Response:
+        self._refuse_others(request)
+        draining = asked["draining"]
+        self._agent.state.set({"draining": float(draining)})
+        words = "takes no sessions any more" if draining else "takes sessions again"
+        self._agent.state.tell("", 0, "drained", words, request.uid)
         self._agent.ring()
         return Response(document=describe_node(self._agent))
 
@@ -268,10 +273,37 @@ class Api:
             raise BadBody(f"{image} is no checkpoint of {session.record.name}")
         return await self._operate(WAKE, request, asked, session)
 
+    async def _migrate(self, request: Request, asked: dict[str, Any], session: Session) -> Response:
+        self._refuse_others(request)
+        self._agent.call_off(session)
+
+        def work(progress: Callable[[dict[str, Any]], None] | None) -> Awaitable[dict[str, Any]]:
+            return self._agent.mover.migrate(
+                session,
+                asked["node"],
+                asked["address"],
+                asked.get("requests", session.record.requests),
+                why=asked.get("reason", "asked"),
+                wake=asked.get("wake", True),
+                actor_uid=request.uid,
+                progress=progress,
+            )
+
+        return await self._work(request, asked, session, work)
+
+    async def _requests(
+        self, request: Request, asked: dict[str, Any], session: Session
+    ) -> Response:
+        self._refuse_others(request)
+        wanted = {name: asked["requests"][name] for name in _REQUESTS if name in asked["requests"]}
+        since = session.record.waiting_since_unix_s or time.time()
+        self._agent.update(session, requests=wanted, waiting_since_unix_s=since if wanted else None)
+        return Response(document={"session": describe_session(self._agent, session)})
+
     async def _operate(
         self, verb: str, request: Request, asked: dict[str, Any], session: Session
     ) -> Response:
-        """Start an operation; answer at its end, at once, or line by line, as the caller likes."""
+        """Start an operation on a session."""
 
         def work(progress: Callable[[dict[str, Any]], None] | None) -> Awaitable[dict[str, Any]]:
             if asked.get("if_idle"):
@@ -288,6 +320,16 @@ class Api:
                 progress=progress,
             )
 
+        return await self._work(request, asked, session, work)
+
+    async def _work(
+        self,
+        request: Request,
+        asked: dict[str, Any],
+        session: Session,
+        work: Callable[[Callable[[dict[str, Any]], None] | None], Awaitable[dict[str, Any]]],
+    ) -> Response:
+        """Answer at its end, at once, or line by line, as the caller likes."""
         if asked.get("wait") is False:
             self._agent.spawn(work(None))
             return Response(202, {"session": describe_session(self._agent, session)})
@@ -365,22 +407,6 @@ def _settings(values: dict[str, Any], allowed: frozenset[str]) -> dict[str, floa
         return check_settings(values, allowed)
     except LzyError as error:
         raise BadBody(error.message, remedy=error.remedy) from None
-
-
-def _parse_query(request: Request, route: Route) -> dict[str, Any]:
-    """The query's values, as the route's description types them. Raises BadBody."""
-    found: dict[str, Any] = {}
-    for name, text in request.query.items():
-        if name not in route.query:
-            raise BadBody(f"there is no parameter {name[:80]!r} here")
-        field = route.query[name]
-        right = text.isascii() and text.isdecimal() and len(text) < 18
-        if field.kind == "integer" and not (right and field.low <= int(text) <= field.high):
-            raise BadBody(f"{name} cannot be {text[:80]!r}", remedy=field.words)
-        if field.kind == "string" and not field.low <= len(text) <= field.high:
-            raise BadBody(f"{name} cannot be {text[:80]!r}", remedy=field.words)
-        found[name] = int(text) if field.kind == "integer" else text
-    return found
 
 
 def _check_terminal(path: str, uid: int) -> None:

@@ -28,8 +28,13 @@ class NoAgent(NotFound):
     """No agent runs for this home."""
 
 
-class _Unanswered(LzyError):
+class Unanswered(LzyError):
     """The agent died over a request, or took too long for it."""
+
+
+def is_fleet(folder: Path) -> bool:
+    """Whether the migrator of that home answers for several nodes."""
+    return (folder / "fleet" / "nodes.json").exists()
 
 
 def socket_path(folder: Path | None = None) -> Path:
@@ -49,10 +54,17 @@ class _Connection(http.client.HTTPConnection):
 
 
 class Client:
-    """An agent, by its socket; a connection for each request."""
+    """An agent, by its socket; a connection for each request.
 
-    def __init__(self, folder: Path | None = None) -> None:
-        self.path = socket_path(folder)
+    With `fleet`, where the home has a migrator of several nodes: that, which answers for all.
+    """
+
+    def __init__(self, folder: Path | None = None, *, fleet: bool = True) -> None:
+        self.path: Path = socket_path(folder)
+        if fleet and is_fleet(folder or home()):
+            self.path = self.path.with_name("migrator.sock")
+        self.where = f"the agent at {self.path}"
+        self.headers: dict[str, str] = {}
 
     def get(self, path: str, *, timeout_s: float | None = 30.0) -> dict[str, Any]:
         """What it answers to a GET. Raises NoAgent, or what the agent answered.
@@ -62,7 +74,7 @@ class Client:
         for _ in range(_ASKED_AGAIN):
             try:
                 return self._ask("GET", path, None, timeout_s)
-            except _Unanswered:
+            except Unanswered:
                 time.sleep(_PAUSE_S)
         return self._ask("GET", path, None, timeout_s)
 
@@ -98,9 +110,9 @@ class Client:
     ) -> Generator[dict[str, Any], None, None]:
         connection = self._connect(None)
         try:
-            headers = {"Accept": "application/x-ndjson"}
+            headers = {"Accept": "application/x-ndjson", **self.headers}
             content = None if body is None else json.dumps(body)
-            with _explained(self.path):
+            with _explained(self.where):
                 connection.request(method, path, content, headers)
                 answer = connection.getresponse()
                 if answer.status >= 300:
@@ -115,9 +127,10 @@ class Client:
     ) -> dict[str, Any]:
         connection = self._connect(timeout_s)
         try:
-            with _explained(self.path):
+            with _explained(self.where):
                 content = None if body is None else json.dumps(body)
-                connection.request(method, path, content, {"Connection": "close"})
+                headers = {"Connection": "close", **self.headers}
+                connection.request(method, path, content, headers)
                 answer = connection.getresponse()
                 document = _parse(answer.read())
         finally:
@@ -126,7 +139,7 @@ class Client:
             raise errors.revive(document)
         return document
 
-    def _connect(self, timeout_s: float | None) -> _Connection:
+    def _connect(self, timeout_s: float | None) -> http.client.HTTPConnection:
         """A connection; if an agent is just being started (again), it is waited for."""
         folder = self.path.parent.parent
         deadline = time.monotonic() + _STARTS_WITHIN_S
@@ -149,12 +162,12 @@ class Client:
 
 
 @contextlib.contextmanager
-def _explained(path: Path) -> Iterator[None]:
+def _explained(where: str) -> Iterator[None]:
     try:
         yield
     except (OSError, http.client.HTTPException) as error:
-        raise _Unanswered(
-            f"the agent at {path} did not answer: {error or type(error).__name__}",
+        raise Unanswered(
+            f"{where} did not answer: {error or type(error).__name__}",
             remedy="see lzy ps; its log is in agent/agent.log of its home",
         ) from error
 

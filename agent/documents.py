@@ -4,18 +4,12 @@ from __future__ import annotations
 
 import os
 import resource
-import socket
 import time
 from typing import Any
 
 from .node import Agent
 from .session import Session
-from .state import LIVING, Event
-
-
-def node_name() -> str:
-    """What this node is called."""
-    return os.environ.get("LZY_NODE") or socket.gethostname().partition(".")[0] or "node"
+from .state import LIVING, MIGRATING, Event
 
 
 def describe_session(agent: Agent, session: Session) -> dict[str, Any]:
@@ -25,9 +19,9 @@ def describe_session(agent: Agent, session: Session) -> dict[str, Any]:
     settings = agent.settings_of(session)
     return {
         "name": record.name,
-        "node": node_name(),
+        "node": agent.identity.name,
         "owner_uid": record.owner_uid,
-        "state": record.state,
+        "state": MIGRATING if agent.mover.is_leaving(record.name) else record.state,
         "since_unix_s": record.since_unix_s,
         "pid": record.pid if living else None,
         "command": record.command,
@@ -39,7 +33,8 @@ def describe_session(agent: Agent, session: Session) -> dict[str, Any]:
         "memory_bytes": session.memory_bytes,
         "peak_memory_bytes": session.peak_memory_bytes,
         "cpu_share": round(session.cpu_share, 4),
-        "gpu_count": 0,
+        "gpu_count": record.gpu_count if living else 0,
+        "declared_gpu": bool(record.gpu_count) and agent.identity.declared_gpus,
         "gpu_share": 0.0,
         "idle_for_s": round(session.idle_for_s, 2),
         "verdicts": [verdict._asdict() for verdict in session.verdicts] if living else [],
@@ -47,7 +42,9 @@ def describe_session(agent: Agent, session: Session) -> dict[str, Any]:
         "protected_until_unix_s": _still(record.protected_until_unix_s),
         "protected_why": "its last operation failed" if record.failures else "it woke a moment ago",
         "idle_gaps_s": list(record.idle_gaps),
-        "requests": {"cpu": 0.0, "memory_bytes": 0, "gpu": 0},
+        "requests": {"cpu": 0.0, "memory_bytes": 0, "gpu": 0, "node": "", **record.requests},
+        "waiting_since_unix_s": record.waiting_since_unix_s,
+        "moving_to": record.moving.get("node"),
         "operation": session.progress,
         "failure": record.failure or None,
         "exit_status": record.exit_status,
@@ -65,16 +62,26 @@ def _still(until_unix_s: float | None) -> float | None:
 
 def describe_node(agent: Agent) -> dict[str, Any]:
     """The node as `/v1/node` shows it."""
-    memory = _memory()
+    identity = agent.identity
+    machine = _memory()
+    used = sum(session.memory_bytes for session in agent.sessions.values() if session.is_living)
     return {
-        "name": node_name(),
+        "name": identity.name,
         "home": str(agent.home),
         "agent_pid": os.getpid(),
         "began_unix_s": agent.began_unix_s,
-        "cpus": os.cpu_count() or 1,
-        "memory_bytes": memory["MemTotal"],
-        "available_memory_bytes": memory["MemAvailable"],
-        "gpus": 0,
+        "address": identity.address or None,
+        "labels": identity.labels,
+        "cpus": identity.cpus,
+        "memory_bytes": identity.memory_bytes,
+        "available_memory_bytes": max(
+            0, min(machine["MemAvailable"], identity.memory_bytes - used)
+        ),
+        "gpus": identity.gpus,
+        "free_gpus": agent.free_gpus,
+        "declared_gpus": identity.declared_gpus,
+        "price_per_hour": identity.price_per_hour,
+        "draining": agent.is_draining,
         "sessions": len(agent.sessions),
         "operations": sum(s.progress is not None for s in agent.sessions.values()),
         "settings": agent.settings._asdict(),

@@ -1,7 +1,8 @@
-"""HTTP/1.1 over a unix socket, as little of it as local clients need, on the agent's one thread.
+"""HTTP/1.1 over a unix socket or TLS, as little of it as clients need, on the agent's one thread.
 
-Who asks is known from the kernel (SO_PEERCRED, unix(7)), not from what is sent. Requests are
-bounded in size and in time; what is not understood is answered with 400, and the connection closed.
+Who asks is known from the kernel (SO_PEERCRED, unix(7)) or by certificate, not from what is sent;
+only the migrator may ask on behalf of a user, whom it knows. Requests are bounded in size and in
+time; what is not understood is answered with 400, and the connection closed.
 """
 
 from __future__ import annotations
@@ -9,8 +10,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import re
 import socket
+import ssl
 import struct
 import sys
 import traceback
@@ -19,9 +22,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import parse_qsl, unquote, urlsplit
 
+from .authority import subject_of
+
+USER_HEADER = "x-lzy-uid"
 MOST_HEAD_BYTES = 16 << 10
 MOST_BODY_BYTES = 64 << 10
 _MOST_CONNECTIONS = 256
+_PIECE_BYTES = 256 << 10
 _HEAD_WITHIN_S = 30.0
 _LINE = re.compile(rb"([A-Z]{1,16}) (/[\x21-\x7e]{0,4000}) HTTP/1\.[01]")
 _CREDENTIALS = struct.Struct("=3i")
@@ -41,7 +48,11 @@ _REASONS = {
 
 
 class Request(NamedTuple):
-    """One request. `uid` and `pid` are those of who connected."""
+    """One request. `uid` and `pid` are those of who connected, by a socket of this machine.
+
+    `peer`: what the certificate of who connected by TLS says; then `uid` is that of the user for
+    whom the migrator asks, -1 for all other daemons.
+    """
 
     method: str
     path: str
@@ -50,15 +61,26 @@ class Request(NamedTuple):
     body: bytes
     uid: int
     pid: int
+    peer: str = ""
+
+
+class Content(NamedTuple):
+    """Bytes of an open file, which is closed at the end; `pause` waits until so many may go."""
+
+    descriptor: int
+    offset: int
+    length_bytes: int
+    pause: Callable[[int], Awaitable[None]]
 
 
 class Response(NamedTuple):
-    """An answer: a document, text, or lines that follow as they come."""
+    """An answer: a document, text, bytes of a file, or lines that follow as they come."""
 
     status: int = 200
     document: Any = None
     text: str | None = None
     lines: AsyncIterator[Any] | None = None
+    content: Content | None = None
     headers: dict[str, str] = {}  # noqa: RUF012 - never changed in place
 
 
@@ -74,11 +96,12 @@ Handler = Callable[[Request], Awaitable[Response]]
 
 
 class Server:
-    """Listens on a socket in the file system and answers what `handler` answers."""
+    """Listens on a socket in the file system, and for other nodes, and answers by `handler`."""
 
-    def __init__(self, handler: Handler) -> None:
+    def __init__(self, handler: Handler, *, asks_for_users: str = "migrator") -> None:
         self._handler = handler
-        self._server: asyncio.Server | None = None
+        self._asks_for_users = asks_for_users
+        self._servers: list[asyncio.Server] = []
         self._open: set[asyncio.Task[None]] = set()
 
     async def listen(self, path: Path, mode: int) -> None:
@@ -90,14 +113,23 @@ class Server:
         draft.chmod(mode)
         listening.listen(128)
         draft.rename(path)  # whoever finds it can connect
-        self._server = await asyncio.start_unix_server(
-            self._serve, sock=listening, limit=MOST_HEAD_BYTES
+        self._servers.append(
+            await asyncio.start_unix_server(self._serve, sock=listening, limit=MOST_HEAD_BYTES)
+        )
+
+    async def listen_to_nodes(self, address: str, context: ssl.SSLContext) -> None:
+        """Answer at HOST:PORT, too, whoever shows a certificate of the fleet."""
+        host, _, port = address.rpartition(":")
+        self._servers.append(
+            await asyncio.start_server(
+                self._serve, host.strip("[]"), int(port), ssl=context, limit=MOST_HEAD_BYTES
+            )
         )
 
     async def close(self) -> None:
         """Stop listening and close every connection."""
-        if self._server:
-            self._server.close()
+        for server in self._servers:
+            server.close()
         for task in list(self._open):
             task.cancel()
         await asyncio.gather(*self._open, return_exceptions=True)
@@ -110,28 +142,42 @@ class Server:
             if len(self._open) > _MOST_CONNECTIONS:
                 await _answer_error(writer, 503, "too many connections", "try again later")
                 return
-            peer = writer.get_extra_info("socket").getsockopt(
-                socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size
-            )
-            pid, uid, _ = _CREDENTIALS.unpack(peer)
-            while await self._serve_one(reader, writer, uid, pid):
+            peer, uid, pid = "", -1, -1
+            if writer.get_extra_info("ssl_object"):
+                peer = subject_of(writer.get_extra_info("peercert")) or "a guest"
+            else:
+                told = writer.get_extra_info("socket").getsockopt(
+                    socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size
+                )
+                pid, uid, _ = _CREDENTIALS.unpack(told)
+            while await self._serve_one(reader, writer, uid, pid, peer):
                 pass
-        except (TimeoutError, ConnectionError, asyncio.IncompleteReadError):
+        except (TimeoutError, ConnectionError, ssl.SSLError, asyncio.IncompleteReadError):
             pass  # it has gone, or says nothing
         except asyncio.CancelledError:
             pass  # the agent stops
         finally:
             self._open.discard(task)
             writer.close()
-            with contextlib.suppress(ConnectionError, asyncio.CancelledError):
+            with contextlib.suppress(ConnectionError, ssl.SSLError, asyncio.CancelledError):
                 await writer.wait_closed()
 
     async def _serve_one(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, uid: int, pid: int
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        uid: int,
+        pid: int,
+        peer: str,
     ) -> bool:
         """Read a request and answer it; whether the connection goes on."""
         try:
             request = await asyncio.wait_for(_read(reader, uid, pid), _HEAD_WITHIN_S)
+            if request and peer:
+                request = request._replace(peer=peer)
+                user = request.headers.get(USER_HEADER, "")
+                if peer == self._asks_for_users and re.fullmatch(r"[0-9]{1,10}", user):
+                    request = request._replace(uid=int(user))
         except BadRequest as error:
             await _answer_error(writer, error.status, str(error), "see /v1/openapi.json")
             return False
@@ -184,6 +230,9 @@ async def _answer(writer: asyncio.StreamWriter, response: Response) -> None:
     if response.lines is not None:
         await _answer_lines(writer, response.lines)
         return
+    if response.content is not None:
+        await _answer_content(writer, response.content)
+        return
     if response.text is not None:
         content, kind = response.text.encode(), "text/plain; version=0.0.4; charset=utf-8"
     else:
@@ -204,6 +253,24 @@ async def _answer_lines(writer: asyncio.StreamWriter, lines: AsyncIterator[Any])
             await writer.drain()
     writer.write(b"0\r\n\r\n")
     await writer.drain()
+
+
+async def _answer_content(writer: asyncio.StreamWriter, content: Content) -> None:
+    """Bytes of a file, no faster than they may."""
+    try:
+        length = f"Content-Length: {content.length_bytes}"
+        writer.write(_head(200, "application/octet-stream", {}, length))
+        at, end = content.offset, content.offset + content.length_bytes
+        while at < end:
+            piece = os.pread(content.descriptor, min(_PIECE_BYTES, end - at), at)
+            if not piece:
+                raise ConnectionError("the file is shorter than it was")
+            await content.pause(len(piece))
+            writer.write(piece)
+            await writer.drain()
+            at += len(piece)
+    finally:
+        os.close(content.descriptor)
 
 
 async def _answer_error(

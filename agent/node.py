@@ -23,8 +23,12 @@ from ..checkpoint.linux.process import PR_SET_CHILD_SUBREAPER, prctl
 from ..checkpoint.stages import reach
 from ..checkpoint.store import Store
 from . import errors, operations
+from .authority import fleet_folder
 from .children import Children
-from .operations import CHECKPOINT, DOZE, HIBERNATE, ROUSE, WAKE, Order
+from .identity import read_identity
+from .moving import BACK, Mover
+from .operations import CHECKPOINT, DOZE, HIBERNATE, MIGRATE, ROUSE, WAKE, Order
+from .peers import Contacts
 from .repair import find_out
 from .session import Session
 from .settings import Settings, combine
@@ -34,14 +38,21 @@ from .state import (
     HIBERNATED,
     HIBERNATING,
     LIVING,
+    MIGRATING,
     RUNNING,
     WAKING,
     Record,
     State,
 )
 
-_BEGINS: Final = {HIBERNATE: HIBERNATING, WAKE: WAKING}
-_LEADS_TO: Final = {HIBERNATE: HIBERNATED, DOZE: DOZING, ROUSE: RUNNING, WAKE: RUNNING}
+_BEGINS: Final = {HIBERNATE: HIBERNATING, MIGRATE: MIGRATING, WAKE: WAKING}
+_LEADS_TO: Final = {
+    HIBERNATE: HIBERNATED,
+    MIGRATE: HIBERNATED,
+    DOZE: DOZING,
+    ROUSE: RUNNING,
+    WAKE: RUNNING,
+}
 _HEAVY: Final = frozenset({CHECKPOINT, HIBERNATE, DOZE})
 _MOST_WAITING = 8
 _BACKOFF_S, _LONGEST_BACKOFF_S = 60.0, 3600.0
@@ -60,6 +71,9 @@ class Agent:
         for folder in (self.folder, self.folder / "locks", home / "logs", home / "run"):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.state = State(self.folder / "state.db")
+        self.identity = read_identity(home)
+        self.contacts = Contacts(fleet_folder(home))
+        self.mover = Mover(self)
         self.sessions: dict[str, Session] = {}
         self.began_unix_s = time.time()
         self.counters: dict[str, int] = {}
@@ -73,6 +87,17 @@ class Agent:
     def settings(self) -> Settings:
         """The node's settings as they are now."""
         return combine(self.state.settings())
+
+    @property
+    def is_draining(self) -> bool:
+        """Whether this node takes no sessions any more."""
+        return bool(self.state.settings().get("draining"))
+
+    @property
+    def free_gpus(self) -> int:
+        """GPUs that no living session has."""
+        living = (s.record for s in self.sessions.values() if s.is_living)
+        return self.identity.gpus - sum(record.gpu_count for record in living)
 
     def settings_of(self, session: Session) -> Settings:
         """The settings that hold for a session."""
@@ -94,6 +119,10 @@ class Agent:
                 self.update(session, "failure", f"not looked into: {error}", failure=str(error))
                 if session.record.state in LIVING:
                     self._watch_end(session)
+        self.mover.conclude_all()
+        for session in self.sessions.values():
+            if session.record.moving:
+                self.spawn(self.mover.keep_asking(session))
         self.children.reap()
 
     async def stop(self) -> None:
@@ -139,6 +168,8 @@ class Agent:
 
     def add(self, record: Record, words: str, actor_uid: int | None) -> Session:
         """Begin to look after a session, and take its first checkpoint beside that."""
+        if self.is_draining:
+            raise Busy(f"{self.identity.name} is being drained", remedy="choose another node")
         self.state.insert(record, "attached", words, actor_uid)
         session = self.sessions[record.name] = Session(record)
         self._watch_end(session)
@@ -150,10 +181,22 @@ class Agent:
         """Look after it no longer; its process and its images stay."""
         self.call_off(session)
         async with session.lock:
+            if session.record.moving:
+                raise Busy(f"session {session.record.name} is on its way to another node")
             self.state.remove(session.record, "is no longer looked after", actor_uid)
-            self._let_go(session)
-            self.sessions.pop(session.record.name, None)
-            self.ring()
+            self.forget(session)
+
+    def depart(self, session: Session, epoch: int, node: str, words: str) -> None:
+        """Look after it no longer: it lives on another node."""
+        self.state.depart(session.record, epoch, node, words)
+        self.counters["migrated"] = self.counters.get("migrated", 0) + 1
+        self.forget(session)
+
+    def forget(self, session: Session) -> None:
+        """Let go of a session whose record goes, or has gone."""
+        self._let_go(session)
+        self.sessions.pop(session.record.name, None)
+        self.ring()
 
     def update(
         self,
@@ -212,20 +255,31 @@ class Agent:
                     await stack.enter_async_context(self._heavy)
                 if still_wanted:
                     still_wanted()
-                record = session.record
-                order = Order(
-                    verb,
-                    record,
-                    self.store,
-                    self.folder / "locks" / f"{record.name}.lock",
-                    why,
-                    image,
-                    terminal,
-                    str(self._output(record)) if verb == WAKE else "",
-                )
-                return await self._carry_out(session, order, actor_uid, progress)
+                order = self.order(session, verb, why, image, terminal)
+                return await self.carry_out(session, order, actor_uid, progress)
         finally:
             session.waiting -= 1
+
+    def order(
+        self, session: Session, verb: str, why: str, image: str = "", terminal: str = ""
+    ) -> Order:
+        """What an operation on a session is told."""
+        return self.order_of(session.record, verb, why, image, terminal)
+
+    def order_of(
+        self, record: Record, verb: str, why: str, image: str = "", terminal: str = ""
+    ) -> Order:
+        """The same of a session that need not be one of ours yet."""
+        return Order(
+            verb,
+            record,
+            self.store,
+            self.folder / "locks" / f"{record.name}.lock",
+            why,
+            image,
+            terminal,
+            str(self._output(record)) if verb == WAKE else "",
+        )
 
     def _is_needed(self, session: Session, verb: str, image: str) -> bool:
         """Whether there is something to do. Raises Busy, NotFound if it cannot be done."""
@@ -235,6 +289,16 @@ class Agent:
         if self.is_stopping:
             raise Busy("the agent is about to stop", remedy="start it again: lzy up")
         if verb == WAKE:
+            if record.moving and record.moving["step"] != BACK:
+                raise Busy(
+                    f"session {record.name} is on its way to {record.moving['node']}",
+                    remedy=record.failure or "see lzy ps",
+                )
+            if self.is_draining and record.state in ASLEEP and not record.moving:
+                raise Busy(
+                    f"{self.identity.name} is being drained",
+                    remedy=f"lzy migrate {record.name}, or lzy drain --undo {self.identity.name}",
+                )
             if record.state in LIVING and image:
                 raise Busy(
                     f"session {record.name} is {record.state}",
@@ -252,10 +316,10 @@ class Agent:
             return record.state == RUNNING
         return verb != ROUSE or record.state == DOZING
 
-    async def _carry_out(
+    async def carry_out(
         self, session: Session, order: Order, actor_uid: int | None, progress: Progress | None
     ) -> dict[str, Any]:
-        """Write the intent, fork, listen, and write what came of it."""
+        """Write the intent, fork, listen, and write what came of it; for who holds its lock."""
         verb = order.verb
         self.update(session, intent=verb, state=_BEGINS.get(verb, session.record.state))
         order = order._replace(record=session.record)
@@ -298,6 +362,14 @@ class Agent:
             return {}  # it was killed so late that it was done
         raise error
 
+    @staticmethod
+    def unpack(outcome: dict[str, Any]) -> dict[str, Any]:
+        """The report of an operation that is not on a session of ours, or its error."""
+        if "done" in outcome:
+            done: dict[str, Any] = outcome["done"]
+            return done
+        raise errors.revive(outcome["error"])
+
     def _write_done(
         self, session: Session, order: Order, report: dict[str, Any], actor_uid: int | None
     ) -> None:
@@ -311,7 +383,8 @@ class Agent:
         kind, words = f"{verb}d", order.why
         if verb == CHECKPOINT:
             kind, words = "checkpointed", f"{report['image']} ({order.why})"
-        elif verb == HIBERNATE:
+        elif verb in (HIBERNATE, MIGRATE):
+            kind = "hibernated"
             changes["state"] = HIBERNATED
             words = f"{report['image']} ({order.why})"
         elif verb == DOZE:
@@ -328,10 +401,11 @@ class Agent:
                 "epoch": record.epoch + 1,
                 "woken_unix_s": time.time(),
                 "exit_status": None,
+                "moving": {},
                 "protected_until_unix_s": time.time() + self.settings_of(session).after_wake_s,
             }
         self.update(session, kind, words, actor_uid, **changes)
-        if verb == HIBERNATE:
+        if verb in (HIBERNATE, MIGRATE):
             self._let_go(session)
         elif verb == WAKE:
             self._watch_end(session)

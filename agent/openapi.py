@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from .fields import schema
 
 if TYPE_CHECKING:
-    from .api import Route
+    from .routes import Route
 
 _ERROR = {
     "type": "object",

@@ -24,8 +24,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 from ..checkpoint import doze as dozing
 from ..checkpoint import proc
 from ..checkpoint.dump import dump
-from ..checkpoint.errors import Busy, KernelError, LzyError, NotFound, Unsupported
+from ..checkpoint.errors import Busy, Incompatible, KernelError, LzyError, NotFound, Unsupported
 from ..checkpoint.history import list_numbers, require_image
+from ..checkpoint.host import check_host
 from ..checkpoint.journal import is_held, journal_path
 from ..checkpoint.lineage import find_lineage, write_lineage
 from ..checkpoint.linux.detached import (
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from ..checkpoint.image import Image
 
 CHECKPOINT, HIBERNATE, WAKE, DOZE, ROUSE = "checkpoint", "hibernate", "wake", "doze", "rouse"
+MIGRATE, PREPARE = "migrate", "prepare"
 _LOCK_PATIENCE_S = 20.0
 _TELL_EVERY_S = 0.2
 
@@ -68,6 +70,11 @@ class Order(NamedTuple):
     image: str = ""
     terminal: str = ""
     output: str = ""
+    peer_address: str = ""
+    """Of an arrival: the node that has its image, where we have not the same store,"""
+    peer_subject: str = ""
+    fleet: str = ""
+    """and our certificates."""
 
 
 class Started(NamedTuple):
@@ -216,6 +223,40 @@ def _hibernate(order: Order, store: Store, teller: _Teller) -> Report:
     return {**report._asdict(), **_image_facts(store, record.name, report.image)}
 
 
+def _migrate(order: Order, store: Store, teller: _Teller) -> Report:
+    record = _prepare(order, store)
+    report = dump(record.pid, store, name=record.name, why="migrate", progress=teller.progress)
+    return {**report._asdict(), **_image_facts(store, record.name, report.image)}
+
+
+def _prepare_arrival(order: Order, store: Store, teller: _Teller) -> Report:
+    """Have an image here, and see that a restore of it would not be refused."""
+    fetched = 0
+    if order.peer_address:
+        from .authority import client_context
+        from .fetching import fetch_image
+        from .peers import Peer
+
+        peer = Peer(order.peer_address, order.peer_subject, client_context(Path(order.fleet)))
+        fetched = fetch_image(store, order.image, peer, teller.progress)
+    with store.load(order.image) as image:
+        check_host(image.document["host"], image.name)
+        for path in sorted({vma["path"] for vma in _file_mappings(image)}):
+            if not os.path.exists(path):
+                raise Incompatible(
+                    f"image {image.name} needs {path}, which is not here",
+                    remedy="have the same files on both nodes",
+                    path=path,
+                )
+        _options(order, image)
+    return {"fetched_bytes": fetched}
+
+
+def _file_mappings(image: Image) -> list[dict[str, Any]]:
+    vmas = image.document.get("vmas", [])
+    return [v for v in vmas if v["kind"] == "file" and not v["path"].endswith(" (deleted)")]
+
+
 def _doze(order: Order, store: Store, teller: _Teller) -> Report:
     record = _prepare(order, store)
     report = dozing.doze(record.pid, store, name=record.name, progress=teller.progress)
@@ -246,6 +287,8 @@ def _wake(order: Order, store: Store, teller: _Teller) -> Report:
 _VERBS = {
     CHECKPOINT: _checkpoint,
     HIBERNATE: _hibernate,
+    MIGRATE: _migrate,
+    PREPARE: _prepare_arrival,
     DOZE: _doze,
     ROUSE: _rouse,
     WAKE: _wake,

@@ -35,7 +35,7 @@ from .state import (
     Record,
 )
 
-TO_END: Final = frozenset({"hibernate", "idle", "pressure"})
+TO_END: Final = frozenset({"hibernate", "idle", "pressure", "migrate"})
 """Why an image was taken, where it was to be the end of the process."""
 
 _LETS_GO_S = 5.0

@@ -23,6 +23,8 @@ class Settings(NamedTuple):
     idle_bytes_per_s: float = 1024.0
     operations: float = 2.0
     """How many dumps at a time."""
+    move_bytes_per_s: float = 0.0
+    """How much other nodes may fetch from this one; 0: as much as goes."""
 
 
 BOUNDS: dict[str, tuple[float, float]] = {
@@ -34,6 +36,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "idle_cpu": (0, 1024),
     "idle_bytes_per_s": (0, 1e12),
     "operations": (1, 64),
+    "move_bytes_per_s": (0, 1e12),
 }
 MAY_BE_NEVER = frozenset({"doze_after_s", "hibernate_after_s"})
 OF_A_SESSION = frozenset(

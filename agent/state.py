@@ -19,18 +19,20 @@ from ..checkpoint.errors import Busy, Damaged, NotFound
 
 RUNNING, DOZING = "running", "dozing"
 HIBERNATING, HIBERNATED, WAKING = "hibernating", "hibernated", "waking"
+MIGRATING = "migrating"
 ENDED, FAILED = "ended", "failed"
 
-LIVING: Final = frozenset({RUNNING, DOZING, HIBERNATING})
+LIVING: Final = frozenset({RUNNING, DOZING, HIBERNATING, MIGRATING})
 """States in which the session's process exists."""
 
 ASLEEP: Final = frozenset({HIBERNATED, ENDED, FAILED})
 """States from which it can be woken, if it has an image."""
 
 NEXT: Final = {
-    RUNNING: {DOZING, HIBERNATING, ENDED, FAILED, HIBERNATED},
-    DOZING: {RUNNING, HIBERNATING, ENDED, FAILED, HIBERNATED},
+    RUNNING: {DOZING, HIBERNATING, MIGRATING, ENDED, FAILED, HIBERNATED},
+    DOZING: {RUNNING, HIBERNATING, MIGRATING, ENDED, FAILED, HIBERNATED},
     HIBERNATING: {HIBERNATED, RUNNING, DOZING, ENDED, FAILED},
+    MIGRATING: {HIBERNATED, RUNNING, DOZING, ENDED, FAILED},
     HIBERNATED: {WAKING, RUNNING, FAILED},
     WAKING: {RUNNING, DOZING, HIBERNATED, ENDED, FAILED},
     ENDED: {WAKING, RUNNING},
@@ -39,7 +41,7 @@ NEXT: Final = {
 """The ways between states. Some are only taken by others: by `lzy dump` and `lzy restore`."""
 
 _MOST_EVENTS = 20_000
-_VERSION = 1
+_VERSION = 2
 _SCHEMA = """
 CREATE TABLE sessions (
     name TEXT PRIMARY KEY,
@@ -78,6 +80,30 @@ CREATE TABLE events (
 ) STRICT;
 CREATE TABLE settings (name TEXT PRIMARY KEY, value REAL) STRICT;
 """
+_GROWN = {
+    1: """
+ALTER TABLE sessions ADD COLUMN requests TEXT NOT NULL DEFAULT '{}';
+ALTER TABLE sessions ADD COLUMN gpu_count INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE sessions ADD COLUMN moving TEXT NOT NULL DEFAULT '{}';
+ALTER TABLE sessions ADD COLUMN waiting_since_unix_s REAL;
+CREATE TABLE arrivals (
+    name TEXT NOT NULL,
+    epoch INTEGER NOT NULL,
+    source TEXT NOT NULL,
+    state TEXT NOT NULL,
+    document TEXT NOT NULL,
+    unix_s REAL NOT NULL,
+    PRIMARY KEY (name, epoch)
+) STRICT;
+CREATE TABLE departures (
+    name TEXT PRIMARY KEY,
+    epoch INTEGER NOT NULL,
+    node TEXT NOT NULL,
+    unix_s REAL NOT NULL
+) STRICT
+"""
+}
+"""What makes a database of each earlier version one of the next."""
 
 
 class Record(NamedTuple):
@@ -114,6 +140,28 @@ class Record(NamedTuple):
     peak_memory_bytes: int = 0
     idle_gaps: tuple[float, ...] = ()
     settings: dict[str, float | None] = {}  # noqa: RUF012 - never changed in place
+    requests: dict[str, Any] = {}  # noqa: RUF012 - cpu, memory_bytes, gpu, node: what was asked for
+    gpu_count: int = 0
+    moving: dict[str, Any] = {}  # noqa: RUF012 - empty unless it is on its way; see `moving`
+    waiting_since_unix_s: float | None = None
+
+
+OFFERED, ACCEPTING, ACCEPTED, REFUSED = "offered", "accepting", "accepted", "refused"
+"""Of an arrival: announced; being made here; it lives here; it never will."""
+
+
+class Arrival(NamedTuple):
+    """A session that another node wants to bring here, as life number `epoch`.
+
+    Accepted and refused are final: whoever asks later gets that answer, for ever.
+    """
+
+    name: str
+    epoch: int
+    source: str
+    state: str
+    document: dict[str, Any]
+    unix_s: float
 
 
 class Event(NamedTuple):
@@ -149,10 +197,12 @@ class State:
         for pragma in ("journal_mode=WAL", "synchronous=FULL", "busy_timeout=5000"):
             self._database.execute(f"PRAGMA {pragma}")
         (version,) = self._database.execute("PRAGMA user_version").fetchone()
-        if version == 0:
+        if version < _VERSION:
             with self._transaction():
-                for statement in filter(str.strip, _SCHEMA.split(";")):
-                    self._database.execute(statement)
+                steps = [_GROWN[number] for number in range(max(version, 1), _VERSION)]
+                for step in [*([] if version else [_SCHEMA]), *steps]:
+                    for statement in filter(str.strip, step.split(";")):
+                        self._database.execute(statement)
                 self._database.execute(f"PRAGMA user_version={_VERSION}")
         elif version != _VERSION:
             raise Damaged(
@@ -176,17 +226,20 @@ class State:
 
     def insert(self, record: Record, kind: str, words: str, actor_uid: int | None) -> None:
         """Begin a session. Raises Busy when there is one of that name."""
-        marks = ", ".join("?" * len(Record._fields))
         with self._transaction():
-            try:
-                self._database.execute(
-                    f"INSERT INTO sessions ({_COLUMNS}) VALUES ({marks})", _row(record)
-                )
-            except sqlite3.IntegrityError as error:
-                raise Busy(
-                    f"there is a session {record.name} already", remedy="choose another --name"
-                ) from error
+            self._insert(record)
             self._tell(record.name, record.owner_uid, kind, words, actor_uid)
+
+    def _insert(self, record: Record) -> None:
+        marks = ", ".join("?" * len(Record._fields))
+        try:
+            self._database.execute(
+                f"INSERT INTO sessions ({_COLUMNS}) VALUES ({marks})", _row(record)
+            )
+        except sqlite3.IntegrityError as error:
+            raise Busy(
+                f"there is a session {record.name} already", remedy="choose another --name"
+            ) from error
 
     def update(
         self,
@@ -222,6 +275,68 @@ class State:
         with self._transaction():
             self._database.execute("DELETE FROM sessions WHERE name = ?", [record.name])
             self._tell(record.name, record.owner_uid, "detached", words, actor_uid)
+
+    # -- sessions that come and go
+
+    def arrival(self, name: str, epoch: int) -> Arrival | None:
+        """What is known of that life of a session; None: nothing."""
+        found = self._database.execute(
+            "SELECT * FROM arrivals WHERE name = ? AND epoch = ?", (name, epoch)
+        ).fetchone()
+        return Arrival(*found[:4], json.loads(found[4]), found[5]) if found else None
+
+    def open_arrivals(self) -> list[Arrival]:
+        """Those that are being made here, or were when the agent died."""
+        found = self._database.execute("SELECT * FROM arrivals WHERE state = ?", (ACCEPTING,))
+        return [Arrival(*row[:4], json.loads(row[4]), row[5]) for row in found]
+
+    def note_arrival(
+        self,
+        arrival: Arrival,
+        *,
+        insert: Record | None = None,
+        remove: Record | None = None,
+        words: str = "",
+    ) -> None:
+        """Write an arrival, and in the same transaction the session's record, or its removal."""
+        with self._transaction():
+            self._database.execute(
+                "INSERT INTO arrivals VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (name, epoch)"
+                " DO UPDATE SET state = excluded.state, document = excluded.document,"
+                " unix_s = excluded.unix_s",
+                arrival._replace(document=json.dumps(arrival.document)),  # type: ignore[arg-type]
+            )
+            if insert:
+                self._insert(insert)
+                self._database.execute("DELETE FROM departures WHERE name = ?", [insert.name])
+            if remove:
+                self._database.execute("DELETE FROM sessions WHERE name = ?", [remove.name])
+            if words and (about := insert or remove):
+                kind = "arrived" if arrival.state != REFUSED else "failure"
+                self._tell(about.name, about.owner_uid, kind, words, None)
+
+    def forget_offer(self, name: str, epoch: int) -> None:
+        """Forget an arrival of which nothing has come yet."""
+        self._database.execute(
+            "DELETE FROM arrivals WHERE name = ? AND epoch = ? AND state = ?",
+            (name, epoch, OFFERED),
+        )
+
+    def depart(self, record: Record, epoch: int, node: str, words: str) -> None:
+        """The session lives on another node from now on, as life number `epoch`."""
+        with self._transaction():
+            self._database.execute("DELETE FROM sessions WHERE name = ?", [record.name])
+            self._database.execute(
+                "INSERT OR REPLACE INTO departures VALUES (?, ?, ?, ?)",
+                (record.name, epoch, node, time.time()),
+            )
+            self._tell(record.name, record.owner_uid, "migrated", words, None)
+
+    def departed_to(self, name: str) -> tuple[str, int] | None:
+        """(node, epoch) of a session that left from here, where it has not come back since."""
+        return self._database.execute(
+            "SELECT node, epoch FROM departures WHERE name = ?", [name]
+        ).fetchone()  # type: ignore[no-any-return]
 
     # -- events
 
@@ -286,10 +401,11 @@ class State:
 
 
 _COLUMNS = ", ".join(Record._fields)
+_AS_JSON: Final = ("idle_gaps", "settings", "requests", "moving")
 
 
 def _column(name: str, value: Any) -> Any:
-    return json.dumps(value) if name in ("idle_gaps", "settings") else value
+    return json.dumps(value) if name in _AS_JSON else value
 
 
 def _row(record: Record) -> list[Any]:
@@ -298,5 +414,5 @@ def _row(record: Record) -> list[Any]:
 
 def _record(row: tuple[Any, ...]) -> Record:
     record = Record(*row)
-    gaps = tuple(json.loads(str(record.idle_gaps)))
-    return record._replace(idle_gaps=gaps, settings=json.loads(str(record.settings)))
+    found = {name: json.loads(str(getattr(record, name))) for name in _AS_JSON}
+    return record._replace(**{**found, "idle_gaps": tuple(found["idle_gaps"])})

@@ -46,6 +46,7 @@ class Watcher:
                 self._adopt_restored()
                 self._mend_pagers()
                 self._mend_sessions()
+                self._agent.mover.conclude_all()
             except Exception:  # a full disk, say: the next round may fare better
                 traceback.print_exc()
             passed_s = time.monotonic() - began
@@ -97,7 +98,8 @@ class Watcher:
         self, session: Session, verb: str, why: str, actor_uid: int | None, progress: Any = None
     ) -> dict[str, Any]:
         """Doze or hibernate a session if it stays idle. Raises Busy when it does not."""
-        if session.lock.locked() or session.called_off is not None:
+        leaving = self._agent.mover.is_leaving(session.record.name)
+        if session.lock.locked() or session.called_off is not None or leaving:
             raise Busy(f"something is done to session {session.record.name} already")
         session.called_off = asyncio.Event()
         began_s = time.monotonic()

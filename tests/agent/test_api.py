@@ -71,6 +71,7 @@ def test_one_user_cannot_touch_anothers_session(start: Start, open_service: Serv
     service.attach(program)
     before = service.look()
     bodies = {"hold": {"for_s": 5}, "signal": {"signal": 9}, "set_session": {"settings": {}}}
+    bodies |= {"migrate": {"node": "x", "address": "x:1"}, "requests": {"requests": {}}}
     doors = [route for route in ROUTES if "{name}" in route.path]
     for route in doors:
         path = route.path.replace("{name}", "calm")

@@ -23,6 +23,7 @@ _WINDOW_PAGES = {"64K": 16, "128K": 32, "256K": 64}
       lzy dump 4121                         write the image, then end the process
       lzy dump 4121 --leave-running         a checkpoint: the process goes on
       lzy dump 4121 --leave-running         the next one of its session (see lzy log)
+      lzy dump 4121 --dry-run               what would be lost, and how much there is
       lzy dump 4121 --trim                  have Python give back free memory first
       lzy dump 4121 --name before-training --store /data/images
     """
@@ -53,8 +54,15 @@ _WINDOW_PAGES = {"64K": 16, "128K": 32, "256K": 64}
     show_default=True,
     help="Memory in one chunk: small ones answer faults sooner, large ones dump faster.",
 )
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Only tell what would be refused, cut or changed, and how large the image would be.",
+)
 @json_option
+@click.pass_context
 def dump(
+    context: click.Context,
     pid: int,
     store: str | None,
     name: str | None,
@@ -62,6 +70,7 @@ def dump(
     track: bool,
     trim: bool,
     window_size: str,
+    dry_run: bool,
     as_json: bool,
 ) -> None:
     """Write the process PID into an image and end it once the image is verified.
@@ -78,6 +87,10 @@ def dump(
 
     began = _start_time(pid)
     enter_copy(pid)
+    if dry_run:
+        from .foresight import tell
+
+        context.exit(tell(pid, as_json))
     try:
         with ProgressLine() as line:
             report = engine.dump(

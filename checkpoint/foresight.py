@@ -1,0 +1,370 @@
+"""What a dump of a process would refuse, cut and change, told beforehand, all of it at once.
+
+The process and its descendants are stopped for the look, as long as reading their descriptors
+takes; nothing is run in them and nothing is written. How much would be stored is estimated from a
+sample of their memory, read while they run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, Final, NamedTuple
+
+from blake3 import blake3
+
+from . import interrogate, proc
+from .codec import Encoder
+from .content import Objects, ProcessPages, own_page_ranges, windows_of
+from .dump import refuse_separate_threads, refuse_unfit
+from .errors import KernelError, LzyError, NotFound, Unsupported
+from .interrupts import Deferred
+from .linux import PAGE_BYTES
+from .mapped import Mappings, find_refusals
+from .pages import page_runs
+from .resources.kind import Entry, all_kinds
+from .resources.survey import Holder, Survey
+from .tracee import Tracee
+
+REFUSED: Final = "refused"  # a dump would fail
+CUT: Final = "cut"  # it ends for the process, as when a network or a neighbour fails
+CHANGED: Final = "changed"  # it comes back as something else
+
+_WINDOW_PAGES: Final = 64
+_SAMPLE_WINDOWS: Final = 64  # 16 MiB: a tenth of a second
+_ZEROS: Final = bytes(PAGE_BYTES)
+
+
+class Finding(NamedTuple):
+    """One thing that would not be as before: what becomes of it, in words, and a way out."""
+
+    outcome: str
+    pid: int
+    descriptors: list[int]
+    words: str
+    remedy: str
+
+
+class Member(NamedTuple):
+    """One process of those that would be dumped; sizes in bytes."""
+
+    pid: int
+    comm: str
+    threads: int
+    descriptors: int
+    raw_bytes: int
+    """Pages of its own; with pages of zeros, and with those it shares with its parent since a
+    fork."""
+
+
+class Foresight(NamedTuple):
+    """What a dump would do; sizes in bytes, times in seconds.
+
+    `object_bytes`: shared memory, memory files and deleted files, which the image holds too.
+    `estimated_bytes`: what the store would grow by, were nothing of it in there; judged by a
+    sample of `sampled_bytes`. `mapped_files` and `open_files` have to be there when it is restored.
+    """
+
+    members: list[Member]
+    findings: list[Finding]
+    raw_bytes: int
+    object_bytes: int
+    estimated_bytes: int
+    sampled_bytes: int
+    mapped_files: list[str]
+    open_files: list[str]
+    stopped_s: float
+    total_s: float
+
+    @property
+    def is_possible(self) -> bool:
+        """Whether nothing would be refused."""
+        return not any(finding.outcome == REFUSED for finding in self.findings)
+
+
+def foresee(pid: int) -> Foresight:
+    """What `dump.dump` would do with the process and its descendants.
+
+    Raises NotFound, AccessDenied: nobody may look; Busy: a thread does not stop.
+    """
+    began = time.monotonic()
+    findings: list[Finding] = []
+    note = _noting(findings)
+    pids = _with_descendants(pid)
+    if os.getpid() in pids:
+        raise Unsupported(
+            f"lzy was started by pid {pid} or below it, and cannot stop itself",
+            remedy="run it from another terminal",
+            pid=pid,
+        )
+    for each in pids:
+        try:
+            refuse_unfit(each)
+        except Unsupported as error:
+            note(error)
+        except NotFound:
+            if each == pid:
+                raise
+    all_kinds()
+    objects = Objects()
+    try:
+        looks, entries, stopped_s = _look(pids, objects, note)
+        _judge(entries, findings)
+        members: list[Member] = []
+        mapped: set[str] = set()
+        sizes: dict[int, list[tuple[int, int]]] = {}
+        for each, look in looks.items():
+            with contextlib.suppress(NotFound, ProcessLookupError, FileNotFoundError):
+                sizes[each] = own_page_ranges(each, look.vmas)
+                members.append(
+                    Member(each, look.comm, look.threads, look.descriptors, _length(sizes[each]))
+                )
+            mapped.update(vma.path for vma in look.vmas if vma.kind == "file")
+        opened = {
+            entry["path"]
+            for entry in entries
+            if entry["kind"] == "file" and entry.get("form") in ("regular", "directory", "name")
+        }
+        sampled, kept = _sample(sizes)
+        raw = sum(member.raw_bytes for member in members)
+        return Foresight(
+            members,
+            sorted(findings, key=lambda it: ((REFUSED, CUT, CHANGED).index(it.outcome), it.pid)),
+            raw_bytes=raw,
+            object_bytes=objects.total_bytes,
+            estimated_bytes=round((raw + objects.total_bytes) * (kept / sampled if sampled else 1)),
+            sampled_bytes=sampled,
+            mapped_files=sorted(mapped),
+            open_files=sorted(opened),
+            stopped_s=stopped_s,
+            total_s=time.monotonic() - began,
+        )
+    finally:
+        objects.close()
+
+
+class _Look(NamedTuple):
+    comm: str
+    threads: int
+    descriptors: int
+    vmas: list[proc.Vma]
+
+
+class _Collecting(Survey):
+    """A survey that goes on when a description cannot be made again."""
+
+    def __init__(
+        self, holders: list[Holder], objects: Objects, note: Callable[[LzyError], None]
+    ) -> None:
+        super().__init__(holders, objects)
+        self._note = note
+
+    def refuse(self, error: Unsupported) -> None:
+        self._note(error)
+
+
+def _with_descendants(pid: int) -> list[int]:
+    """The process and its living descendants, parents before children."""
+    found = [pid]
+    for parent in found:
+        with contextlib.suppress(NotFound):
+            for child in proc.children(parent):
+                with contextlib.suppress(NotFound):
+                    if proc.stat(child)[2] not in "ZX":
+                        found.append(child)
+    return found
+
+
+def _noting(findings: list[Finding]) -> Callable[[LzyError], None]:
+    seen = set()
+
+    def note(error: LzyError) -> None:
+        if error.message in seen:
+            return
+        seen.add(error.message)
+        numbers = [error.facts["descriptor"]] if "descriptor" in error.facts else []
+        pid = int(error.facts.get("pid", 0))
+        findings.append(Finding(REFUSED, pid, numbers, error.message, error.remedy))
+
+    return note
+
+
+def _look(
+    pids: list[int], objects: Objects, note: Callable[[LzyError], None]
+) -> tuple[dict[int, _Look], list[Entry], float]:
+    """All that has to be seen at one instant: what is mapped, what is open."""
+    tracees: list[Tracee] = []
+    pidfds: list[int] = []
+    looks: dict[int, _Look] = {}
+    began = time.monotonic()
+    try:
+        with Deferred():
+            for pid in pids:
+                try:
+                    tracee = Tracee(pid)
+                    tracee.seize()
+                except NotFound:
+                    if pid == pids[0]:
+                        raise
+                    continue  # it ended meanwhile
+                except Unsupported as error:  # somebody else traces it
+                    note(error)
+                    continue
+                tracees.append(tracee)
+                pidfds.append(os.pidfd_open(pid))
+                for check in (interrogate.refuse_foreign_registers, refuse_separate_threads):
+                    try:
+                        check(tracee)
+                    except Unsupported as error:
+                        note(error)
+            holders = [
+                Holder(tracee.pid, pidfd, number=at and tracee.pid)
+                for at, (tracee, pidfd) in enumerate(zip(tracees, pidfds, strict=True))
+            ]
+            entries = _describe(holders, objects, note) if holders else []
+            for tracee in tracees:
+                vmas = proc.mappings(tracee.pid)
+                _judge_mappings(tracee.pid, vmas, objects, note)
+                count = len(os.listdir(f"/proc/{tracee.pid}/fd"))
+                looks[tracee.pid] = _Look(
+                    proc.stat(tracee.pid)[1], len(tracee.threads), count, vmas
+                )
+    finally:
+        with Deferred():
+            for tracee in tracees:
+                tracee.let_go()
+            for pidfd in pidfds:
+                os.close(pidfd)
+    return looks, entries, time.monotonic() - began
+
+
+def _describe(
+    holders: list[Holder], objects: Objects, note: Callable[[LzyError], None]
+) -> list[Entry]:
+    survey = _Collecting(holders, objects, note)
+    try:
+        survey.look()
+        entries = survey.describe()
+        for entry, opened in zip(entries, survey.opened, strict=True):
+            entry["pid"], entry["numbers"] = opened.pid, opened.numbers
+        return entries
+    except OSError as error:
+        raise KernelError(
+            f"cannot look at the descriptors of pid {survey.pid} ({error.filename or 'a call'})",
+            error.errno or 0,
+            pid=survey.pid,
+        ) from error
+    finally:
+        survey.close()
+
+
+def _judge_mappings(
+    pid: int, vmas: list[proc.Vma], objects: Objects, note: Callable[[LzyError], None]
+) -> None:
+    refused = set()
+    for error in find_refusals(pid, vmas):
+        refused.add(error.facts["address"])
+        note(error)
+    fit = [vma for vma in vmas if vma.start not in refused]
+    mappings = Mappings(pid, fit)
+    try:
+        mappings.take_objects(objects)
+    except Unsupported as error:
+        note(error)
+    for vma in fit:
+        if vma.kind == "file" and vma.path != "/dev/zero":
+            try:
+                mappings.describe_file(vma)
+            except Unsupported as error:
+                note(error)
+
+
+# -- what becomes of descriptors -----------------------------------------------------------------
+
+
+def _judge(entries: list[Entry], findings: list[Finding]) -> None:
+    """Add what of the descriptors would be cut, or come back as something else."""
+    ends: dict[str, set[int]] = {}
+    for entry in entries:
+        if entry["kind"] == "pipe" and "pipe" in entry:
+            ends.setdefault(entry["pipe"], set()).add(entry["flags"] & os.O_ACCMODE)
+    for entry in entries:
+        for outcome, words in _becomes(entry, ends):
+            findings.append(Finding(outcome, entry["pid"], entry["numbers"], words, ""))
+
+
+def _becomes(entry: Entry, ends: dict[str, set[int]]) -> Iterator[tuple[str, str]]:
+    kind, form = entry["kind"], entry.get("form")
+    if kind == "tcp_socket" and form == "gone" and not entry.get("failed"):
+        peer = _spell(entry.get("peer_name"))
+        yield CUT, f"its connection to {peer} ends: what had arrived is read, then end of file"
+    elif kind == "tcp_socket" and form == "connecting":
+        yield CHANGED, f"it connects to {_spell(entry.get('peer_name'))} once more"
+    elif kind == "unix_socket" and form == "gone":
+        to = entry.get("peer_name")
+        whom = f"at {_spell(to)}" if to else "at its other end"
+        yield CUT, f"the process {whom} is not part of the image: end of file"
+    elif kind == "pipe" and "path" not in entry and "pipe" in entry:
+        modes = ends[entry["pipe"]]
+        if os.O_RDWR not in modes and len(modes) == 1:
+            standard = [number for number in entry["numbers"] if number in (1, 2)]
+            if os.O_RDONLY in modes:
+                yield CUT, "who writes into this pipe is not part of the image: end of file"
+            elif standard:
+                yield CHANGED, "who reads this pipe is not part of the image: it is /dev/null then"
+            else:
+                yield CUT, "who reads this pipe is not part of the image: EPIPE"
+    elif kind == "terminal" and form == "outside":
+        yield CHANGED, f"{entry.get('path')} is the terminal of whoever restores it, or /dev/null"
+    elif kind == "file" and form == "unlinked":
+        yield CHANGED, f"{entry['path']} was deleted: its content comes back as a memory file"
+
+
+def _spell(address: Any) -> str:
+    if isinstance(address, (list, tuple)) and len(address) >= 2:
+        host, port = address[0], address[1]
+        return f"[{host}]:{port}" if ":" in str(host) else f"{host}:{port}"
+    return str(address or "somewhere")
+
+
+# -- how much ------------------------------------------------------------------------------------
+
+
+def _length(ranges: list[tuple[int, int]]) -> int:
+    return sum(end - start for start, end in ranges)
+
+
+def _sample(ranges: dict[int, list[tuple[int, int]]]) -> tuple[int, int]:
+    """(bytes looked at, bytes they would take in the store) of windows spread over all memory."""
+    windows = [
+        (pid, address, mask)
+        for pid, own in ranges.items()
+        for address, mask in windows_of(own, _WINDOW_PAGES)
+    ]
+    step = max(len(windows) // _SAMPLE_WINDOWS, 1)
+    encoder = Encoder()
+    buffer = memoryview(bytearray(_WINDOW_PAGES * PAGE_BYTES))
+    looked, kept = 0, 0
+    known = set()
+    for pid, address, mask in windows[step // 2 :: step]:
+        try:
+            source = ProcessPages(pid)
+        except (OSError, LzyError):
+            continue
+        try:
+            length = mask.bit_count() * PAGE_BYTES
+            source.read_runs(page_runs([(address, mask)]), buffer[:length])
+        except OSError:  # it is gone meanwhile
+            continue
+        finally:
+            source.close()
+        looked += length
+        pages = [bytes(buffer[at : at + PAGE_BYTES]) for at in range(0, length, PAGE_BYTES)]
+        content = b"".join(page for page in pages if page != _ZEROS)
+        identity = blake3(content).digest()
+        if content and identity not in known:
+            known.add(identity)
+            kept += len(encoder.encode(content)[1])
+    return looked, kept

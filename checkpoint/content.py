@@ -43,6 +43,26 @@ def windows_of(ranges: Iterable[tuple[int, int]], window_pages: int) -> list[tup
     return found
 
 
+def cut_windows(
+    ranges: Iterable[tuple[int, int]], window_pages: int
+) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """Page-aligned, ascending ranges as (ranges of whole windows, other windows with their masks).
+
+    As `windows_of`, but what is large is not listed window by window.
+    """
+    size = window_pages * PAGE_BYTES
+    whole: list[tuple[int, int]] = []
+    rest: list[tuple[int, int]] = []
+    for start, end in ranges:
+        first, last = -(-start // size) * size, end // size * size
+        if first < last:
+            whole.append((first, last))
+            rest += [(start, first), (last, end)]
+        else:
+            rest.append((start, end))
+    return whole, windows_of(rest, window_pages)
+
+
 def holds_own_pages(vma: Vma) -> bool:
     """Whether pages of this VMA can exist nowhere but in this process."""
     return vma.kind in ("anonymous", "file", "memory") and not vma.shared and "dp" not in vma.flags

@@ -44,7 +44,7 @@ from .history import ASKED, next_checkpoint, remember
 from .home import run_directory
 from .host import describe_host
 from .huge import gather_huge_pages
-from .increment import TooScattered, plan_increment
+from .increment import TooScattered, plan_checkpoint
 from .inject import close_descriptor
 from .interrupts import Deferred
 from .journal import is_held, journal_path, rouse
@@ -296,12 +296,7 @@ def _dump(
             if base and written is not None:
                 written = join_ranges(written)
                 try:
-                    kept, fresh = plan_increment(
-                        base,
-                        fresh,
-                        windows_of(written, window_pages),
-                        windows_of(away.missing, window_pages),
-                    )
+                    kept, fresh = plan_checkpoint(base, ranges, written, away.missing)
                 except TooScattered:
                     raise NotAsItIs from None
             written_bytes = sum(mask.bit_count() for _, mask in fresh) * PAGE_BYTES

@@ -187,7 +187,8 @@ class Image:
             raise Damaged(f"the manifest of image {name} is damaged or forged", image=name)
         start = HEADER_BYTES
         end = start + header.run_count * RUN_BYTES
-        self.runs = whole[start:end].cast("Q")
+        self._runs = whole[start:end]
+        self.runs = self._runs.cast("Q")
         start, end = end, end + header.piece_count * PIECE_RECORD.size
         self._pieces = PieceTable(whole[start:end])
         start, end = end, end + header.chunk_count * CHUNK_RECORD.size
@@ -256,6 +257,11 @@ class Image:
     def packs(self) -> list[tuple[bytes, int]]:
         """(id, size in bytes) of each pack the image needs."""
         return self._packs
+
+    @property
+    def run_records(self) -> memoryview:
+        """The run table as it lies in the manifest, RUN_BYTES each."""
+        return self._runs
 
     @property
     def chunk_records(self) -> memoryview:

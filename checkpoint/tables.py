@@ -10,7 +10,8 @@ import itertools
 import struct
 import threading
 from array import array
-from collections.abc import Collection, Sequence
+from bisect import bisect_left
+from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from .image import CHUNK_RECORD, encode_pack
@@ -50,7 +51,7 @@ class ImageTables:
         self._pack_sizes: list[tuple[int, int]] = []
         self._runs: dict[int, bytes] = {}
         self._kept: dict[int, list[Piece]] = {}
-        self._kept_whole: dict[int, tuple[int, int]] = {}
+        self._kept_runs = array("Q")
 
     def number_chunk(self, content_id: bytes) -> tuple[int, bool]:
         """The number of a content, and whether it is new here and now the caller's to store."""
@@ -130,14 +131,15 @@ class ImageTables:
         with self._lock:
             here: dict[int, int] = {}
             if self._numbers:
-                ids = _ids(_copy_records(base, taken))
+                ids = _ids(_copy_records(base, _stretches(taken)))
                 here = {
                     number: self._numbers[content_id]
                     for number, content_id in zip(taken, ids, strict=True)
                     if content_id in self._numbers
                 }
                 taken = [number for number in taken if number not in here]
-            records = _copy_records(base, taken)
+            stretches = _stretches(taken)
+            records = _copy_records(base, stretches)
             self._renumber_packs(records, base)
             first = self.chunk_count
             self._records += records
@@ -148,7 +150,10 @@ class ImageTables:
         if not first and not here and taken[-1:] in ([], [len(taken) - 1]):
             return None, stored_bytes
         numbers = [-1] * base.chunk_count
-        for number, ours in itertools.chain(zip(taken, itertools.count(first)), here.items()):
+        for begin, end in stretches:
+            numbers[begin:end] = range(first, first + end - begin)
+            first += end - begin
+        for number, ours in here.items():
             numbers[number] = ours
         return numbers, stored_bytes
 
@@ -161,19 +166,18 @@ class ImageTables:
             ours[number] = self._packs.setdefault(pack, len(self._pack_sizes))
             if ours[number] == len(self._pack_sizes):
                 self._pack_sizes.append((length_bytes, base.pack_chunk_counts[number]))
-        moved = {number for number, mine in ours.items() if mine != number}
-        if moved:
-            for at, number in enumerate(named):
-                if number in moved:
-                    place = at * CHUNK_RECORD.size + 4 * _PACK_AT
-                    records[place : place + 4] = ours[number].to_bytes(4, "little")
+        if any(number != mine for number, mine in ours.items()):
+            renamed = array("I", [ours[number] for number in named])
+            with memoryview(records) as view, view.cast("I") as words:
+                words[_PACK_AT :: CHUNK_RECORD.size // 4] = memoryview(renamed)
 
-    def keep(self, whole: dict[int, tuple[int, int]], patchworks: dict[int, list[Piece]]) -> None:
+    def keep(self, runs: array[int], patchworks: dict[int, list[Piece]]) -> None:
         """Take pages of windows of space 0 from chunks that are here already.
 
-        `whole`: {window address: (mask, chunk)}; `patchworks`: what consists of pieces of chunks.
+        `runs`: records of windows that are one chunk each, by address; `patchworks`, {window
+        address: pieces}: others. Each window is in one of them at most.
         """
-        self._kept_whole.update(whole)
+        self._kept_runs.extend(runs)
         self._kept.update(patchworks)
 
     def fresh_contents(self) -> dict[int, tuple[int, bytes]]:
@@ -193,53 +197,71 @@ class ImageTables:
         was given twice.
         """
         runs = b"".join(self._runs[number] for number in sorted(self._runs))
-        joins = bool(self._kept or self._kept_whole)
+        joins = bool(self._kept or self._kept_runs)
         if ordered and not joins:
             return runs, b""
         records = sorted(struct.iter_unpack("<QQQ", runs), key=lambda run: (run[2] >> 32, run[0]))
         last = (-1, -1)
         for address, _, owner in records:
             if (owner >> 32, address) == last:
-                raise ValueError(f"window {address:#x} of space {owner >> 32} was given twice")
+                raise _given_twice(address, owner >> 32)
             last = (owner >> 32, address)
-        pieces = b""
         if joins:
-            records, pieces = self._join(records)
-        return array("Q", itertools.chain.from_iterable(records)).tobytes(), pieces
+            return self._join(records)
+        return array("Q", itertools.chain.from_iterable(records)).tobytes(), b""
 
-    def _join(self, records: list[Run]) -> tuple[list[Run], bytes]:
+    def _join(self, records: list[Run]) -> tuple[bytes, bytes]:
         """Put what was kept and what was written of the windows of space 0 together."""
         fresh = {address: (mask, chunk) for address, mask, chunk in records if not chunk >> 32}
-        whole, kept = self._kept_whole, self._kept
-        joined: list[Run] = [
-            (address, *run) for address, run in whole.items() if address not in fresh
-        ]
+        kept, addresses = self._kept_runs, self._kept_runs[0::3]
+        joined = array("Q")
         patchworks: list[list[Piece]] = []
-        for address in sorted(fresh.keys() | kept.keys()):
-            pieces = list(kept.get(address, ()))
-            for mask, chunk in filter(None, (whole.get(address), fresh.get(address))):
+        at = 0
+        for address in sorted(fresh.keys() | self._kept.keys()):
+            before, at = at, bisect_left(addresses, address, at)
+            if at < len(addresses) and addresses[at] == address:
+                raise _given_twice(address, 0)
+            joined.extend(kept[3 * before : 3 * at])
+            pieces = list(self._kept.get(address, ()))
+            if address in fresh:
+                mask, chunk = fresh[address]
                 pieces.append(Piece(mask, mask, chunk))
-            mask = sum(piece.taken for piece in pieces)
+            mask = sum([piece.taken for piece in pieces])
             if len(pieces) == 1 and pieces[0].held == mask:
-                joined.append((address, mask, pieces[0].chunk))
+                joined.extend((address, mask, pieces[0].chunk))
             else:
-                joined.append((address, mask, self.chunk_count + len(patchworks)))
+                joined.extend((address, mask, self.chunk_count + len(patchworks)))
                 patchworks.append(pieces)
-        joined.sort()
-        joined += [record for record in records if record[2] >> 32]
-        return joined, encode_pieces(patchworks)
+        joined.extend(kept[3 * at :])
+        for record in records:
+            if record[2] >> 32:
+                joined.extend(record)
+        return joined.tobytes(), encode_pieces(patchworks)
 
 
-def _copy_records(base: Image, chunks: Sequence[int]) -> bytearray:
-    """The records of ascending numbers, one behind the other."""
+def _given_twice(address: int, space: int) -> ValueError:
+    return ValueError(f"window {address:#x} of space {space} was given twice")
+
+
+def _stretches(numbers: Sequence[int]) -> list[tuple[int, int]]:
+    """[first, last) of what follows one another in ascending numbers: looks only at the gaps."""
+    if not numbers:
+        return []
+    first, end = numbers[0], numbers[-1] + 1
+    gaps = sorted(set(range(first, end)).difference(numbers)) if end - first > len(numbers) else []
+    found = []
+    for gap in gaps:
+        if first < gap:
+            found.append((first, gap))
+        first = gap + 1
+    found.append((first, end))
+    return found
+
+
+def _copy_records(base: Image, stretches: Iterable[tuple[int, int]]) -> bytearray:
+    """The records of the chunks with these numbers, one behind the other."""
     section, size = base.chunk_records, CHUNK_RECORD.size
-    records = bytearray()
-    begin = 0
-    for at in range(1, len(chunks) + 1):
-        if at == len(chunks) or chunks[at] != chunks[at - 1] + 1:
-            records += section[chunks[begin] * size : (chunks[at - 1] + 1) * size]
-            begin = at
-    return records
+    return bytearray().join(section[first * size : last * size] for first, last in stretches)
 
 
 def _ids(records: bytearray) -> list[bytes]:

@@ -20,6 +20,7 @@ import os
 import queue
 import threading
 import time
+from array import array
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -34,17 +35,17 @@ from .image import (
     encode_manifest,
     parse_header,
 )
-from .increment import runs_by_address
 from .linux import PAGE_BYTES
 from .packs import PackFiles
 from .pages import MOST_WINDOW_PAGES
-from .patchwork import PIECE_RECORD, Piece, renew
+from .patchwork import PIECE_RECORD
 from .pending import PendingPacks, Progress
 from .tables import ImageTables
 from .unavailable import unavailable
 from .worker import Batch, PageSource, Shared, Worker
 
 if TYPE_CHECKING:
+    from .increment import Kept
     from .store import ImageSummary, Store
 
 __all__ = ["ImageWriter", "PageSource", "Progress"]
@@ -114,34 +115,35 @@ class ImageWriter:
         self._known.forgo()
         self._plain = length_bytes <= _BATCH_BYTES
 
-    def keep(self, base: Image, windows: Iterable[tuple[int, int]]) -> None:
-        """Take these pages of space 0, (window address, mask), from `base` as they are.
+    def keep(self, base: Image, kept: Kept) -> None:
+        """Take these pages of space 0 from `base` as they are.
 
-        What `base` does not have of them is zero pages. They were verified when they were written,
-        and are not read again. Damaged when `base` cannot be made sense of.
+        They were verified when they were written, and are not read again. Damaged when `base`
+        cannot be made sense of.
         """
         tables = self._tables
-        windows = list(windows)
-        runs = runs_by_address(base)
-        whole, patchworks = _sort_out(base, runs, windows)
-        chunks = {chunk for _, chunk in whole.values()}
-        chunks.update(piece.chunk for pieces in patchworks.values() for piece in pieces)
-        numbers, reused_bytes = tables.adopt(base, chunks)
+        runs = array("Q")
+        for first, last in kept.rows:
+            runs.frombytes(base.run_records[first * RUN_BYTES : last * RUN_BYTES])
+        chunks = runs[2::3]
+        used = set(chunks)
+        used.update([piece.chunk for pieces in kept.pieces.values() for piece in pieces])
+        numbers, reused_bytes = tables.adopt(base, used)
+        patchworks = kept.pieces
         if numbers is not None:
-            whole = {address: (mask, numbers[chunk]) for address, (mask, chunk) in whole.items()}
+            runs[2::3] = array("Q", [numbers[chunk] for chunk in chunks])
             patchworks = {
                 address: [piece._replace(chunk=numbers[piece.chunk]) for piece in pieces]
                 for address, pieces in patchworks.items()
             }
-        tables.keep(whole, patchworks)
-        raw_pages = sum([mask.bit_count() for _, mask in windows])
-        kept_pages = sum([mask.bit_count() for mask, _ in whole.values()])
-        kept_pages += sum(p.taken.bit_count() for pieces in patchworks.values() for p in pieces)
+        tables.keep(runs, patchworks)
+        pages = sum(map(int.bit_count, runs[1::3]))
+        pages += sum([p.taken.bit_count() for pieces in patchworks.values() for p in pieces])
         tables.record_batch(
             self._batches,
             b"",
-            raw_bytes=raw_pages * PAGE_BYTES,
-            zero_bytes=(raw_pages - kept_pages) * PAGE_BYTES,
+            raw_bytes=kept.page_count * PAGE_BYTES,
+            zero_bytes=(kept.page_count - pages) * PAGE_BYTES,
             repeated_bytes=0,
             reused_bytes=reused_bytes,
             stored_bytes=0,
@@ -150,17 +152,16 @@ class ImageWriter:
 
     def expect(self, base: Image, windows: Iterable[int]) -> None:
         """These windows of space 0 may well turn out to be as `base` has them: look there first."""
-        runs = runs_by_address(base)
-        chunks = {runs[address][1] for address in windows if address in runs}
+        chunks = {base.run(row)[2] for at in windows if (row := base.find_run(0, at)) >= 0}
         self._known.expect(base, (chunk for chunk in chunks if chunk < base.chunk_count))
 
     def find_changed(self, base: Image, windows: Iterable[int]) -> list[int]:
         """Which of these windows of space 0, which were read, are not as `base` has them."""
-        runs = runs_by_address(base)
         fresh = self._tables.fresh_contents()
         changed = []
         for address in windows:
-            mask, chunk = runs.get(address, (0, -1))
+            row = base.find_run(0, address)
+            _, mask, chunk = base.run(row) if row >= 0 else (0, 0, -1)
             known = base.chunk_place(chunk)[0] if 0 <= chunk < base.chunk_count else b""
             if (mask, known) != fresh.get(address, (0, b"")):
                 changed.append(address)
@@ -358,23 +359,3 @@ class ImageWriter:
             with contextlib.suppress(OSError):
                 os.unlink(temporary, dir_fd=self._store.manifests)
             raise
-
-
-def _sort_out(
-    base: Image, runs: dict[int, tuple[int, int]], windows: list[tuple[int, int]]
-) -> tuple[dict[int, tuple[int, int]], dict[int, list[Piece]]]:
-    """Of kept windows those that take a whole chunk, {address: (mask, chunk)}, and the others."""
-    chunk_count = base.chunk_count
-    whole = {
-        address: run
-        for address, mask in windows
-        if (run := runs.get(address)) and run[1] < chunk_count and run[0] & mask == run[0]
-    }
-    patchworks: dict[int, list[Piece]] = {}
-    if len(whole) < len(windows):
-        for address, mask in windows:
-            if address not in whole and (run := runs.get(address)):
-                stored, chunk = run
-                if pieces := renew(base.pieces(chunk, stored), mask):
-                    patchworks[address] = pieces
-    return whole, patchworks

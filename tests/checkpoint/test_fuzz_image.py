@@ -24,7 +24,7 @@ from memory import PAGE_BYTES, Memory, descriptors, patterned, write_image
 
 from lzy.checkpoint.errors import Damaged, LzyError
 from lzy.checkpoint.image import HEADER_BYTES, Image
-from lzy.checkpoint.increment import plan_increment
+from lzy.checkpoint.increment import plan_checkpoint
 from lzy.checkpoint.keys import keyed_digest
 from lzy.checkpoint.store import Store
 
@@ -42,13 +42,9 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
             old[page * PAGE_BYTES : (page + 1) * PAGE_BYTES] = bytes([page + 1]) * PAGE_BYTES
         write_image(store, "old", old, window_pages=4, workers=1)
         memory = Memory(CONTENT)
-        windows = memory.windows(4)
-        written = [
-            (address, sum(1 << bit for bit in range(4) if (address // PAGE_BYTES + bit) % 5 == 0))
-            for address, _ in windows
-        ]
+        written = [(at, at + PAGE_BYTES) for at in range(0, len(CONTENT), 5 * PAGE_BYTES)]
         with store.load("old") as image, store.writer("one", window_pages=4, workers=1) as writer:
-            plan = plan_increment(image, windows, written)
+            plan = plan_checkpoint(image, [(0, len(CONTENT))], written)
             writer.keep(image, plan.kept)
             writer.add_space(memory, plan.fresh, space=0)
             writer.commit({"length": len(CONTENT)})

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import zoneinfo
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import datetime
 from pathlib import Path
 
@@ -19,10 +19,11 @@ from hypothesis import strategies as st
 
 from lzy.checkpoint import history, lineage, retention
 from lzy.checkpoint.compare import compare_images
-from lzy.checkpoint.content import FilePages, windows_of
+from lzy.checkpoint.content import FilePages, join_ranges, windows_of
 from lzy.checkpoint.errors import Busy, LzyError, NotFound
 from lzy.checkpoint.garbage import measure_garbage
 from lzy.checkpoint.image import Image
+from lzy.checkpoint.increment import plan_checkpoint
 from lzy.checkpoint.log import Checkpoint, ancestors, read_log
 from lzy.checkpoint.retention import choose_kept
 from lzy.checkpoint.store import Store
@@ -447,22 +448,17 @@ def fill(
         os.ftruncate(file.fileno(), 1024 * PAGE)
         for number, content in pages.items():
             os.pwrite(file.fileno(), content, number * PAGE)
-        ranges: list[tuple[int, int]] = []
-        stored = set(pages) if written is None else written & set(pages)
-        for number in sorted(stored):
-            if ranges and ranges[-1][1] == number * PAGE:
-                ranges[-1] = (ranges[-1][0], (number + 1) * PAGE)
-            else:
-                ranges.append((number * PAGE, (number + 1) * PAGE))
-        kept: dict[int, int] = {}
-        for number in set(pages) - stored:
-            window = number - number % window_pages
-            kept[window * PAGE] = kept.get(window * PAGE, 0) | 1 << number - window
+
+        def ranges_of(numbers: Iterable[int]) -> list[tuple[int, int]]:
+            return join_ranges((number * PAGE, (number + 1) * PAGE) for number in numbers)
+
         with store.writer(name, window_pages=window_pages) as writer:
+            fresh = windows_of(ranges_of(pages), window_pages)
             if base is not None:
-                writer.keep(base, sorted(kept.items()))
-            source = FilePages(file.fileno())
-            writer.add_space(source, windows_of(ranges, window_pages), space=0)
+                plan = plan_checkpoint(base, ranges_of(pages), ranges_of(written or ()))
+                writer.keep(base, plan.kept)
+                fresh = plan.fresh
+            writer.add_space(FilePages(file.fileno()), fresh, space=0)
             writer.commit(
                 {
                     "vmas": [

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 sys.path.insert(0, str(Path(__file__).parent))
 from memory import PAGE_BYTES, Memory, patterned, read_space
 
+from lzy.checkpoint.content import join_ranges
 from lzy.checkpoint.errors import Damaged
-from lzy.checkpoint.increment import plan_increment
+from lzy.checkpoint.increment import plan_checkpoint
 from lzy.checkpoint.patchwork import MOST_PIECES
 from lzy.checkpoint.store import ImageSummary, Store
 
@@ -37,12 +38,17 @@ def masks(pages: set[int]) -> list[tuple[int, int]]:
     return list(found.items())
 
 
+def ranges(pages: set[int]) -> list[tuple[int, int]]:
+    """Pages as ranges of addresses."""
+    return join_ranges((page * PAGE_BYTES, (page + 1) * PAGE_BYTES) for page in pages)
+
+
 def checkpoint(
     store: Store, name: str, base: str, content: bytearray, present: set[int], written: set[int]
 ) -> ImageSummary:
     """Write `name` on top of `base`."""
     with store.load(base) as image, store.writer(name, window_pages=WINDOW_PAGES) as writer:
-        plan = plan_increment(image, masks(present), masks(written & present))
+        plan = plan_checkpoint(image, ranges(present), ranges(written))
         writer.keep(image, plan.kept)
         writer.add_space(Memory(content), plan.fresh, space=0)
         return writer.commit({})
@@ -160,7 +166,8 @@ def test_garbage_inside_packs_is_given_back(store: Store) -> None:
     changed = random.Random(2).randbytes(len(content))
     mixed = Memory(changed[: half * 64 * PAGE_BYTES] + content[half * 64 * PAGE_BYTES :])
     with store.load("a") as image, store.writer("b", window_pages=64, workers=1) as writer:
-        writer.keep(image, windows[half:])
+        behind = (windows[half][0], len(content))
+        writer.keep(image, plan_checkpoint(image, [behind], []).kept)
         writer.add_space(mixed, windows[:half], space=0)
         writer.commit({})
     store.remove("a")

@@ -8,8 +8,8 @@ import time
 from typing import NamedTuple
 
 from ..checkpoint import proc
-from ..checkpoint.dump import refuse_unfit
 from ..checkpoint.errors import AccessDenied, Busy, LzyError, NotFound, Unsupported
+from ..checkpoint.fitness import refuse_unfit
 from ..checkpoint.history import check_free, check_session_name, list_numbers
 from ..checkpoint.lineage import find_lineage
 from ..checkpoint.store import Store

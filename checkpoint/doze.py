@@ -29,8 +29,9 @@ from typing import TYPE_CHECKING, NamedTuple
 from . import proc, tracking
 from .away import NotAsItIs, end_pager, find_doze, hold_pager, is_unroused, read_away, read_moved
 from .content import intersect, join_ranges, own_page_ranges, subtract, windows_of
-from .dump import dump, look_at_mappings
+from .dump import dump
 from .errors import Busy, KernelError, LzyError, NotFound, Unsupported
+from .fitness import look_at_mappings
 from .home import run_directory
 from .inject import close_descriptor
 from .journal import is_held, journal_path, read_status, rouse

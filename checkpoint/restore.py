@@ -144,6 +144,8 @@ class Restorer:
             if self.document.get("format") != 1:
                 raise Damaged(f"image {self.image.name} has an unknown document format")
             check_host(self.document["host"], self.image.name)
+            if self.document.get("members") or self.document.get("zombies"):
+                raise Incompatible(f"image {self.image.name} is of several processes")
             wanted = self._wanted()
             new_namespace = self._choose_namespace(pid_namespace, wanted)
             self._open_files(options.accept_changed_files)

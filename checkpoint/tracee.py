@@ -311,6 +311,11 @@ class Tracee:
                     continue  # our own child: whoever started it here waits for it
                 os.waitpid(tid, ptrace.WALL | (0 if tid in killed else os.WNOHANG))
 
+    def die_with_us(self) -> None:
+        """From now on the kernel kills the process should we end."""
+        for tid in self.threads:
+            ptrace.set_options(tid, ptrace.PTRACE_O_EXITKILL)
+
     def await_end(self) -> None:
         """Wait until a process that has been killed is gone."""
         for tid in sorted(self.threads, key=self.pid.__eq__):

@@ -64,6 +64,7 @@ PAGE_IS_GUARD: Final = 1 << 8
 
 
 _FILE_OR_GUARD: Final = 1 << 61 | 1 << 58  # bits of an entry of /proc/PID/pagemap
+_FRAME: Final = (1 << 48) - 1
 
 
 class _Iovec(ctypes.Structure):
@@ -216,6 +217,31 @@ def read_pagemap(pagemap: int, start: int, end: int) -> list[tuple[int, int]]:
                 found.append((page, page + PAGE_BYTES))
         start += step
     return _join(found)
+
+
+def same_frames(pagemap: int, other: int, start: int, end: int) -> list[tuple[int, int]]:
+    """Address ranges at which two page maps name the same frame, or the same place in swap.
+
+    Nothing where frames are not told (no CAP_SYS_ADMIN). proc_pid_pagemap(5), bits 0-54.
+    """
+    found: list[tuple[int, int]] = []
+    while start < end:
+        pages = min(end - start, PAGE_BYTES << 16) // PAGE_BYTES
+        one, two = (_frames(file, start, pages) for file in (pagemap, other))
+        for index, (ours, theirs) in enumerate(zip(one, two, strict=True)):
+            if ours == theirs and ours:
+                page = start + index * PAGE_BYTES
+                found.append((page, page + PAGE_BYTES))
+        start += pages * PAGE_BYTES
+    return _join(found)
+
+
+def _frames(pagemap: int, start: int, pages: int) -> list[int]:
+    """The low 48 bits of each entry: no frame or place in swap has more."""
+    entries = os.pread(pagemap, pages * 8, start // PAGE_BYTES * 8)
+    mask = int.from_bytes(_FRAME.to_bytes(8, "little") * pages, "little")
+    frames = int.from_bytes(entries, "little") & mask
+    return memoryview(frames.to_bytes(pages * 8, "little")).cast("Q").tolist()
 
 
 def _join(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:

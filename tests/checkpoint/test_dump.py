@@ -139,43 +139,6 @@ def test_without_rights(store: Store) -> None:
         assert subject.ask("hello") == "hello"
 
 
-@pytest.mark.parametrize("leave_running", [False, True])
-def test_living_children(store: Store, leave_running: bool) -> None:
-    """A living child is named, so is an ended one nobody waited for; the process lives on."""
-    code = """
-actions = [(os.POSIX_SPAWN_OPEN, 0, sys.argv[1], 0, 0)]
-child = os.posix_spawn("/bin/cat", ["cat"], {}, file_actions=actions)
-say("ready"); say(child)
-while (line := hear()):
-    if line == "kill":
-        os.kill(child, 9); os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
-    if line == "wait":
-        os.waitpid(child, 0)
-    say(line)
-"""
-    fifo = str(store.path) + ".fifo"
-    os.mkfifo(fifo)
-    holder = os.open(fifo, os.O_RDWR)
-    try:
-        with living(code, fifo) as subject:
-            child = subject.hear()
-            before = facts(subject.pid)
-            with pytest.raises(Unsupported, match=rf"{child} \(cat\)") as caught:
-                dump(subject.pid, store, leave_running=leave_running)
-            assert caught.value.remedy
-            assert facts(subject.pid) == before
-            assert subject.ask("kill") == "kill"
-            with pytest.raises(Unsupported, match=rf"not waited for: {child} \(cat\)"):
-                dump(subject.pid, store, leave_running=leave_running)
-            assert subject.ask("wait") == "wait"
-            report = dump(subject.pid, store, leave_running=True)
-            assert report.left_running
-            assert subject.ask("hello") == "hello"
-            assert proc.children(subject.pid) == []
-    finally:
-        os.close(holder)
-
-
 def test_32_bit_process(store: Store) -> None:
     """A 32-bit program is refused by name and goes on."""
     # 1: mov eax,29; int 0x80 (pause); jmp 1b

@@ -1,0 +1,159 @@
+"""Which processes can be dumped, as far as /proc tells, and when: after their pager has left."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable
+
+from . import proc
+from .errors import Busy, NotFound, Unsupported
+from .home import run_directory
+from .journal import is_held, journal_path, rouse
+from .linux import process
+from .linux.uffd import keeps_account
+from .proc import Vma
+from .tracee import Tracee, traced_by
+
+Progress = Callable[[str, int, int], None]
+
+PAGER_NAME = "lzy-pager"  # as `pager` calls itself
+_PAGER_LEAVES_S = 2.0  # after the last page: the close it injects, and its detaching
+
+
+def refuse_unfit(pid: int) -> None:
+    """Raise for a process that lzy cannot dump, from /proc alone."""
+    if pid == os.getpid():
+        raise Unsupported("lzy cannot dump itself", remedy="dump it from another process", pid=pid)
+    status = proc.status(pid)
+    if int(status["Tgid"]) != pid:
+        raise NotFound(
+            f"{pid} is a thread of process {status['Tgid']}",
+            remedy=f"dump process {status['Tgid']}",
+            pid=pid,
+        )
+    if status["State"].startswith("Z") and int(status["Threads"]) > 1:
+        raise Unsupported(
+            f"the main thread of pid {pid} has ended while others live",
+            remedy="such a process cannot be dumped yet; let its other threads finish",
+            pid=pid,
+        )
+    if status["State"].startswith(("Z", "X")):
+        raise NotFound(f"process {pid} has ended (a zombie is left of it)", pid=pid)
+    if not proc.read_bytes(pid, "cmdline") and "VmSize" not in status:
+        raise Unsupported(f"pid {pid} is a kernel thread", remedy="choose a program", pid=pid)
+    if (tracer := int(status["TracerPid"])) and not _is_pager(tracer):
+        raise traced_by(pid, tracer)
+    if int(status.get("Seccomp", "0")):
+        raise Unsupported(
+            f"pid {pid} runs under a seccomp filter, which would refuse injected system calls",
+            remedy="start the program without the filter",
+            pid=pid,
+        )
+    for namespace in ("user", "net", "ipc", "uts"):
+        try:
+            theirs = os.stat(f"/proc/{pid}/ns/{namespace}").st_ino
+        except PermissionError:
+            continue
+        if theirs != os.stat(f"/proc/self/ns/{namespace}").st_ino:
+            raise Unsupported(
+                f"pid {pid} lives in another {namespace} namespace (a container?)",
+                remedy="run lzy inside that container",
+                pid=pid,
+            )
+
+
+def refuse_separate_threads(tracee: Tracee) -> None:
+    """Raise Unsupported if threads have descriptors or a directory of their own, unshare(2)."""
+    for tid in tracee.threads:
+        for what, name in (
+            (process.KCMP_FILES, "descriptors"),
+            (process.KCMP_FS, "a working directory"),
+        ):
+            if tid != tracee.pid and not process.is_shared(tracee.pid, tid, what):
+                raise Unsupported(
+                    f"thread {tid} of pid {tracee.pid} has {name} of its own (unshare)",
+                    remedy="such a thread cannot be made again yet; end it and try again",
+                    pid=tracee.pid,
+                )
+
+
+def look_at_mappings(pid: int) -> tuple[bytes, list[Vma]]:
+    """Both /proc/PID/maps as it is and the mappings with their flags.
+
+    Should the first read the same later, the second still hold. The first is empty where they
+    disagree, so that it never does: a leaving pager, say, maps a page for its last call inside the
+    process just between the two.
+    """
+    places = proc.read_bytes(pid, "maps")
+    vmas = proc.mappings(pid)
+    agree = [vma[:4] for vma in proc.parse_mappings(places)] == [vma[:4] for vma in vmas]
+    return places if agree else b"", vmas
+
+
+def wait_for_pager(pid: int, progress: Progress | None) -> tuple[bytes, list[Vma]]:
+    """Wait until memory that a lazy restore still brings in is all there; the mappings then.
+
+    As `look_at_mappings` has them. Raises Busy if nothing arrives: the pager died.
+    """
+    last, moved_at = -1, time.monotonic()
+    leaves_until = moved_at + _PAGER_LEAVES_S
+    journal = journal_path(run_directory(), pid)
+    with contextlib.suppress(NotFound, OSError):  # none, or another user's
+        rouse(journal)  # should it doze, what is missing is wanted now
+    while True:
+        places, vmas = look_at_mappings(pid)
+        missing = sum(vma.length for vma in vmas if "um" in vma.flags)
+        if not missing and time.monotonic() < leaves_until and _pager_is_leaving(pid):
+            time.sleep(0.005)
+            continue
+        if not missing:
+            return places, vmas
+        if journal.exists() and not is_held(journal):
+            raise Busy(
+                f"memory of pid {pid} is not all there, and its pager has died",
+                remedy=f"run: lzy pager --resume {pid}",
+                pid=pid,
+            )
+        present = int(proc.status(pid).get("RssAnon", "0").split()[0])
+        now = time.monotonic()
+        leaves_until = now + _PAGER_LEAVES_S
+        if present != last:
+            last, moved_at = present, now
+        elif now - moved_at > 10:
+            raise Busy(
+                f"memory of pid {pid} is still being brought in by a pager, which does not move",
+                remedy=f"run: lzy pager --resume {pid}",
+                pid=pid,
+            )
+        if progress:
+            progress("waiting for the pager", present << 10, missing)
+        time.sleep(0.02)
+
+
+def _pager_is_leaving(pid: int) -> bool:
+    """Whether the pager has yet to close its descriptor in the process, or to let go of it.
+
+    A userfaultfd of the program's own looks the same: it is refused by name a little later.
+    """
+    if _is_pager(int(proc.status(pid)["TracerPid"])):
+        return True
+    with contextlib.suppress(OSError):  # not ours to look at: the dump tells
+        for number in os.listdir(f"/proc/{pid}/fd"):
+            with contextlib.suppress(FileNotFoundError):  # it has closed that one
+                if os.readlink(
+                    f"/proc/{pid}/fd/{number}"
+                ) == "anon_inode:[userfaultfd]" and not keeps_account(
+                    proc.read_bytes(pid, f"fdinfo/{number}").decode()
+                ):
+                    return True
+    return False
+
+
+def _is_pager(tracer: int) -> bool:
+    """Whether the process `tracer` (0: none) is an lzy pager, in the midst of its last call."""
+    try:
+        return bool(tracer) and proc.stat(tracer)[1] == PAGER_NAME
+    except NotFound:  # it has let go since
+        return True

@@ -1,0 +1,96 @@
+"""Pages that a process still shares copy-on-write with its parent: the same frame at one address.
+
+They are stored once, with the parent, and a restore shares them again: the child is forked when its
+parent's memory is there. Only pages count whose mapping, too, is as the parent's, or a part of it;
+so the fork brings the child's mapping as it was.
+
+Frame numbers take CAP_SYS_ADMIN. Without them nothing is found to be shared, and equal contents are
+still stored once.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from .content import holds_own_pages, intersect, join_ranges
+from .linux import memory
+from .proc import Vma
+
+Range = tuple[int, int]
+
+_CLOSE_BYTES = 1 << 20
+_AS_MAPPED = frozenset({"hg", "nh", "nr", "gd", "dp", "mw"})
+"""What a mapping has from the start, or before its memory is filled: it must agree."""
+
+
+def find_inherited(
+    pid: int,
+    vmas: list[Vma],
+    ranges: list[Range],
+    parent_pid: int,
+    parent_vmas: list[Vma],
+    parent_ranges: list[Range],
+) -> list[Range]:
+    """Of the pages `ranges` of a process those that are its parent's. All ascend.
+
+    Both must stand still, or be snapshots.
+    """
+    alike = [(vma.start, vma.end) for vma in vmas if _is_part(vma, parent_vmas)]
+    candidates = intersect(intersect(ranges, alike), parent_ranges)
+    if not candidates:
+        return []
+    found: list[Range] = []
+    own = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        other = os.open(f"/proc/{parent_pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            for start, end in _together(candidates):
+                found += memory.same_frames(own, other, start, end)
+        finally:
+            os.close(other)
+    finally:
+        os.close(own)
+    return intersect(candidates, join_ranges(found))
+
+
+def _is_part(vma: Vma, others: list[Vma]) -> bool:
+    """Whether one of the other mappings has all of this one, as it is."""
+    if not holds_own_pages(vma):
+        return False
+    return any(
+        other.start <= vma.start
+        and vma.end <= other.end
+        and is_alike(
+            (vma.kind, vma.path, vma.inode, vma.offset - vma.start, vma.flags),
+            (other.kind, other.path, other.inode, other.offset - other.start, other.flags),
+        )
+        and not other.shared
+        for other in others
+    )
+
+
+def is_alike(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
+    """Whether a part of one mapping could be the other, but for what mprotect(2) changes."""
+    *places, flags = one
+    *other_places, other_flags = other
+    if places[0] != other_places[0] or set(flags) & _AS_MAPPED != set(other_flags) & _AS_MAPPED:
+        return False
+    return places[0] == "anonymous" or places[1:] == other_places[1:]
+
+
+def _together(ranges: list[Range]) -> Iterator[Range]:
+    """Ranges that are close to one another in one: a system call takes as long as many pages."""
+    start, end = ranges[0]
+    for low, high in ranges[1:]:
+        if low - end > _CLOSE_BYTES:
+            yield start, end
+            start = low
+        end = high
+    yield start, end
+
+
+def length_bytes(ranges: list[Range]) -> int:
+    """How much that is."""
+    return sum(end - start for start, end in ranges)

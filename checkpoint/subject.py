@@ -1,0 +1,253 @@
+"""One process of a dump: stopped, asked what only it knows, split, and let go."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from typing import Any
+
+from . import interrogate, machine, proc
+from .content import (
+    Objects,
+    ProcessPages,
+    behind_file,
+    cut_ranges,
+    guard_ranges,
+    own_page_ranges,
+    subtract,
+)
+from .errors import LzyError
+from .fitness import Progress, look_at_mappings, refuse_separate_threads, wait_for_pager
+from .inheritance import find_inherited
+from .linux import process, ptrace
+from .machine import Call
+from .mapped import Mappings, refuse_mappings
+from .proc import Vma
+from .tracee import Tracee
+
+
+class Subject:
+    """A process from the first look at it to its description.
+
+    Its steps in order: `look`, `stop`, `ask`, `map`, perhaps `split`, `settle`, `describe`.
+    """
+
+    def __init__(self, pid: int, parent: Subject | None = None) -> None:
+        """Raises NotFound."""
+        self.pid = pid
+        self.parent = parent
+        self.tree = [self]
+        """The processes stopped with it, if it is the root; parents before their children."""
+        stat = proc.stat(pid)
+        self.comm = stat[1]
+        self.exit_signal = int(stat[37])
+        self.start_time = proc.start_time(pid)
+        self.tracee = Tracee(pid)
+        self.pidfd = os.pidfd_open(pid)
+        self.places = b""
+        self.vmas: list[Vma] = []
+        self.snapshot = 0
+        self.threads: list[dict[str, Any]] = []
+        self.own: dict[str, Any] = {}
+        self.policies: dict[str, str] = {}
+        self.ranges: list[tuple[int, int]] = []
+        self.inherited: list[tuple[int, int]] = []
+        """Of `ranges`: what it shares copy-on-write with its parent, which has it too."""
+
+    @property
+    def number(self) -> int:
+        """The pid as the process itself sees it; once `ask` was called."""
+        number: int = self.threads[0]["tid"]
+        return number
+
+    @property
+    def source_pid(self) -> int:
+        """Whose memory is read: the snapshot's, or that of the stopped process."""
+        return self.snapshot or self.pid
+
+    def look(self, progress: Progress | None, *, dozes: bool = False) -> None:
+        """Before the stop: its mappings; a lazy restore's pager is waited for unless it dozes."""
+        look = look_at_mappings(self.pid) if dozes else wait_for_pager(self.pid, progress)
+        self.places, self.vmas = look
+        refuse_mappings(self.pid, self.vmas)
+
+    def stop(self) -> None:
+        """Stop all its threads. Raises NotFound, Unsupported, Busy, AccessDenied."""
+        self.tracee.seize()
+        interrogate.refuse_foreign_registers(self.tracee)
+        refuse_separate_threads(self.tracee)
+
+    def ask(self) -> None:
+        """What only the process itself can tell; our arena stays in it."""
+        self.tracee.prepare(vmas=self.vmas)
+        timers = proc.posix_timers(self.pid)
+        self.threads = interrogate.describe_threads(self.tracee)
+        self.own = interrogate.describe_process(self.tracee, timers)
+
+    def look_again(self) -> bytes:
+        """What /proc/PID/maps says now; the mappings are read anew if they have changed."""
+        if (now := proc.read_bytes(self.pid, "maps")) != self.places:
+            self.vmas = proc.mappings(self.pid)
+            refuse_mappings(self.pid, self.vmas)
+        return now
+
+    def map(self, objects: Objects) -> None:
+        """What lies behind its mappings and has no path goes to `objects`."""
+        self.mappings = Mappings(self.pid, self.vmas)
+        self.mappings.take_objects(objects)
+        self.own["exe_object"] = _take_deleted_executable(self.pid, objects)
+
+    def split(self) -> str:
+        """Clone the stopped process; the clone never runs. Why that cannot be, or nothing."""
+        self.snapshot, obstacle = _split(self.tracee)
+        return obstacle
+
+    def settle(self, *, as_seen: bool = False, dozes: bool = False) -> None:
+        """What the snapshot, or the stopped process, knows as well as the process did.
+
+        `as_seen`: flags and policies were read a moment ago; `dozes`: the ranges are known.
+        """
+        self.own |= interrogate.describe_inherited(self.source_pid)
+        if not as_seen:
+            seen = proc.mappings(self.source_pid)
+            self.mappings.renew_flags(seen, of_snapshot=bool(self.snapshot))
+            self.policies = proc.memory_policies(self.source_pid)
+        if not dozes:
+            self.ranges = own_page_ranges(self.source_pid, self.mappings.vmas)
+
+    def find_inherited(self) -> None:
+        """Which of its pages are its parent's; once `settle` was called for both."""
+        if self.parent:
+            self.inherited = find_inherited(
+                self.source_pid,
+                self.mappings.vmas,
+                self.ranges,
+                self.parent.source_pid,
+                self.parent.mappings.vmas,
+                self.parent.ranges,
+            )
+
+    @property
+    def fresh(self) -> list[tuple[int, int]]:
+        """Of `ranges`: what is not its parent's."""
+        return subtract(self.ranges, self.inherited) if self.inherited else self.ranges
+
+    def open_pages(self) -> ProcessPages:
+        """Its memory, to be read."""
+        return ProcessPages(self.source_pid, shares_pages=bool(self.snapshot))
+
+    def describe(self) -> dict[str, Any]:
+        """The part of an image's document that is about this process, but for descriptors."""
+        vmas = self.mappings.vmas
+        return {
+            "comm": self.comm,
+            "pid": self.number,
+            "process": self.own,
+            "threads": self.threads,
+            "vmas": self.mappings.describe(),
+            "guards": guard_ranges(self.source_pid, vmas),
+            "changed": cut_ranges(self.ranges, filter(behind_file, vmas)),
+            "memory_policies": self.policies,
+        }
+
+    def describe_member(self, table: dict[str, Any], space: int) -> dict[str, Any]:
+        """As `describe`, with what makes it one of a tree; its memory is `space` of the image."""
+        return {
+            **self.describe(),
+            "space": space,
+            "exit_signal": self.exit_signal,
+            "inherited": self.inherited,
+            "descriptors": table,
+        }
+
+    def let_go(self) -> None:
+        """Let it run on if it is stopped."""
+        if self.tracee.threads:
+            self.tracee.let_go()
+
+    def end_snapshot(self) -> None:
+        """End the snapshot, if there is one; the process may be stopped or not."""
+        if self.snapshot:
+            snapshot, self.snapshot = self.snapshot, 0
+            _end_snapshot(self.pid, self.start_time, snapshot, self.tracee)
+
+    def close(self) -> None:
+        """Let it go if it is stopped, and end its snapshot; it is as it was."""
+        self.let_go()
+        self.end_snapshot()
+        if self.pidfd >= 0:
+            os.close(self.pidfd)
+            self.pidfd = -1
+
+
+def why_no_snapshot(vmas: list[Vma]) -> str:
+    """What a clone of the process would lack, in words; empty if it lacks nothing."""
+    for vma in vmas:
+        if vma.kind in ("vdso", "vvar", "vsyscall"):
+            continue
+        if "dc" in vma.flags:
+            return f"the mapping at {vma.start:#x} is not inherited (MADV_DONTFORK)"
+        if "wf" in vma.flags:
+            return f"the mapping at {vma.start:#x} is wiped on fork"
+    return ""
+
+
+def _split(tracee: Tracee) -> tuple[int, str]:
+    """Clone the stopped process; the clone never runs. (its pid, "") or (0, why not)."""
+    born: list[int] = []
+    tracee.on_clone = born.append
+    leader = tracee.threads[tracee.pid]
+    ptrace.set_options(leader.tid, ptrace.PTRACE_O_TRACECLONE)
+    try:
+        result = tracee.run_one(
+            leader, Call(process.SYS_CLONE, (process.CLONE_FILES,)), entry=machine.SPLIT
+        )
+    finally:
+        ptrace.set_options(leader.tid, 0)
+    if result < 0 or not born:
+        return 0, f"the process cannot be cloned ({os.strerror(-result)})"
+    _, status = os.waitpid(born[0], ptrace.WALL)
+    if not os.WIFSTOPPED(status):
+        return 0, "its clone was killed"
+    ptrace.set_options(born[0], ptrace.PTRACE_O_EXITKILL)
+    return born[0], ""
+
+
+def _end_snapshot(pid: int, start_time: int, snapshot: int, stopped: Tracee) -> None:
+    """Kill the snapshot and have the process reap it, so that no zombie stays.
+
+    `stopped` is the process if it is stopped, with our code in it.
+    """
+    try:
+        number = proc.innermost(proc.status(snapshot)["NSpid"])
+        reap = Call(process.SYS_WAIT4, (number, 0, os.WNOHANG | ptrace.WALL, 0))
+        with contextlib.suppress(ProcessLookupError, ChildProcessError):
+            os.kill(snapshot, signal.SIGKILL)
+            os.waitpid(snapshot, ptrace.WALL)
+        if stopped.threads:
+            stopped.run_one(stopped.threads[pid], reap)
+            return
+        if proc.start_time(pid) != start_time:
+            return
+        tracee = Tracee(pid)
+        tracee.seize()
+        try:
+            tracee.prepare(arena_bytes=4096)
+            tracee.run_one(tracee.threads[pid], reap)
+        finally:
+            tracee.let_go()
+    except (LzyError, OSError):
+        return  # the process has ended meanwhile, and the zombie with it
+
+
+def _take_deleted_executable(pid: int, objects: Objects) -> int:
+    """The object number of an executable that has no path any more (upgraded meanwhile), or 0."""
+    if not os.readlink(f"/proc/{pid}/exe").endswith(" (deleted)"):
+        return 0
+    executable = os.open(f"/proc/{pid}/exe", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        status = os.fstat(executable)
+        return objects.add_file(executable, key=(status.st_dev, status.st_ino))
+    finally:
+        os.close(executable)

@@ -1,0 +1,167 @@
+"""A process with all its descendants: found, stopped as one, and known by who is whose child.
+
+A stopped process makes no children, so that from the root on each process is stopped before its
+children are listed, until nobody new is found. A child whose parent ends meanwhile is found again
+where the kernel hangs it; if that is outside of the tree, it has left the tree.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from typing import Any, NamedTuple
+
+from . import proc
+from .errors import Busy, NotFound, Unsupported
+from .fitness import Progress, look_at_mappings, refuse_unfit
+from .mapped import refuse_mappings
+from .subject import Subject
+
+_EXIT_SIGNAL, _EXIT_CODE = 37, 51  # proc_pid_stat(5), from 0
+
+
+class Ended(NamedTuple):
+    """A process that has ended, whose parent has yet to wait for it; numbers as the tree's."""
+
+    pid: int
+    parent: int
+    group: int
+    session: int
+    comm: str
+    exit_signal: int
+    status: int
+    """As waitpid(2) tells it."""
+
+
+def refuse_ourselves(pid: int) -> None:
+    """Raise Unsupported if lzy runs below the process: it would stop itself."""
+    own = os.getpid()
+    while own:
+        if own == pid:
+            raise Unsupported(
+                f"lzy was started by pid {pid} or below it, and cannot stop itself",
+                remedy="run it from another terminal",
+                pid=pid,
+            )
+        try:
+            own = int(proc.stat(own)[3])
+        except NotFound:
+            return
+
+
+def look_at_descendants(pid: int, progress: Progress | None) -> dict[int, Subject]:
+    """A first look at the descendants there are now, while they run; by pid.
+
+    Raises Unsupported for one that cannot be dumped, naming it.
+    """
+    found: dict[int, Subject] = {}
+    for child in _living_children(pid):
+        with contextlib.suppress(NotFound):
+            refuse_unfit(child)
+            subject = found[child] = Subject(child)
+            try:
+                subject.look(progress)
+            except NotFound:
+                found.pop(child).close()
+                raise
+        found |= look_at_descendants(child, progress)
+    return found
+
+
+def _living_children(pid: int) -> list[int]:
+    found = []
+    with contextlib.suppress(NotFound):
+        for child in proc.children(pid):
+            with contextlib.suppress(NotFound):
+                if proc.stat(child)[2] not in "ZX":
+                    found.append(child)
+    return found
+
+
+def stop_tree(root: Subject, seen: dict[int, Subject]) -> tuple[list[Subject], list[Ended]]:
+    """Stop `root` and all its descendants; parents come before their children.
+
+    `seen` are those that were looked at; what is stopped is taken out of it. Raises Unsupported,
+    Busy, AccessDenied; who was stopped until then is the caller's to let go: `root` and its
+    `children`.
+    """
+    root.stop()
+    tree = root.tree
+    known = {root.pid}
+    ended: dict[int, Ended] = {}
+    at = 0
+    while at < len(tree):
+        for parent in tree[at:]:
+            for child in proc.children(parent.pid):
+                if child not in known and _stop_child(child, parent, seen, tree, ended):
+                    known.add(child)
+            at += 1
+        # Whoever ended meanwhile hung its children elsewhere, perhaps on one that was done.
+        if any(set(proc.children(subject.pid)) - known for subject in tree):
+            at = 0
+    return tree, list(ended.values())
+
+
+def _stop_child(
+    pid: int,
+    parent: Subject,
+    seen: dict[int, Subject],
+    tree: list[Subject],
+    ended: dict[int, Ended],
+) -> bool:
+    """Whether one more process is known now: stopped, or known to have ended."""
+    try:
+        stat = proc.stat(pid)
+    except NotFound:
+        return False
+    if stat[2] in "ZX" and len(proc.threads(pid)) == 1:
+        if int(stat[_EXIT_SIGNAL]):  # none: a snapshot that a killed lzy left, nobody waits for it
+            ended[pid] = _describe_ended(pid, stat)
+        return True
+    subject = seen.pop(pid, None)
+    if subject is not None and subject.start_time != proc.start_time(pid):
+        subject.close()
+        subject = None
+    if subject is None:
+        refuse_unfit(pid)
+        subject = Subject(pid)
+    subject.parent = parent
+    tree.append(subject)
+    try:
+        subject.stop()
+    except NotFound:
+        tree.remove(subject)
+        subject.close()
+        return False
+    if not subject.vmas:  # born since
+        subject.places, subject.vmas = look_at_mappings(pid)
+        refuse_mappings(pid, subject.vmas)
+        if any("um" in vma.flags for vma in subject.vmas):
+            raise Busy(
+                f"pid {pid} was born just now, and its memory is still being brought in",
+                remedy="try again",
+                pid=pid,
+            )
+    return True
+
+
+def _describe_ended(pid: int, stat: list[str]) -> Ended:
+    status = proc.status(pid)
+    return Ended(
+        pid=proc.innermost(status["NSpid"]),
+        parent=_inner(int(stat[3])),
+        group=proc.innermost(status["NSpgid"]),
+        session=proc.innermost(status["NSsid"]),
+        comm=stat[1],
+        exit_signal=int(stat[_EXIT_SIGNAL]),
+        status=int(stat[_EXIT_CODE]),
+    )
+
+
+def _inner(pid: int) -> int:
+    return proc.innermost(proc.status(pid)["NSpid"])
+
+
+def describe_ended(ended: list[Ended]) -> list[dict[str, Any]]:
+    """For the document of an image."""
+    return [one._asdict() for one in ended]

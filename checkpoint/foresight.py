@@ -18,8 +18,8 @@ from blake3 import blake3
 from . import interrogate, proc
 from .codec import Encoder
 from .content import Objects, ProcessPages, own_page_ranges, windows_of
-from .dump import refuse_separate_threads, refuse_unfit
 from .errors import KernelError, LzyError, NotFound, Unsupported
+from .fitness import refuse_separate_threads, refuse_unfit
 from .interrupts import Deferred
 from .linux import PAGE_BYTES
 from .mapped import Mappings, find_refusals

@@ -269,9 +269,9 @@ def chosen_places(table: dict[str, Any], local: dict[int, int], holder: int = 0)
 def needs_placing(table: dict[str, Any], holder: int) -> bool:
     """Whether `place_descriptors` does more for a process than to put descriptors at numbers."""
     return any(
-        (entry["flags"] & os.O_ASYNC
-        and entry.get("holder", 0) == holder)
+        (entry["flags"] & os.O_ASYNC and entry.get("holder", 0) == holder)
         or any(target.get("holder", 0) == holder for target in entry.get("targets", ()))
+        or entry.get("controls", {}).get("session") == holder  # it leads that session
         for entry in table["descriptions"]
     )
 

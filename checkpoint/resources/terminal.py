@@ -67,12 +67,13 @@ class Terminal(Kind):
                 "packets": _flag(opened.fd, kernel.TIOCGPKT),
                 "exclusive": _flag(opened.fd, kernel.TIOCGEXCL),
             }
-        controls = survey.once("controlling terminal", lambda: _find_control(survey.pid))
+        known = survey.once("controlling terminals", lambda: _find_controls(survey))
+        controls = known.get((opened.pid if device == _OWN_TERMINAL else 0, device), {})
         number = os.minor(device) + 256 * (os.major(device) - _SLAVE_MAJORS[0])
         if os.major(device) in _SLAVE_MAJORS and number in masters:
             _refuse_unread(opened)
-            return {"form": "slave", "pair": number, **_controls(controls, device)}
-        entry = {"form": "outside", "path": opened.link, **_controls(controls, device)}
+            return {"form": "slave", "pair": number, **controls}
+        entry = {"form": "outside", "path": opened.link, **controls}
         if os.major(device) in _SLAVE_MAJORS:
             entry |= survey.once(("terminal", device), lambda: _describe_outside(opened))
         return entry
@@ -202,10 +203,16 @@ def _find_control(pid: int) -> dict[str, int] | None:
     }
 
 
-def _controls(found: dict[str, int] | None, device: int) -> dict[str, Any]:
-    if found is None or device not in (found["device"], _OWN_TERMINAL):
-        return {}
-    return {"controls": {name: found[name] for name in found if name != "device"}}
+def _find_controls(survey: Survey) -> dict[tuple[int, int], dict[str, Any]]:
+    """What `controls` says of (0, device), and of (pid, /dev/tty) for each process."""
+    found: dict[tuple[int, int], dict[str, Any]] = {}
+    for holder in survey.holders:
+        if control := _find_control(holder.pid):
+            device = control.pop("device")
+            controls = {"controls": control}
+            found[holder.pid, _OWN_TERMINAL] = controls
+            found.setdefault((0, device), controls)
+    return found
 
 
 def _give_settings(fd: int, settings: bytes) -> None:

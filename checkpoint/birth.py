@@ -22,7 +22,7 @@ from .errors import Busy, LzyError, NotFound
 from .linux import process, ptrace
 from .linux.detached import close_all_but, forget_signals
 
-_TRACE_OPTIONS = (
+TRACE_OPTIONS = (
     ptrace.PTRACE_O_EXITKILL | ptrace.PTRACE_O_TRACECLONE | ptrace.PTRACE_O_TRACEEXEC
 )  # fmt: skip
 
@@ -117,7 +117,7 @@ def give_birth(
         if answer != b"R":
             raise LzyError(f"the new process could not start: {answer.decode() or 'it ended'}")
         pid = _youngest(init) if init else wanted.pid
-        ptrace.seize(pid, _TRACE_OPTIONS)
+        ptrace.seize(pid, TRACE_OPTIONS)
         with contextlib.suppress(BrokenPipeError):  # it ended: `_await_exec` tells how
             os.write(go_in, b"g")
         os.close(go_in)

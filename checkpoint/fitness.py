@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from . import proc
 from .errors import Busy, NotFound, Unsupported
+from .filters import refuse_unsuspendable
 from .home import run_directory
 from .journal import is_held, journal_path, rouse
 from .linux import process
@@ -45,12 +46,7 @@ def refuse_unfit(pid: int) -> None:
         raise Unsupported(f"pid {pid} is a kernel thread", remedy="choose a program", pid=pid)
     if (tracer := int(status["TracerPid"])) and not _is_pager(tracer):
         raise traced_by(pid, tracer)
-    if int(status.get("Seccomp", "0")):
-        raise Unsupported(
-            f"pid {pid} runs under a seccomp filter, which would refuse injected system calls",
-            remedy="start the program without the filter",
-            pid=pid,
-        )
+    refuse_unsuspendable(pid, status)
     for namespace in ("user", "net", "ipc", "uts"):
         try:
             theirs = os.stat(f"/proc/{pid}/ns/{namespace}").st_ino

@@ -12,6 +12,7 @@ from typing import Any
 
 from . import machine, proc
 from .errors import Unsupported
+from .filters import describe_filters
 from .linux import layouts, memory, process, ptrace
 from .linux.process import SYS_PRCTL
 from .tracee import Thread, Tracee
@@ -106,6 +107,7 @@ def _describe_thread(tracee: Tracee, thread: Thread, inside: dict[str, Any]) -> 
         "io_priority": process.io_priority(tid),
         "rights": {key: status[key].strip() for key in _STATUS_KEYS},
         "no_new_privileges": int(status["NoNewPrivs"]),
+        "filters": describe_filters(tracee, thread),
         **inside,
     }
 

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 from typing import Any
 
-from .tracee import Tracee
+from .tracee import Thread, Tracee
 
 MADE_LATER = frozenset({"vdso", "vvar", "ring"})
 """Kinds of mappings that are not made with the others."""
 
 
-def make_rarities(tracee: Tracee, document: dict[str, Any]) -> None:
-    """io_urings, with the process's descriptors in place and all its threads there, still ours."""
+def make_rarities(tracee: Tracee, document: dict[str, Any], threads: list[Thread]) -> None:
+    """io_urings and filters, when the descriptors are in place and all threads there, still ours.
+
+    `threads` are in the order of those in the document.
+    """
     table = document["descriptors"]
     if any(entry["kind"] == "io_uring" for entry in table["descriptions"]):
         from .rings import make_rings
 
         make_rings(tracee, table, document["vmas"])
+    if any(thread.get("filters") for thread in document["threads"]):
+        from .filters import install_filters
+
+        install_filters(tracee, document["threads"], threads)

@@ -179,7 +179,7 @@ class Restorer:
             # 6. What the process as a whole has; its threads, and what each of them has.
             self._reinstate_process(tracee, [] if left or number < 0 else [number], paging=left > 0)
             new_threads = self._make_threads(tracee, wanted.pid)
-            make_rarities(tracee, self.document)
+            make_rarities(tracee, self.document, new_threads)
             reach("restore.threads")
             self._reinstate_threads(tracee, new_threads, wanted.pid)
             for vma in lazy if left else []:

@@ -20,6 +20,7 @@ from contextlib import contextmanager
 
 from . import machine, proc
 from .errors import AccessDenied, Busy, KernelError, LzyError, NotFound, Unsupported
+from .filters import mode_of, suspend_filters
 from .linux import memory, process, ptrace
 from .machine import Call
 from .rseq import leave_sequence
@@ -351,14 +352,8 @@ class Tracee:
 
         `vmas` may have been read before the process was stopped: what is used of them is checked.
         """
-        for thread in self.threads.values():
-            if int(self.status(thread).get("Seccomp", "0")):
-                raise Unsupported(
-                    f"thread {thread.tid} of pid {self.pid} runs under a seccomp filter, which "
-                    "might end it for an injected system call",
-                    remedy="start the program without the filter",
-                    pid=self.pid,
-                )
+        if any(mode_of(self.status(thread)) for thread in self.threads.values()):
+            suspend_filters(self)
         leader = self.threads[self.pid]
         self._signal = self._choose_signal()
         place = self._find_unused_text(vmas or proc.kernel_mappings(self.pid))

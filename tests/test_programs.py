@@ -46,6 +46,7 @@ QUICK = [
     Case("ctypes_callbacks"),
     Case("deleted_files", ("{folder}",)),
     Case("descriptors", ("{folder}",)),
+    Case("filters"),
     Case("generators"),
     Case("heap"),
     Case("hundred_threads"),

@@ -209,6 +209,8 @@ CASES = [
     ("mapped_files", ("{folder}",)),
     ("deleted_files", ("{folder}",)),
     ("descriptors", ("{folder}",)),
+    ("filters", ()),
+    ("filters", ("strict",)),
     ("locks", ()),
     ("stacks", ()),
 ]

@@ -61,6 +61,7 @@ SYS_PRLIMIT64: Final = 302
 SYS_KCMP: Final = 312
 SYS_SCHED_SETATTR: Final = 314
 SYS_SCHED_GETATTR: Final = 315
+SYS_SECCOMP: Final = 317
 SYS_USERFAULTFD: Final = 323
 SYS_MEMBARRIER: Final = 324
 SYS_MLOCK2: Final = 325
@@ -119,6 +120,10 @@ PR_TIMER_CREATE_RESTORE_IDS: Final = 77
 
 F_SETFD: Final = 2
 F_DUPFD_CLOEXEC: Final = 1030
+
+SECCOMP_SET_MODE_STRICT: Final = 0
+SECCOMP_SET_MODE_FILTER: Final = 1
+SECCOMP_FILTER_FLAG_TSYNC: Final = 1
 
 ARCH_GET_XCOMP_PERM: Final = 0x1022
 ARCH_REQ_XCOMP_PERM: Final = 0x1023
@@ -203,16 +208,29 @@ def robust_list(tid: int) -> tuple[int, int]:
     return head.value, length.value
 
 
+def pack_filter_program(length_bytes: int, address: int) -> bytes:
+    """struct sock_fprog: so many bytes of classic BPF at that address, linux/filter.h."""
+    return struct.pack("<H6xQ", length_bytes // 8, address)
+
+
 _CAP_SYS_ADMIN: Final = 21
 _CAP_CHECKPOINT_RESTORE: Final = 40
 
 
 def may_choose_pids() -> bool:
     """Whether we may make processes with chosen pids, clone3(2): capabilities(7)."""
+    return bool(_effective() & (1 << _CAP_CHECKPOINT_RESTORE | 1 << _CAP_SYS_ADMIN))
+
+
+def is_administrator() -> bool:
+    """Whether we have CAP_SYS_ADMIN, capabilities(7)."""
+    return bool(_effective() & 1 << _CAP_SYS_ADMIN)
+
+
+def _effective() -> int:
     with open("/proc/self/status", encoding="ascii", errors="replace") as file:
         found = next(line for line in file if line.startswith("CapEff:"))
-    effective = int(found.split()[1], 16)
-    return bool(effective & (1 << _CAP_CHECKPOINT_RESTORE | 1 << _CAP_SYS_ADMIN))
+    return int(found.split()[1], 16)
 
 
 KCMP_FILES: Final = 2

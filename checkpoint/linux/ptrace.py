@@ -7,6 +7,7 @@ include/uapi/linux/ptrace.h, arch/x86/include/uapi/asm/ptrace-abi.h.
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import struct
 from typing import Final
@@ -26,11 +27,14 @@ PTRACE_LISTEN: Final = 0x4208
 PTRACE_PEEKSIGINFO: Final = 0x4209
 PTRACE_GETSIGMASK: Final = 0x420A
 PTRACE_SETSIGMASK: Final = 0x420B
+PTRACE_SECCOMP_GET_FILTER: Final = 0x420C
+PTRACE_SECCOMP_GET_METADATA: Final = 0x420D
 PTRACE_GET_RSEQ_CONFIGURATION: Final = 0x420F
 
 PTRACE_O_TRACECLONE: Final = 1 << 3
 PTRACE_O_TRACEEXEC: Final = 1 << 4
 PTRACE_O_EXITKILL: Final = 1 << 20
+PTRACE_O_SUSPEND_SECCOMP: Final = 1 << 21
 
 PTRACE_EVENT_CLONE: Final = 3
 PTRACE_EVENT_EXEC: Final = 4
@@ -90,12 +94,63 @@ def listen(tid: int) -> None:
 
 def detach(tid: int, signal: int = 0) -> None:
     """Stop tracing a stopped thread; it runs on."""
+    _suspended.discard(tid)
     _call(PTRACE_DETACH, tid, 0, signal)
 
 
 def set_options(tid: int, options: int) -> None:
-    """Set the PTRACE_O_… flags of a stopped thread."""
+    """Set the PTRACE_O_… flags of a stopped thread; suspended filters stay so."""
+    if tid in _suspended:
+        options |= PTRACE_O_SUSPEND_SECCOMP
     _call(PTRACE_SETOPTIONS, tid, 0, options)
+
+
+_suspended: set[int] = set()
+
+
+def suspend_filters(tid: int, options: int = 0) -> None:
+    """Suspend the seccomp(2) filters of a stopped thread until it is detached from.
+
+    Its flags become `options` and that. Needs CAP_SYS_ADMIN, and no filter of our own.
+    """
+    _call(PTRACE_SETOPTIONS, tid, 0, options | PTRACE_O_SUSPEND_SECCOMP)
+    _suspended.add(tid)
+
+
+_SOCK_FILTER = struct.Struct("<HBBI")  # an instruction of classic BPF, linux/filter.h
+_BPF_RETURN = 0x06
+_RETURN_ACTION = 0xFFFF0000
+_RETURN_USER_NOTIFICATION = 0x7FC00000
+_FILTERS_AT_MOST = 256
+
+
+def filter_programs(tid: int) -> list[tuple[bytes, int]]:
+    """The seccomp filters of a stopped thread, first installed first: (program, flags to give).
+
+    Needs what `suspend_filters` does. Sources: ptrace(2), linux/seccomp.h.
+    """
+    found: list[tuple[bytes, int]] = []
+    for index in range(_FILTERS_AT_MOST):
+        try:
+            count = _call(PTRACE_SECCOMP_GET_FILTER, tid, index, 0)
+        except OSError as error:
+            if error.errno == errno.ENOENT:
+                break
+            raise
+        buffer = ctypes.create_string_buffer(count * _SOCK_FILTER.size)
+        _call(PTRACE_SECCOMP_GET_FILTER, tid, index, ctypes.addressof(buffer))
+        flags = ctypes.create_string_buffer(struct.pack("<QQ", index, 0), 16)
+        _call(PTRACE_SECCOMP_GET_METADATA, tid, 16, ctypes.addressof(flags))
+        found.append((buffer.raw, struct.unpack("<QQ", flags.raw)[1]))
+    return found
+
+
+def asks_a_supervisor(program: bytes) -> bool:
+    """Whether a filter hands some calls to another process (SECCOMP_RET_USER_NOTIF)."""
+    return any(
+        code == _BPF_RETURN and value & _RETURN_ACTION == _RETURN_USER_NOTIFICATION
+        for code, _, _, value in _SOCK_FILTER.iter_unpack(program)
+    )
 
 
 def event_message(tid: int) -> int:

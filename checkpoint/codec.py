@@ -68,7 +68,7 @@ class Encoder:
         self._large = _compressor(13)
         self._small = _compressor(10)
         self._plain = self._large
-        self._scratch = memoryview(bytearray(MOST_CHUNK_BYTES))
+        self._scratch = memoryview(bytearray(_SAMPLE_BYTES))
         candidates = (ZSTD, *(width << 8 | ZSTD for width in planes.WIDTHS))
         self._candidates = candidates if planes.fast() else (ZSTD,)
         self._choice = RAW
@@ -99,7 +99,7 @@ class Encoder:
         if not width:
             return self._plain.compress(content)
         length_bytes = len(content)
-        apart = self._scratch[:length_bytes]
+        apart = self._room(length_bytes)
         planes.take_apart(content, width, apart)
         # A block per plane: each gets statistics of its own, noise is left raw and constants
         # become a byte. Smaller by a tenth and twice as fast to decode as planes run together.
@@ -111,6 +111,11 @@ class Encoder:
             parts.append(frame.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK))
         parts.append(frame.flush())
         return b"".join(parts)
+
+    def _room(self, length_bytes: int) -> memoryview:
+        if length_bytes > len(self._scratch):
+            self._scratch = memoryview(bytearray(MOST_CHUNK_BYTES))
+        return self._scratch[:length_bytes]
 
     def _shrinks(self, content: bytes | memoryview) -> bool:
         """A glance at a chunk after one that did not compress: would this one?
@@ -126,7 +131,7 @@ class Encoder:
         glance = content[middle : middle + _GLANCE_BYTES]
         self._glance_apart = not self._glance_apart and len(self._candidates) > 1
         if self._glance_apart:
-            apart = self._scratch[: len(glance)]
+            apart = self._room(len(glance))
             planes.take_apart(glance, 8, apart)
             glance = apart
         return len(self._small.compress(glance)) < _MOST_SHARE * len(glance)

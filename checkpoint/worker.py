@@ -70,16 +70,14 @@ class Worker:
     def __init__(
         self, shared: Shared, *, window_pages: int, batch_bytes: int, plain: bool = False
     ) -> None:
-        window_bytes = window_pages * PAGE_BYTES
+        window_bytes = self._window_bytes = window_pages * PAGE_BYTES
         self._shared = shared
         self._chunk_key = shared.keys.chunk
         self._encoder = PlainEncoder() if plain else Encoder()
         self._decoder = Decoder()
-        most_bytes = batch_bytes + window_bytes
-        self._buffer, self._start, self._view = page_aligned(most_bytes)
-        self._readback_bytes, self._readback_start, self._readback = page_aligned(most_bytes)
-        self._content_bytes = bytearray(window_bytes)
-        self._content = memoryview(self._content_bytes)
+        self._buffer, self._start, self._view = page_aligned(batch_bytes + window_bytes)
+        self._readback_bytes, self._readback_start, self._readback = page_aligned(window_bytes)
+        self._content_bytes = bytearray()
         self._pack: PackWriter | None = None
 
     def store(self, batch: Batch) -> None:
@@ -196,20 +194,22 @@ class Worker:
 
         The content is still in hand, and in the cache: comparing costs a fifth of hashing again.
         """
-        start = places[0].offset
-        length_bytes = pack.length_bytes - start
-        got = os.preadv(pack.descriptor, (self._readback[:length_bytes],), start)
+        start = end = places[0].offset  # what of the pack is in the buffer
         for (_, _, content, _, _), place in zip(new, places, strict=True):
+            if place.offset + place.stored_bytes > end:
+                start = place.offset
+                length_bytes = min(len(self._readback), pack.length_bytes - start)
+                end = start + os.preadv(pack.descriptor, (self._readback[:length_bytes],), start)
+                if place.stored_bytes > end - start:
+                    raise Damaged(f"pack {pack.name} reads back {end} of {pack.length_bytes} bytes")
             at = place.offset - start
-            if at + place.stored_bytes > got:
-                raise Damaged(f"pack {pack.name} reads back {got} of {length_bytes} bytes")
             blob = self._readback[at : at + place.stored_bytes]
             if place.encoding == RAW:
                 same = self._readback_bytes.startswith(content, self._readback_start + at)
             elif place.encoding == ZSTD:  # compared where it is, without another copy
                 same = self._decoder.decompress(blob, place.raw_bytes).startswith(content)
             else:
-                self._decoder.decode(place.encoding, blob, self._content[: place.raw_bytes])
+                self._decode(place, blob)
                 same = self._content_bytes.startswith(content)
             if not same:
                 raise Damaged(f"pack {pack.name} reads back differently at offset {place.offset}")
@@ -218,9 +218,16 @@ class Worker:
         """Whether stored bytes give the content with that id. Damaged if they give none."""
         content: bytes | memoryview = blob
         if place.encoding != RAW:
-            content = self._content[: place.raw_bytes]
-            self._decoder.decode(place.encoding, blob, content)
+            content = self._decode(place, blob)
         return keyed_digest(self._chunk_key, content) == content_id
+
+    def _decode(self, place: Stored, blob: bytes | memoryview) -> memoryview:
+        """The content, in a buffer that is made when it is first needed."""
+        if not self._content_bytes:
+            self._content_bytes = bytearray(self._window_bytes)
+        content = memoryview(self._content_bytes)[: place.raw_bytes]
+        self._decoder.decode(place.encoding, blob, content)
+        return content
 
     def close(self) -> None:
         """Let go of a pack that was not finished."""

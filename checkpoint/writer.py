@@ -51,6 +51,8 @@ if TYPE_CHECKING:
 __all__ = ["ImageWriter", "PageSource", "Progress"]
 
 _BATCH_BYTES = 1 << 20
+_LITTLE_BYTES = 32 << 20
+_SMALL_BATCH_BYTES = 512 << 10
 
 
 class ImageWriter:
@@ -82,6 +84,7 @@ class ImageWriter:
         self._failure: BaseException | None = None
         self._closed = False
         self._plain = False
+        self._batch_bytes = _BATCH_BYTES
         self._queue: queue.Queue[Batch | None] = queue.Queue(maxsize=2 * workers)
         self._known = store.known_chunks()
         self._shared = Shared(store.keys, self._tables, self._pending, self._known, self._existing)
@@ -110,10 +113,13 @@ class ImageWriter:
     def expect_little(self, length_bytes: int) -> None:
         """So little is to be read that it is not looked for among all that the store has.
 
-        If it is less than a batch, encodings are not tried either.
+        If it is less than a batch, encodings are not tried either. Small batches spare the workers
+        to make large buffers, and to wait for one another at the end.
         """
         self._known.forgo()
         self._plain = length_bytes <= _BATCH_BYTES
+        if length_bytes <= _LITTLE_BYTES:
+            self._batch_bytes = _SMALL_BATCH_BYTES
 
     def keep(self, base: Image, kept: Kept) -> None:
         """Take these pages of space 0 from `base` as they are.
@@ -194,7 +200,7 @@ class ImageWriter:
         too_large = 1 << self.window_pages
         batch: list[tuple[int, int]] = []
         pages = 0
-        batch_pages = _BATCH_BYTES // PAGE_BYTES
+        batch_pages = self._batch_bytes // PAGE_BYTES
         for window in windows:
             address, mask = window
             if address % window_bytes or not 0 <= address < 1 << 64 or not 0 <= mask < too_large:
@@ -280,7 +286,7 @@ class ImageWriter:
                         worker = worker or Worker(
                             self._shared,
                             window_pages=self.window_pages,
-                            batch_bytes=_BATCH_BYTES,
+                            batch_bytes=self._batch_bytes,
                             plain=self._plain,
                         )
                         worker.store(batch)

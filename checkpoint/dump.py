@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import interrogate, proc, resources, tracking
 from .away import Away, Doze, NotAsItIs, find_doze, hold_pager, read_away
+from .carried import Cargo
 from .content import (
     CopiedPages,
     FilePages,
@@ -107,6 +108,8 @@ def dump(
     track: bool = True,
     trim: bool = False,
     rouse: bool = True,
+    carry_files: bool = False,
+    carry: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> DumpReport:
     """Write an image of process `pid` and its descendants into `store`.
@@ -125,6 +128,9 @@ def dump(
 
     One that dozes and cannot be dumped as it is, or would stand still too long, gets all of its
     memory back first; unless `rouse` is false: then it does stand still, or Busy is raised.
+
+    `carry_files`: mapped files travel in the image, too, and so do the files and folders of
+    `carry`, whoever has them open (see `carried`).
 
     Raises NotFound, AccessDenied, Unsupported (naming what cannot be kept), Busy,
     StoreUnavailable; the process then runs on as before.
@@ -145,7 +151,7 @@ def dump(
     def write(doze: Doze | None) -> DumpReport:
         return _dump(
             pid, store, name, leave_running, window_pages, why, track, variables, notes, doze,
-            progress, began,
+            carry_files, carry, progress, began,
         )  # fmt: skip
 
     doze = _find_fit_doze(pid, store, window_pages, leave_running and rouse)
@@ -172,6 +178,8 @@ def _dump(
     variables: dict[str, Any],
     notes: list[str],
     doze: Doze | None,
+    carry_files: bool,
+    carry: Sequence[str],
     progress: Progress | None,
     began: float,
 ) -> DumpReport:
@@ -212,6 +220,11 @@ def _dump(
         if base and not leave_running:
             store.verify(base.name, progress)  # what is taken from it is not read again below
         with store.writer(name, window_pages=window_pages) as writer:
+            cargo = Cargo(writer, everything=carry_files)
+            cargo.add_asked(carry)
+            for subject in (root, *seen.values()):
+                cargo.add_mapped(subject.pid, subject.vmas)
+
             # 2. Stop all its threads, and those of its descendants.
             frozen_at = time.monotonic()
             with Deferred():
@@ -303,6 +316,8 @@ def _dump(
                 root.source_pid, root.mappings.vmas, interrogate.decode(root.threads[0]["xstate"])
             )
             root.ranges = join_ranges([*root.ranges, *away.missing])
+            for subject in tree:
+                cargo.add_mapped(subject.source_pid, subject.mappings.vmas)
             for subject in tree[1:]:
                 subject.find_inherited()
             total = objects.total_bytes + sum(length_bytes(subject.fresh) for subject in tree)
@@ -371,6 +386,8 @@ def _dump(
                 ]
             if ended:
                 document["zombies"] = describe_ended(ended)
+            if carried := cargo.describe():
+                document["carried"] = carried
             summary = writer.commit(document, progress)
             committed = True
             if parent:

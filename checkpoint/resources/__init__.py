@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from .assembly import (
     chosen_places,
     close_descriptors,
+    find_lacking,
     finish_descriptors,
     free_number,
     make_descriptors,
@@ -36,6 +37,7 @@ __all__ = [
     "close_descriptors",
     "describe_descriptors",
     "describe_together",
+    "find_lacking",
     "finish_descriptors",
     "free_number",
     "hold_connections",

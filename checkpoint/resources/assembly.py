@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from ..errors import AccessDenied, Incompatible, KernelError, LzyError, NotFound
+from ..lacking import refuse_lacking
 from ..linux import descriptors as kernel
 from . import locks, owners
 from .kind import Entry, Finish, ObjectSource, RestoreOptions, kind_named
@@ -113,11 +114,8 @@ class Assembly:
 
     def make_all(self) -> None:
         """Check all, then make all; what fails leaves nothing open."""
-        wanted = [index for index in range(len(self.entries)) if self.is_needed(index)]
-        wanted.sort(key=lambda index: (kind_named(self.entries[index]["kind"]).rank, index))
-        for index in wanted:
-            with _explained(self.entries[index], self.numbers.get(index, [])):
-                kind_named(self.entries[index]["kind"]).check(self.entries[index], self)
+        wanted = self._list_needed()
+        refuse_lacking(self.find_lacking())
         self._open_replacements()
         for index in wanted:
             with _explained(self.entries[index], self.numbers.get(index, [])):
@@ -128,6 +126,31 @@ class Assembly:
                 kind_named(entry["kind"]).settle(index, entry, self)
                 locks.refuse_taken_locks(entry, self.local[index])
                 set_flags(self.local[index], entry["flags"])
+
+    def _list_needed(self) -> list[int]:
+        """What is to be made, in order."""
+
+        def find() -> list[int]:
+            wanted = [index for index in range(len(self.entries)) if self.is_needed(index)]
+            wanted.sort(key=lambda index: (kind_named(self.entries[index]["kind"]).rank, index))
+            return wanted
+
+        return self.once("needed", find)
+
+    def find_lacking(self, besides: frozenset[str] = frozenset()) -> list[Incompatible]:
+        """What this machine lacks to make them, but for these paths; raises what else is wrong."""
+        found: list[Incompatible] = []
+        for index in self._list_needed():
+            entry = self.entries[index]
+            if entry.get("path") in besides:
+                continue
+            try:
+                with _explained(entry, self.numbers.get(index, [])):
+                    kind_named(entry["kind"]).check(entry, self)
+            except Incompatible as error:
+                if error.message not in (known.message for known in found):
+                    found.append(error)
+        return found
 
     def _replacement(self, number: int) -> str | None:
         path: str | None = getattr(self.options, STANDARD[number]) if number <= 2 else None
@@ -213,6 +236,13 @@ def make_descriptors(
         assembly.close()
         raise
     return assembly.local
+
+
+def find_lacking(
+    table: dict[str, Any], objects: ObjectSource, options: RestoreOptions, besides: frozenset[str]
+) -> list[Incompatible]:
+    """What `make_descriptors` would find missing on this machine, but for what `besides` names."""
+    return Assembly(table, objects, options).find_lacking(besides)
 
 
 def place_descriptors(

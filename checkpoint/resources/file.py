@@ -105,6 +105,8 @@ class File(Kind):
             )
         if entry["form"] != "regular" or assembly.options.accept_changed_files:
             return
+        if path in assembly.options.known_files:
+            return
         locked = assembly.once("locked files", lambda: _locked_files(assembly))
         writes = entry["flags"] & os.O_ACCMODE != os.O_RDONLY
         if writes and entry["file"] == _identity(path, status) and entry["file"] not in locked:

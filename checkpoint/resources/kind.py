@@ -65,6 +65,8 @@ class RestoreOptions(NamedTuple):
     """Terminal to use for one that is gone; None finds the caller's own, else /dev/null."""
     accept_changed_files: bool = False
     """Open files again even if their size or time of change is not what it was."""
+    known_files: frozenset[str] = frozenset()
+    """Paths of files whose content was compared: their time of change does not matter."""
 
 
 class Finish:

@@ -51,7 +51,7 @@ def _take_lock(path: Path) -> int:
 
 async def _run(folder: Path) -> None:
     from .api import Api
-    from .authority import fleet_folder, is_member, server_context
+    from .authority import agent_place, is_member, server_context
     from .http import Server
     from .node import Agent
     from .watching import Watcher
@@ -69,7 +69,7 @@ async def _run(folder: Path) -> None:
     mode = 0o666 if os.environ.get("LZY_ALL_USERS") else 0o600
     await server.listen(folder / "run" / "agent.sock", mode)
     if agent.identity.address and is_member(folder):
-        context = server_context(fleet_folder(folder))
+        context = server_context(agent_place(folder))
         await server.listen_to_nodes(agent.identity.address, context)
     agent.spawn(watcher.go_rounds())
     gc.collect()

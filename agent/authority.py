@@ -10,7 +10,6 @@ Keys are made where they are used and never travel. Certificates are made by the
 
 from __future__ import annotations
 
-import hashlib
 import os
 import ssl
 import subprocess
@@ -28,6 +27,12 @@ _CURVE = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
 def fleet_folder(folder: Path) -> Path:
     """Where a home keeps what makes it part of a fleet."""
     return folder / "fleet"
+
+
+def agent_place(folder: Path) -> Path:
+    """Where the certificate of a home's agent is: apart from that of a migrator beside it."""
+    beside = folder / "node"
+    return beside if beside.exists() else fleet_folder(folder)
 
 
 def node_subject(name: str) -> str:
@@ -89,14 +94,9 @@ def issue(authority: Path, place: Path, subject: str) -> None:
     place_certificate(place, sign(authority, request, subject), (authority / "ca.pem").read_text())
 
 
-def fingerprint(authority_pem: str) -> str:
-    """SHA-256 of an authority's certificate: what an invitation is sure of it by."""
-    return hashlib.sha256(ssl.PEM_cert_to_DER_cert(authority_pem)).hexdigest()
-
-
 def is_member(folder: Path) -> bool:
-    """Whether the daemons of a home have a certificate."""
-    return (fleet_folder(folder) / "own.pem").exists()
+    """Whether the agent of a home has a certificate."""
+    return (agent_place(folder) / "own.pem").exists()
 
 
 def server_context(place: Path, *, guests: bool = False) -> ssl.SSLContext:

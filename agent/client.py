@@ -101,6 +101,12 @@ class Client:
         """Documents of an answer that goes on, as they come."""
         return self._lines("GET", path, None)
 
+    def lines(
+        self, method: str, path: str, body: dict[str, Any] | None
+    ) -> Generator[dict[str, Any], None, None]:
+        """The lines of an answer as they come, the last one (`error` or not) included."""
+        return self._lines(method, path, body)
+
     def session(self, name: str, verb: str = "") -> str:
         """The path of a session, or of what is done to it."""
         return f"/v1/sessions/{quote(name, safe='@')}" + (f"/{verb}" if verb else "")

@@ -33,3 +33,20 @@ def revive(document: dict[str, Any]) -> LzyError:
         error.exit_status = KernelError.exit_status  # type: ignore[misc]  # of this one only
         return error
     return kind(message, remedy=remedy)
+
+
+_STATUSES: tuple[tuple[type[LzyError], int], ...] = (
+    (engine.AccessDenied, 403),
+    (engine.NotFound, 404),
+    (engine.Busy, 409),
+    (engine.Unsupported, 422),
+    (engine.Incompatible, 422),
+    (engine.StoreUnavailable, 503),
+)
+
+
+def status_of(error: LzyError) -> int:
+    """The HTTP status that goes with an error."""
+    if type(error).__name__ == "BadBody":
+        return 400
+    return next((status for kind, status in _STATUSES if isinstance(error, kind)), 500)

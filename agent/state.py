@@ -283,12 +283,12 @@ class State:
         found = self._database.execute(
             "SELECT * FROM arrivals WHERE name = ? AND epoch = ?", (name, epoch)
         ).fetchone()
-        return Arrival(*found[:4], json.loads(found[4]), found[5]) if found else None
+        return _arrival(found) if found else None
 
     def open_arrivals(self) -> list[Arrival]:
         """Those that are being made here, or were when the agent died."""
         found = self._database.execute("SELECT * FROM arrivals WHERE state = ?", (ACCEPTING,))
-        return [Arrival(*row[:4], json.loads(row[4]), row[5]) for row in found]
+        return [_arrival(row) for row in found]
 
     def note_arrival(
         self,
@@ -334,9 +334,10 @@ class State:
 
     def departed_to(self, name: str) -> tuple[str, int] | None:
         """(node, epoch) of a session that left from here, where it has not come back since."""
-        return self._database.execute(
+        found = self._database.execute(
             "SELECT node, epoch FROM departures WHERE name = ?", [name]
-        ).fetchone()  # type: ignore[no-any-return]
+        ).fetchone()
+        return (str(found[0]), int(found[1])) if found else None
 
     # -- events
 
@@ -410,6 +411,11 @@ def _column(name: str, value: Any) -> Any:
 
 def _row(record: Record) -> list[Any]:
     return [_column(name, value) for name, value in record._asdict().items()]
+
+
+def _arrival(row: tuple[Any, ...]) -> Arrival:
+    name, epoch, source, state, document, unix_s = row
+    return Arrival(name, epoch, source, state, json.loads(document), unix_s)
 
 
 def _record(row: tuple[Any, ...]) -> Record:

@@ -65,7 +65,7 @@ def attach(
     given = {"doze_after_s": doze_after, "hibernate_after_s": hibernate_after}
     settings = {n: None if v == float("inf") else v for n, v in given.items() if v is not None}
     pid = find_process(process)
-    body: dict[str, Any] = {"pid": pid, "settings": settings}
+    body: dict[str, Any] = {"pid": pid, "settings": settings, **find_node(pid)}
     answer = Client().post("/v1/sessions", body | ({"name": name} if name else {}), timeout_s=60)
     session = answer["session"]
     if as_json:
@@ -125,6 +125,26 @@ def find_process(asked: str) -> int:
     if len(found) > 1:
         raise click.UsageError(f"{asked} has several kernels: {', '.join(map(str, found))}.")
     return found[0]
+
+
+def find_node(pid: int) -> dict[str, Any]:
+    """Of a fleet of namespaces of this machine: the node that process is on, and its pid there."""
+    from ..checkpoint.home import home
+
+    if not (home() / "fleet" / "trial.json").exists():
+        return {}
+    from ..agent.network import read_holder
+    from ..agent.trial import holder_path, read_trial
+
+    space = os.readlink(f"/proc/{pid}/ns/pid") if os.path.exists(f"/proc/{pid}/ns/pid") else ""
+    for name in read_trial(home())["nodes"]:
+        first = read_holder(holder_path(home(), name))
+        if first and os.readlink(f"/proc/{first}/ns/pid") == space:
+            numbers = re.search(r"^NSpid:(.*)$", _read(pid, "status"), re.MULTILINE)
+            return {"node": name, "pid": int(numbers[1].split()[-1]) if numbers else pid}
+    raise click.UsageError(
+        f"Process {pid} is on no node; lzy enter NODE -- COMMAND starts one."
+    )
 
 
 def _kernel_name(asked: str) -> Any:

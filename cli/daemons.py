@@ -17,9 +17,20 @@ import click
 from .arguments import json_option
 from .durations import Duration
 from .layout import count, facts, paint, say, say_json
+from .trial import (
+    LinkSpeed,
+    NodeList,
+    all_answer,
+    daemons_of,
+    hibernate_all,
+    is_trial,
+    prepare_fleet,
+    prepare_trial,
+)
 
 if TYPE_CHECKING:
     from ..agent.client import Client
+    from ..agent.identity import Identity
 
 _STARTS_WITHIN_S = 20.0
 _ENDS_WITHIN_S = 40.0
@@ -32,6 +43,9 @@ _ENDS_WITHIN_S = 40.0
       lzy up --hibernate-after 2h           the same, and set when idle sessions are hibernated
       lzy up --doze-after never             idle sessions are hibernated, but do not doze
       lzy up --foreground                   stay in this terminal (for systemd and containers)
+      lzy up --nodes small:1cpu:2G,large:2cpu:8G,gpu:2cpu:8G:1gpu
+                                            several nodes on this machine, to try things out
+      lzy up --listen 10.0.0.5:7433         have other machines join (see lzy nodes --invite)
       LZY_HOME=/data/lzy lzy up             another installation, beside the first
     """
 )
@@ -52,6 +66,14 @@ _ENDS_WITHIN_S = 40.0
 )
 @click.option("--sample-every", type=Duration(), help="How often to look.  [default: 15s]")
 @click.option("--all-users", is_flag=True, help="Let every user of this machine talk to the agent.")
+@click.option(
+    "--nodes",
+    type=NodeList(),
+    help="Have these nodes, each in namespaces of this machine: NAME:CPUs:MEMORY[:GPUs],…",
+)
+@click.option("--link", "speed", type=LinkSpeed(), help="Their link: 1gbit, or 100mbit,20ms.")
+@click.option("--own-stores", is_flag=True, help="Each of them has a store of its own.")
+@click.option("--listen", metavar="HOST:PORT", help="Let other machines join as nodes there.")
 @json_option
 def up(
     foreground: bool,
@@ -61,12 +83,19 @@ def up(
     after_wake: float | None,
     sample_every: float | None,
     all_users: bool,
+    nodes: list[Identity] | None,
+    speed: dict[str, Any] | None,
+    own_stores: bool,
+    listen: str | None,
     as_json: bool,
 ) -> None:
     """Look after sessions on this machine: start its agent and its migrator, as one daemon.
 
     It survives its terminal and restarts what crashes. Everything is kept under LZY_HOME; sessions
     that an earlier `lzy down` left are found again, running or hibernated. What is set stays set.
+
+    With --nodes several agents run, as on several machines: each in network, PID and mount
+    namespaces with cgroup limits, joined by a virtual link. GPUs declared there need not exist.
     """
     from ..agent.client import Client, NoAgent
     from ..checkpoint.home import home
@@ -86,16 +115,23 @@ def up(
             raise click.UsageError(f"lzy is up for {home()} already (agent {node['agent_pid']}).")
         if chosen:
             node = client.post("/v1/node/settings", {"settings": chosen})
+        if nodes or listen:
+            raise click.UsageError(f"lzy is up for {home()} already; lzy down stops it.")
         started = False
     except NoAgent:
         _prepare(home(), chosen, all_users)
-        commands = [_module("lzy.agent"), _module("lzy.migrator.loop")]
+        if nodes:
+            prepare_trial(home(), nodes, speed or {}, own_stores, chosen)
+        elif listen:
+            prepare_fleet(home(), listen)
+        commands = daemons_of(home())
         if foreground:
             os.execve(
                 sys.executable, _module("lzy.agent.supervisor", commands), _environment(all_users)
             )
-        node = _start(client, home(), commands, all_users)
+        node = _start(Client(), home(), commands, all_users)
         started = True
+        client = Client()
     sessions = client.get("/v1/sessions")["sessions"]
     if as_json:
         say_json({"started": started, **node})
@@ -107,6 +143,7 @@ def up(
             *facts(
                 [
                     ("home", str(node["home"])),
+                    *([("nodes", names)] if (names := _name_nodes(home())) else []),
                     ("sessions", _count_states(sessions)),
                     ("idle", _describe_windows(settings)),
                 ]
@@ -123,9 +160,14 @@ def up(
       lzy down && lzy up                    all of them are found again
     """
 )
+@click.option("--abandon", is_flag=True, help="End what cannot be hibernated (with --nodes).")
 @json_option
-def down(as_json: bool) -> None:
-    """Stop the agent and the migrator. Sessions stay as they are: running, dozing or hibernated."""
+def down(abandon: bool, as_json: bool) -> None:
+    """Stop the agent and the migrator. Sessions stay as they are: running, dozing or hibernated.
+
+    Nodes that are namespaces of this machine go, with their links and limits; what runs there is
+    hibernated before, and the next `lzy up` has them all again.
+    """
     from ..agent.client import Client, NoAgent
     from ..agent.supervisor import find_supervisor
     from ..checkpoint.errors import Busy, LzyError
@@ -134,6 +176,8 @@ def down(as_json: bool) -> None:
     sessions: list[dict[str, Any]] = []
     try:
         sessions = Client().get("/v1/sessions", timeout_s=5)["sessions"]
+        if is_trial(home()):
+            sessions = hibernate_all(sessions, abandon)
     except NoAgent:
         pass
     except LzyError as error:
@@ -201,7 +245,7 @@ def _start(
     """Start the supervisor, away from this terminal, and wait for the agent; its node."""
     from ..agent.client import NoAgent
     from ..agent.supervisor import find_supervisor
-    from ..checkpoint.errors import LzyError
+    from ..checkpoint.errors import Busy, LzyError
 
     log = folder / "agent" / "agent.log"
     with open(log, "ab") as file:
@@ -225,15 +269,26 @@ def _start(
     deadline = time.monotonic() + _STARTS_WITHIN_S
     while time.monotonic() < deadline:
         try:
-            return client.get("/v1/node", timeout_s=5)
-        except NoAgent:
-            time.sleep(0.02)
+            node = client.get("/v1/node", timeout_s=5)
+            if all_answer(client, folder):
+                return node
+        except (NoAgent, Busy):
+            pass
+        time.sleep(0.02)
     said = log.read_bytes()[began_bytes:].decode(errors="replace").strip().splitlines()
     found = find_supervisor(folder)
     raise LzyError(
         f"the agent did not start: {said[-1] if said else 'it says nothing'}",
         remedy=f"see {log}" + ("; lzy down stops the attempts" if found else ""),
     )
+
+
+def _name_nodes(folder: Path) -> str:
+    """The nodes of a fleet in words; empty where there is one only."""
+    from ..agent.client import is_fleet
+    from ..migrator.fleet import Fleet
+
+    return ", ".join(m.name for m in Fleet(folder).members) if is_fleet(folder) else ""
 
 
 def _count_states(sessions: list[dict[str, Any]]) -> str:

@@ -126,10 +126,26 @@ def _row(session: dict[str, Any], now: float) -> tuple[str, ...]:
     )
 
 
+def spell_requests(requests: dict[str, Any]) -> str:
+    """`a GPU, 4 CPUs, 8 GiB, node gpu`; empty for none."""
+    gpu, cpu, memory = requests["gpu"], requests["cpu"], requests["memory_bytes"]
+    parts = [
+        "a GPU" if gpu == 1 else f"{gpu} GPUs" if gpu else "",
+        f"{cpu:g} CPUs" if cpu else "",
+        size(memory) if memory else "",
+        f"node {requests['node']}" if requests["node"] else "",
+    ]
+    return ", ".join(filter(None, parts))
+
+
 def _remark(session: dict[str, Any], now: float) -> str:
     """What else a person should know of it, in a few words."""
     if operation := session["operation"]:
         return f"{operation['verb']}: {operation['stage']}"
+    if session["moving_to"]:
+        return f"on its way to {session['moving_to']}"
+    if session["waiting_since_unix_s"]:
+        return f"waits for {spell_requests(session['requests'])}"
     if session["failure"]:
         return paint(str(session["failure"])[:80], "red")
     if until := session["hold_until_unix_s"]:
@@ -151,13 +167,14 @@ def _remark(session: dict[str, Any], now: float) -> str:
 def why(name: str | None, as_json: bool) -> None:
     """Tell why a session is considered idle or not: each probe, its verdict, what comes next."""
     from ..agent.client import Client
+    from ..migrator.fleet import Look, Member
     from ..migrator.idleness import next_step
-    from ..migrator.loop import read_session, read_settings
+    from ..migrator.reading import read_session, read_settings
 
     client = Client()
     document = client.get(f"{client.session(choose(client, name))}?look=1")
     node = client.get("/v1/node")
-    settings = read_settings(node["settings"], [document])
+    settings = read_settings([Look(Member(node["name"], ""), node, [document])])
     session = read_session(document)
     step = next_step(session, settings, node["now_unix_s"])
     later_s = max(step.due_s - node["now_unix_s"], 0.0)

@@ -1,0 +1,108 @@
+"""Cgroups: what a node and each of its sessions may use, where the kernel lets us (v2, else v1).
+
+All of it lies under `lzy-KEY`, where KEY tells this home from others. Where a controller is missing
+or not ours to use, that limit is left out, and `missing` says so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import zlib
+from pathlib import Path
+from typing import Final
+
+_ROOT: Final = Path("/sys/fs/cgroup")
+_PERIOD_US: Final = 100_000
+
+
+class Cgroup:
+    """One group: a folder in each hierarchy that it has a controller in."""
+
+    def __init__(self, folders: dict[str, Path]) -> None:
+        self.folders = folders
+
+    @classmethod
+    def make(cls, home: Path, *names: str) -> Cgroup:
+        """The group of a node of `home`, or of one of its sessions; made where it can be."""
+        key = f"lzy-{zlib.crc32(os.fsencode(str(home))):08x}"
+        folders: dict[str, Path] = {}
+        for controller, base in _hierarchies().items():
+            folder = base
+            try:
+                for name in (key, *names):
+                    _delegate(folder)
+                    folder = folder / name
+                    folder.mkdir(exist_ok=True)
+                folders[controller] = folder
+            except OSError:
+                continue
+        return cls(folders)
+
+    @property
+    def missing(self) -> list[str]:
+        """Controllers that are not there to be used."""
+        return [name for name in ("cpu", "memory") if name not in self.folders]
+
+    def limit(self, *, cpus: float = 0.0, memory_bytes: int = 0) -> None:
+        """At most so many cores and so much memory; 0: leave it as it is."""
+        with contextlib.suppress(OSError, KeyError):
+            if cpus:
+                folder, quota_us = self.folders["cpu"], int(cpus * _PERIOD_US)
+                if (folder / "cpu.max").exists():
+                    (folder / "cpu.max").write_text(f"{quota_us} {_PERIOD_US}")
+                else:
+                    (folder / "cpu.cfs_quota_us").write_text(str(quota_us))
+        with contextlib.suppress(OSError, KeyError):
+            if memory_bytes:
+                folder = self.folders["memory"]
+                v2 = (folder / "memory.max").exists()
+                name = "memory.max" if v2 else "memory.limit_in_bytes"
+                (folder / name).write_text(str(memory_bytes))
+
+    def share(self, cpus: float) -> None:
+        """Of a busy node, cores in proportion to others' `cpus`."""
+        with contextlib.suppress(OSError, KeyError):
+            folder = self.folders["cpu"]
+            if (folder / "cpu.weight").exists():
+                (folder / "cpu.weight").write_text(str(max(1, min(10000, int(cpus * 100)))))
+            else:
+                (folder / "cpu.shares").write_text(str(max(2, int(cpus * 1024))))
+
+    def add(self, pid: int) -> None:
+        """Have a process, and what it starts from now on, in the group."""
+        for folder in set(self.folders.values()):
+            with contextlib.suppress(OSError):
+                (folder / "cgroup.procs").write_text(str(pid))
+
+    def remove(self) -> None:
+        """Remove it and what is below, as far as nobody is in there."""
+        for folder in set(self.folders.values()):
+            for path in sorted(folder.rglob("*/"), reverse=True):
+                with contextlib.suppress(OSError):
+                    path.rmdir()
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+                folder.parent.rmdir()
+
+
+def _hierarchies() -> dict[str, Path]:
+    """Where each controller's groups are made; cgroups(7)."""
+    found: dict[str, Path] = {}
+    for root in (_ROOT, _ROOT / "unified"):
+        with contextlib.suppress(OSError):
+            names = (root / "cgroup.controllers").read_text().split()
+            found |= {name: root for name in ("cpu", "memory") if name in names}
+    for name in ("cpu", "memory"):
+        if name not in found and (_ROOT / name / "cgroup.procs").exists():
+            found[name] = _ROOT / name
+    return found
+
+
+def _delegate(folder: Path) -> None:
+    """In version 2, groups below have the controllers that are handed down."""
+    control = folder / "cgroup.subtree_control"
+    if control.exists():
+        for name in ("cpu", "memory"):
+            with contextlib.suppress(OSError):
+                control.write_text(f"+{name}")

@@ -1,0 +1,302 @@
+"""The migrator's interface: that of an agent, for all nodes at once, and what only a fleet has.
+
+A request about a session goes on to the agent that has it, on behalf of the user who asks; that
+agent checks and records it. Only who is asked for the whole fleet is answered here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+from collections.abc import AsyncIterator, Callable
+from typing import Any, Final
+from urllib.parse import urlencode
+
+from ..agent import errors
+from ..agent.client import Client
+from ..agent.fields import Field, parse
+from ..agent.http import Request, Response
+from ..checkpoint.errors import AccessDenied, Busy, LzyError, NotFound
+from .fleet import Fleet, Look
+from .join import admit
+from .moves import Choice, Wish, choose, find_session, migrate_body, refuse
+
+_MIGRATE: Final = {
+    "cpu": Field("number", "cores that it needs", 0, 4096),
+    "memory_bytes": Field("integer", "memory that it needs", 0, 1 << 50),
+    "gpu": Field("integer", "GPUs that it needs; 0: none any more", 0, 64),
+    "node": Field("string", "the node to go to", 1, 32),
+    "dry_run": Field("boolean", "only tell where it would go"),
+    "wait": Field("boolean", "if nothing is free, go when something is"),
+}
+_ATTACH: Final = {
+    "pid": Field("integer", "the process, as its node numbers it", 1, 1 << 22, required=True),
+    "name": Field("string", "the session's name", 1, 200),
+    "settings": Field("object", "settings of the session"),
+    "node": Field("string", "where it runs", 1, 32),
+}
+_DRAIN: Final = {"draining": Field("boolean", "false: take sessions again", required=True)}
+_SESSION: Final = re.compile(r"/v1/sessions/([^/]+)(?:/([a-z]+))?")
+_DRAINED: Final = re.compile(r"/v1/nodes/([^/]+)/drain")
+_POLL_S = 0.3
+
+Tell = Callable[[dict[str, Any]], None]
+
+
+class Api:
+    """Answers for a fleet; `hurry` has the loop go its round now."""
+
+    def __init__(self, fleet: Fleet, hurry: Callable[[], None]) -> None:
+        self._fleet = fleet
+        self._hurry = hurry
+
+    async def answer(self, request: Request) -> Response:
+        """Every error of lzy's becomes an answer, as an agent gives it."""
+        try:
+            return await self._dispatch(request)
+        except LzyError as error:
+            return Response(errors.status_of(error), errors.describe(error))
+
+    async def _dispatch(self, request: Request) -> Response:
+        door = (request.method, request.path)
+        if door == ("POST", "/v1/join"):
+            return Response(document=await asyncio.to_thread(admit, self._fleet, request.body))
+        if request.peer and request.uid < 0:
+            raise AccessDenied(f"{request.peer} may only join")
+        if door == ("GET", "/v1/nodes"):
+            return Response(document={"nodes": await asyncio.to_thread(self._nodes)})
+        if door == ("GET", "/v1/sessions"):
+            looks = await asyncio.to_thread(self._fleet.look, request.uid)
+            return Response(document={"sessions": [s for look in looks for s in look.sessions]})
+        if door == ("POST", "/v1/sessions"):
+            return await asyncio.to_thread(self._attach, request)
+        if door == ("GET", "/v1/events"):
+            return await self._events(request)
+        if door == ("GET", "/v1/node"):
+            return Response(document=await asyncio.to_thread(self._first_node))
+        if door == ("POST", "/v1/node/settings"):
+            return Response(document=await asyncio.to_thread(self._set_all, request))
+        if found := _DRAINED.fullmatch(request.path):
+            return Response(document=await asyncio.to_thread(self._drain, request, found[1]))
+        if (found := _SESSION.fullmatch(request.path)) is None:
+            raise NotFound(f"there is no {request.path[:200]} of a fleet", remedy="ask an agent")
+        if found[2] == "migrate" and request.method == "POST":
+            return await self._migrate(request, found[1])
+        return await self._pass_on(request, found[1], found[2] or "")
+
+    # -- nodes -----------------------------------------------------------------------------------
+
+    def _nodes(self) -> list[dict[str, Any]]:
+        found = []
+        for look in self._fleet.look():
+            living = [s for s in look.sessions if s["pid"]]
+            found.append({
+                **look.node,
+                "name": look.member.name,
+                "address": look.member.address or None,
+                "reachable": not look.failure,
+                "failure": look.failure or None,
+                "sessions": len(look.sessions),
+                "running": sum(s["state"] == "running" for s in living),
+                "session_memory_bytes": sum(s["memory_bytes"] for s in living),
+                "cpu_share": round(sum(s["cpu_share"] for s in living), 4),
+            })  # fmt: skip
+        return found
+
+    def _first_node(self) -> dict[str, Any]:
+        looks = self._fleet.look()
+        for look in looks:
+            if look.node:
+                return {**look.node, "home": str(self._fleet.folder), "nodes": len(looks)}
+        raise Busy("no node of the fleet answers", remedy="see lzy nodes")
+
+    def _set_all(self, request: Request) -> dict[str, Any]:
+        body = parse(request.body, {"settings": Field("object", "values", required=True)})
+        for member in self._fleet.members:
+            self._fleet.client(member, request.uid).post("/v1/node/settings", body, timeout_s=30)
+        self._hurry()
+        return self._first_node()
+
+    def _drain(self, request: Request, name: str) -> dict[str, Any]:
+        body = parse(request.body, _DRAIN)
+        member = self._fleet.member(name)
+        client = self._fleet.client(member, request.uid)
+        document = client.post("/v1/node/drain", body, timeout_s=30)
+        self._hurry()
+        return document
+
+    # -- sessions --------------------------------------------------------------------------------
+
+    def _attach(self, request: Request) -> Response:
+        body = parse(request.body, _ATTACH)
+        node = body.pop("node", None)
+        looks = self._fleet.look()
+        if node is None and len(looks) > 1:
+            raise LzyError("on which node is that process?", remedy="name it with --node")
+        name = body.get("name")
+        if name and any(s["name"] == name for look in looks for s in look.sessions):
+            raise Busy(f"there is a session {name} already", remedy="choose another --name")
+        member = self._fleet.member(node) if node else looks[0].member
+        client = self._fleet.client(member, request.uid)
+        return Response(document=client.post("/v1/sessions", body, timeout_s=60))
+
+    async def _pass_on(self, request: Request, name: str, verb: str) -> Response:
+        """Have the agent that has the session answer."""
+        if verb == "wake" and (moved := await self._wake_elsewhere(request, name)):
+            return moved
+        member = await asyncio.to_thread(self._fleet.find, name, request.uid)
+        client = self._fleet.client(member, request.uid)
+        path = client.session(name, verb)
+        if request.query:
+            path += f"?{urlencode(request.query)}"
+        if request.method == "GET":
+            return Response(document=await asyncio.to_thread(client.get, path))
+        body = parse(request.body, _ANY)
+        if "application/x-ndjson" in request.headers.get("accept", ""):
+            return Response(lines=_stream(client, path, body, {}))
+        return Response(document=await asyncio.to_thread(client.post, path, body))
+
+    async def _wake_elsewhere(self, request: Request, name: str) -> Response | None:
+        """A hibernated session of a node that is drained wakes on another."""
+        looks = await asyncio.to_thread(self._fleet.look)
+        with contextlib.suppress(NotFound):
+            look, session = find_session(looks, name)
+            if look.node.get("draining") and session["pid"] is None and session["image"]:
+                self._check_owner(request, session)
+                return self._move(request, looks, session, Wish(), {})
+        return None
+
+    async def _migrate(self, request: Request, name: str) -> Response:
+        body = parse(request.body, _MIGRATE)
+        wish = Wish(
+            body.get("cpu", 0.0), body.get("memory_bytes", 0), body.get("gpu"), body.get("node", "")
+        )
+        if wish.node:
+            self._fleet.member(wish.node)
+        looks = await asyncio.to_thread(self._fleet.look)
+        _, session = find_session(looks, name)
+        self._check_owner(request, session)
+        return await asyncio.to_thread(self._move, request, looks, session, wish, body)
+
+    def _check_owner(self, request: Request, session: dict[str, Any]) -> None:
+        if request.uid not in (0, session["owner_uid"]):
+            raise AccessDenied(
+                f"session {session['name']} belongs to user {session['owner_uid']}",
+                remedy="ask its owner, or root",
+            )
+
+    def _move(
+        self,
+        request: Request,
+        looks: list[Look],
+        session: dict[str, Any],
+        wish: Wish,
+        body: dict[str, Any],
+    ) -> Response:
+        name = session["name"]
+        choice = choose(looks, session, wish)
+        told = {"choice": _describe(choice)}
+        if body.get("dry_run"):
+            return Response(document={"session": session, **told})
+        member = self._fleet.member(session["node"])
+        client = self._fleet.client(member)
+        if not choice.node:
+            if not body.get("wait") or session["pid"] is None:
+                raise refuse(choice, name, wish)
+            wanted = wish.on_top_of(session["requests"])
+            if wish.node:
+                wanted["node"] = wish.node
+            path = client.session(name, "requests")
+            answer = client.post(path, {"requests": wanted}, timeout_s=30)
+            self._hurry()
+            return Response(document={**answer, **told, "queued": True})
+        path = client.session(name, "migrate")
+        order = migrate_body(choice, session, wish)
+        if "application/x-ndjson" in request.headers.get("accept", ""):
+            return Response(lines=_stream(client, path, order, told, self._after(choice, name)))
+        answer = client.post(path, order)
+        return Response(document={**answer, **told, **self._after(choice, name)()})
+
+    def _after(self, choice: Choice, name: str) -> Callable[[], dict[str, Any]]:
+        """What the session is where it is now."""
+
+        def look() -> dict[str, Any]:
+            client = self._fleet.client(self._fleet.member(choice.node))
+            return {"session": client.get(client.session(name))}
+
+        return look
+
+    # -- events ----------------------------------------------------------------------------------
+
+    async def _events(self, request: Request) -> Response:
+        if request.query.get("follow") == "1":
+            return Response(lines=self._follow(request))
+        query = {k: v for k, v in request.query.items() if k in ("after", "last", "session")}
+        found = await asyncio.to_thread(self._gather, request.uid, dict.fromkeys(
+            (member.name for member in self._fleet.members), query))  # fmt: skip
+        last = int(request.query.get("last", "0") or 0)
+        return Response(document={"events": found[-last:] if last else found})
+
+    def _gather(self, uid: int, queries: dict[str, dict[str, str]]) -> list[dict[str, Any]]:
+        """Events of all nodes that answer, in order of time; each with its node."""
+        found = []
+        for member in self._fleet.members:
+            with contextlib.suppress(LzyError):
+                path = f"/v1/events?{urlencode(queries[member.name])}"
+                answer = self._fleet.client(member, uid).get(path, timeout_s=5)
+                found += [{**event, "node": member.name} for event in answer["events"]]
+        return sorted(found, key=lambda event: (event["unix_s"], event["number"]))
+
+    async def _follow(self, request: Request) -> AsyncIterator[Any]:
+        base = {k: v for k, v in request.query.items() if k in ("after", "last", "session")}
+        queries = {member.name: dict(base) for member in self._fleet.members}
+        while True:
+            for event in await asyncio.to_thread(self._gather, request.uid, queries):
+                query = queries[event["node"]]
+                query.pop("last", None)
+                query["after"] = str(event["number"])
+                yield event
+            await asyncio.sleep(_POLL_S)
+
+
+class _Anything(dict[str, Field]):
+    """Fields of a body that somebody else checks."""
+
+    def __contains__(self, _: object) -> bool:
+        return True
+
+
+_ANY: Final = _Anything()
+
+
+def _describe(choice: Choice) -> dict[str, Any]:
+    return {"node": choice.node or None, "why": choice.why, "refusals": choice.refusals}
+
+
+async def _stream(
+    client: Client,
+    path: str,
+    body: dict[str, Any],
+    more: dict[str, Any],
+    after: Callable[[], dict[str, Any]] | None = None,
+) -> AsyncIterator[Any]:
+    """An agent's lines as they come; the last one with `more`, and what `after` finds."""
+    loop = asyncio.get_running_loop()
+    told: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
+
+    def hear() -> None:
+        try:
+            for line in client.lines("POST", path, body):
+                if "error" not in line and "progress" not in line:
+                    line = {**line, **more, **(after() if after else {})}
+                loop.call_soon_threadsafe(told.put_nowait, line)
+        except LzyError as error:
+            loop.call_soon_threadsafe(told.put_nowait, errors.describe(error))
+        finally:
+            loop.call_soon_threadsafe(told.put_nowait, None)
+
+    hearing = loop.run_in_executor(None, hear)
+    while (line := await told.get()) is not None:
+        yield line
+    await hearing

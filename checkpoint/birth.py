@@ -23,7 +23,10 @@ from .linux import process, ptrace
 from .linux.detached import close_all_but, forget_signals
 
 TRACE_OPTIONS = (
-    ptrace.PTRACE_O_EXITKILL | ptrace.PTRACE_O_TRACECLONE | ptrace.PTRACE_O_TRACEEXEC
+    ptrace.PTRACE_O_EXITKILL
+    | ptrace.PTRACE_O_TRACEFORK
+    | ptrace.PTRACE_O_TRACECLONE
+    | ptrace.PTRACE_O_TRACEEXEC
 )  # fmt: skip
 
 

@@ -452,6 +452,14 @@ class Tracee:
         self._put_back(thread)
         return machine.signed(after["r12"])
 
+    def exit(self, code: int) -> None:
+        """Have the process end; its one thread does not come back."""
+        leader = self.threads[self.pid]
+        context = self.code + machine.CODE_BYTES
+        self._write_text(context, self._context(leader))
+        self._launch(leader, machine.ONE, context, {"rax": process.SYS_EXIT_GROUP, "rdi": code})
+        leader.runs = False
+
     def _write_text(self, address: int, content: bytes) -> None:
         os.pwrite(self.memory, content, address)
 
@@ -527,7 +535,7 @@ class Tracee:
             if not os.WIFSTOPPED(status):
                 thread.runs = False
                 raise NotFound(f"process {self.pid} ended while lzy worked in it", pid=self.pid)
-            if status >> 16 == ptrace.PTRACE_EVENT_CLONE:
+            if status >> 16 in (ptrace.PTRACE_EVENT_CLONE, ptrace.PTRACE_EVENT_FORK):
                 self.on_clone(ptrace.event_message(thread.tid))
                 ptrace.resume(thread.tid)
                 continue

@@ -28,6 +28,15 @@ SYS_CLONE: Final = 56
 SYS_WAIT4: Final = 61
 SYS_FCNTL: Final = 72
 SYS_CLOSE: Final = 3
+SYS_FCHDIR: Final = 81
+SYS_SETPGID: Final = 109
+SYS_SETSID: Final = 112
+SYS_GETPGID: Final = 121
+SYS_RT_SIGTIMEDWAIT: Final = 128
+SYS_CHROOT: Final = 161
+SYS_EXIT_GROUP: Final = 231
+SYS_PIDFD_OPEN: Final = 434
+SYS_CLOSE_RANGE: Final = 436
 SYS_DUP3: Final = 292
 SYS_EPOLL_CTL: Final = 233
 SYS_IOCTL: Final = 16
@@ -170,6 +179,11 @@ def thread_clone_arguments(tid_address: int, clear_tid_address: int) -> bytes:
     if clear_tid_address:
         flags |= CLONE_CHILD_CLEARTID
     return struct.pack("<11Q", flags, 0, clear_tid_address, 0, 0, 0, 0, 0, tid_address, 1, 0)
+
+
+def fork_arguments(tid_address: int, exit_signal: int) -> bytes:
+    """struct clone_args (88 bytes) for a child whose pid stands at `tid_address` of the caller."""
+    return struct.pack("<11Q", 0, 0, 0, 0, exit_signal, 0, 0, 0, tid_address, 1, 0)
 
 
 def prctl(option: int, *arguments: int) -> int:

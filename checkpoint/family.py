@@ -1,0 +1,187 @@
+"""What a tree of new processes needs that none of them has alone.
+
+Process groups, whose leaders may be elsewhere in the tree or have ended; descriptors of processes;
+those that have ended and were not waited for; and the moment in which all begin to run, or none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from .linux import process, ptrace
+from .linux.detached import forget_signals
+from .member import Member, fork_stub
+from .tracee import Tracee
+
+
+def settle_family(members: Sequence[Member], ended: Iterable[dict[str, Any]]) -> None:
+    """Once all are born: who has ended ends again; groups, and descriptors of processes."""
+    by_number = {member.number: member for member in members}
+    stand_ins: dict[int, tuple[Member, Tracee]] = {}
+    zombies = list(ended)
+    bodies = []
+    for one in zombies:
+        parent = by_number[one["parent"]]
+        _, tracee = fork_stub(parent.tracee, one["pid"], one)
+        bodies.append((one, parent, tracee))
+        _lead(tracee, one)
+    leaders = {*by_number, *(one["pid"] for one in zombies)}
+    for member in members:
+        group = member.own["group"]
+        if member.parent and group not in (members[0].own["group"], *leaders, *stand_ins):
+            stand_ins[group] = _stand_in(member.parent, group)
+    for member in members[1:]:
+        assert member.parent
+        if member.own["group"] not in (member.number, member.parent.own["group"]):
+            _join_group(member.tracee, member.own["group"], members[0])
+    for one, parent, tracee in bodies:
+        if one["group"] not in (one["pid"], parent.own["group"]):
+            _join_group(tracee, one["group"], members[0])
+    for _, tracee in stand_ins.values():
+        _end(tracee, 0)
+    for one, _, tracee in bodies:
+        _end(tracee, one["status"])
+    for group, (parent, _) in stand_ins.items():
+        batch = parent.tracee.batch()
+        batch.call(process.SYS_WAIT4, group, 0, 0, 0)
+        parent.tracee.run(parent.tracee.threads[parent.pid], batch)
+    for parent in {
+        id(p): p for p in [*(p for _, p, _ in bodies), *(p for p, _ in stand_ins.values())]
+    }.values():
+        _forget_child_signal(parent.tracee)
+    for member in members:
+        _add_process_descriptors(member)
+
+
+def _lead(tracee: Tracee, described: dict[str, Any]) -> None:
+    """Lead a session or a group, and bear the name."""
+    batch = tracee.batch()
+    if described["session"] == described["pid"]:
+        batch.call(process.SYS_SETSID)
+    elif described["group"] == described["pid"]:
+        batch.call(process.SYS_SETPGID, 0, 0)
+    name = os.fsencode(described["comm"])[:15].ljust(16, b"\0")
+    batch.call(process.SYS_PRCTL, process.PR_SET_NAME, batch.put(name))
+    tracee.run(tracee.threads[tracee.pid], batch)
+
+
+def _stand_in(parent: Member, group: int) -> tuple[Member, Tracee]:
+    """A process that leads the group of one that has ended, until the others have joined it."""
+    _, tracee = fork_stub(parent.tracee, group, {"exit_signal": signal.SIGCHLD})
+    _lead(tracee, {"session": 0, "group": group, "pid": group, "comm": "lzy-group"})
+    return parent, tracee
+
+
+def _join_group(tracee: Tracee, group: int, root: Member) -> None:
+    if group == root.own["group"] != root.number:
+        # It may lead one of its own here, where its former one is not.
+        batch = root.tracee.batch()
+        asked = batch.call(process.SYS_GETPGID, 0)
+        root.tracee.run(root.tracee.threads[root.pid], batch)
+        group = batch.results[asked]
+    batch = tracee.batch()
+    batch.call(process.SYS_SETPGID, 0, group, what=f"join process group {group}")
+    tracee.run(tracee.threads[tracee.pid], batch)
+
+
+def _end(tracee: Tracee, status: int) -> None:
+    """Have a stub end with that status, waitpid(2); its parent has yet to wait for it."""
+    leader = tracee.threads[tracee.pid]
+    number = status & 0x7F
+    if number:
+        ptrace.write_signal_mask(leader.tid, 0)
+        ptrace.set_options(leader.tid, 0)
+        ptrace.resume(leader.tid, number)
+    else:
+        tracee.exit(status >> 8)
+    while True:
+        _, told = os.waitpid(leader.tid, ptrace.WALL)
+        if not os.WIFSTOPPED(told):
+            break
+        if told >> 16 == 0 and os.WSTOPSIG(told) == number:
+            ptrace.resume(leader.tid, number)
+        else:
+            ptrace.resume(leader.tid)
+    tracee.threads.clear()
+    tracee.close()
+
+
+def _forget_child_signal(tracee: Tracee) -> None:
+    """Take back the SIGCHLD that an end brought: it was heard, or stands among what is pending."""
+    batch = tracee.batch()
+    wanted = batch.put((1 << signal.SIGCHLD - 1).to_bytes(8, "little"))
+    batch.call(process.SYS_RT_SIGTIMEDWAIT, wanted, 0, batch.room(16), 8, tolerate=True)
+    tracee.run(tracee.threads[tracee.pid], batch)
+
+
+def _add_process_descriptors(member: Member) -> None:
+    """Descriptors of processes of the tree (pidfd), which exist only now."""
+    leader = member.tracee.threads[member.pid]
+    for text, place in member.table["descriptors"].items():
+        entry = member.table_of_all["descriptions"][place["description"]]
+        if entry["kind"] != "pidfd" or not (
+            entry["form"] == "member" or (entry["form"] == "own" and member.parent)
+        ):
+            continue
+        batch = member.tracee.batch()
+        target = entry.get("target", member.number)
+        made = batch.call(process.SYS_PIDFD_OPEN, target, 0, what=f"a pidfd of {target}")
+        member.tracee.run(leader, batch)
+        temporary, batch = batch.results[made], member.tracee.batch()
+        batch.call(process.SYS_DUP3, temporary, int(text), 0)
+        batch.call(process.SYS_CLOSE, temporary)
+        member.tracee.run(leader, batch)
+
+
+class Guard:
+    """A child of ours that kills the processes if we die before they are to live."""
+
+    def __init__(self, pid: int, line: int) -> None:
+        self._pid, self._line = pid, line
+
+    def dismiss(self) -> None:
+        """From here on they live, whatever becomes of us."""
+        if self._line >= 0:
+            os.write(self._line, b"L")
+            os.close(self._line)
+            self._line = -1
+
+    def wait(self) -> None:
+        """Until the guard is gone."""
+        if self._pid:
+            os.waitpid(self._pid, 0)
+            self._pid = 0
+
+    def close(self) -> None:
+        """Give up: they are killed."""
+        if self._line >= 0:
+            os.close(self._line)
+            self._line = -1
+        self.wait()
+
+
+def begin_guard(pids: Sequence[int]) -> Guard:
+    """For a tree: the kernel kills one process with its tracer, and none with another."""
+    if len(pids) == 1:
+        return Guard(0, -1)
+    pidfds = [os.pidfd_open(pid) for pid in pids]
+    ear, line = os.pipe2(os.O_CLOEXEC)
+    child = process.clone3()
+    if child == 0:
+        try:
+            forget_signals()
+            os.close(line)
+            if os.read(ear, 1) != b"L":
+                for pidfd in pidfds:
+                    with contextlib.suppress(ProcessLookupError):
+                        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        finally:
+            os._exit(0)
+    os.close(ear)
+    for pidfd in pidfds:
+        os.close(pidfd)
+    return Guard(child, line)

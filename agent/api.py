@@ -15,9 +15,17 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, Final
 
-from ..checkpoint.errors import AccessDenied, LzyError, NotFound
+from ..checkpoint.errors import (
+    AccessDenied,
+    Busy,
+    Incompatible,
+    LzyError,
+    NotFound,
+    StoreUnavailable,
+    Unsupported,
+)
 from . import errors
-from .attaching import attach
+from .attaching import attach, choose_name
 from .documents import describe_event, describe_node, describe_session, write_metrics
 from .fields import BadBody, Field, parse
 from .http import Request, Response
@@ -30,6 +38,16 @@ from .settings import LONGEST_HOLD_S, OF_A_SESSION, Settings, check_settings
 from .state import ASLEEP
 from .watching import Watcher
 
+_STATUSES: Final = (
+    (BadBody, 400),
+    (AccessDenied, 403),
+    (NotFound, 404),
+    (Busy, 409),
+    (Unsupported, 422),
+    (Incompatible, 422),
+    (StoreUnavailable, 503),
+    (LzyError, 500),
+)
 _FOLLOW_S = 15.0
 _REQUESTS: Final = ("cpu", "memory_bytes", "gpu", "node")
 _WAIT = Field("boolean", "false: answer at once, with 202")
@@ -48,7 +66,11 @@ ROUTES: Final = (
     Route("POST", "/v1/sessions", "attach", "Look after a running process.",
           {"pid": Field("integer", "the process", 1, 1 << 22, required=True),
            "name": Field("string", "the session's name", 1, 200),
-           "settings": Field("object", "settings of the session")}),
+           "settings": Field("object", "settings of the session"),
+           "checkpoint": Field("boolean", "false: do not take one at once")}),
+    Route("POST", "/v1/names", "names", "A free name for a program that is to be started.",
+          {"command": Field("string", "its command line", 1, 1000, required=True),
+           "name": Field("string", "the name that is wished for", 1, 200)}),
     Route("GET", _S, "session", "One session.", None,
           {"look": Field("string", "1: look at it now if nobody has yet", 1, 1)}),
     Route("POST", f"{_S}/detach", "detach", "Look after it no longer."),
@@ -100,7 +122,8 @@ class Api:
         try:
             return await self._dispatch(request)
         except LzyError as error:
-            return Response(errors.status_of(error), errors.describe(error))
+            status = next(code for kind, code in _STATUSES if isinstance(error, kind))
+            return Response(status, errors.describe(error))
 
     async def _dispatch(self, request: Request) -> Response:
         others = []
@@ -221,7 +244,14 @@ class Api:
     async def _attach(self, request: Request, asked: dict[str, Any]) -> Response:
         settings = _settings(asked.get("settings", {}), OF_A_SESSION)
         try:
-            attached = attach(self._agent, asked["pid"], asked.get("name"), settings, request.uid)
+            attached = attach(
+                self._agent,
+                asked["pid"],
+                asked.get("name"),
+                settings,
+                request.uid,
+                checkpoint=asked.get("checkpoint", True),
+            )
         except AccessDenied as error:
             self._agent.state.tell("", 0, "refused", str(error), request.uid)
             self._agent.ring()
@@ -229,6 +259,11 @@ class Api:
         self._watcher.hurry()
         document = describe_session(self._agent, attached.session)
         return Response(document={"session": document, "notes": attached.notes})
+
+    async def _names(self, request: Request, asked: dict[str, Any]) -> Response:
+        name = asked.get("name")
+        free = await choose_name(self._agent, asked["command"], name, request.uid)
+        return Response(document={"name": free})
 
     async def _detach(self, request: Request, asked: dict[str, Any], session: Session) -> Response:
         await self._agent.detach(session, request.uid)

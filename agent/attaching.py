@@ -11,13 +11,14 @@ from ..checkpoint import proc
 from ..checkpoint.errors import AccessDenied, Busy, LzyError, NotFound, Unsupported
 from ..checkpoint.fitness import refuse_unfit
 from ..checkpoint.history import check_free, check_session_name, list_numbers
+from ..checkpoint.kept import find_by_device, find_kept
 from ..checkpoint.lineage import find_lineage
 from ..checkpoint.store import Store
 from .node import Agent
 from .processes import command_of, owner_of
 from .readings import has_terminal
 from .session import Session
-from .state import LIVING, RUNNING, Record
+from .state import ENDED, FAILED, LIVING, RUNNING, Record
 
 
 class Attached(NamedTuple):
@@ -28,9 +29,17 @@ class Attached(NamedTuple):
 
 
 def attach(
-    agent: Agent, pid: int, name: str | None, settings: dict[str, float | None], uid: int
+    agent: Agent,
+    pid: int,
+    name: str | None,
+    settings: dict[str, float | None],
+    uid: int,
+    *,
+    checkpoint: bool = True,
 ) -> Attached:
     """Look after process `pid` from now on, on behalf of user `uid`.
+
+    `checkpoint`: take one at once; of a program that has just been started it is worth nothing.
 
     Raises NotFound, AccessDenied (it is another's), Unsupported (it could never be dumped), Busy
     (the name is another session's).
@@ -89,7 +98,36 @@ def attach(
         number=numbers[-1] if numbers else 0,
         settings=settings,
     )
-    return Attached(agent.add(record, f"process {pid}: {command[:200]}", uid), notes)
+    words = f"process {pid}: {command[:200]}"
+    return Attached(agent.add(record, words, uid, checkpoint=checkpoint), notes)
+
+
+async def choose_name(agent: Agent, command: str, name: str | None, uid: int) -> str:
+    """`name`, or one for a program that is to be started, if it is free. Raises Busy.
+
+    A session of that name that has ended and left no image makes room for it.
+    """
+    with Store.open(agent.store, create=True) as store:
+        wished = check_session_name(name) if name else guess_name(command, {})
+        number, chosen = 1, wished
+        while True:
+            session = agent.sessions.get(chosen)
+            if session and _makes_room(session.record, uid):
+                await agent.detach(session, uid)
+                session = None
+            if not session and not list_numbers(store, chosen) and not find_kept(chosen):
+                return chosen
+            if name:
+                what = "a session" if session else "a terminal or an image of a session"
+                remedy = "choose another --name" + (f", or lzy detach {name}" if session else "")
+                raise Busy(f"there is {what} {name} already", remedy=remedy)
+            number += 1
+            chosen = f"{wished}-{number}"
+
+
+def _makes_room(record: Record, uid: int) -> bool:
+    over = record.state in (ENDED, FAILED) and not record.image
+    return over and uid in (0, record.owner_uid)
 
 
 def guess_name(command: str, environment: dict[str, str]) -> str:
@@ -136,6 +174,6 @@ def _why_it_stays(pid: int, environment: dict[str, str]) -> str:
             watching = False
         if watching:
             return f"the notebook server that started it (process {server}) would start another"
-    if has_terminal(pid):
+    if has_terminal(pid) and not find_by_device(os.readlink(f"/proc/{pid}/fd/0")):
         return "it is on a terminal, which is not kept yet"
     return ""

@@ -23,7 +23,7 @@ from ..checkpoint.linux.process import PR_SET_CHILD_SUBREAPER, prctl
 from ..checkpoint.stages import reach
 from ..checkpoint.store import Store
 from . import errors, operations
-from .authority import agent_place
+from .authority import fleet_folder
 from .children import Children
 from .identity import read_identity
 from .moving import BACK, Mover
@@ -44,6 +44,7 @@ from .state import (
     Record,
     State,
 )
+from .terminal.starting import tell_state
 
 _BEGINS: Final = {HIBERNATE: HIBERNATING, MIGRATE: MIGRATING, WAKE: WAKING}
 _LEADS_TO: Final = {
@@ -72,7 +73,7 @@ class Agent:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.state = State(self.folder / "state.db")
         self.identity = read_identity(home)
-        self.contacts = Contacts(agent_place(home))
+        self.contacts = Contacts(fleet_folder(home))
         self.mover = Mover(self)
         self.sessions: dict[str, Session] = {}
         self.began_unix_s = time.time()
@@ -119,6 +120,7 @@ class Agent:
                 self.update(session, "failure", f"not looked into: {error}", failure=str(error))
                 if session.record.state in LIVING:
                     self._watch_end(session)
+            self.tell_terminal(session.record)
         self.mover.conclude_all()
         for session in self.sessions.values():
             if session.record.moving:
@@ -166,15 +168,18 @@ class Agent:
             return session
         raise NotFound(f"there is no session {name[:200]}", remedy="see lzy ps")
 
-    def add(self, record: Record, words: str, actor_uid: int | None) -> Session:
-        """Begin to look after a session, and take its first checkpoint beside that."""
+    def add(
+        self, record: Record, words: str, actor_uid: int | None, *, checkpoint: bool = True
+    ) -> Session:
+        """Begin to look after a session; `checkpoint`: take its first one beside that."""
         if self.is_draining:
             raise Busy(f"{self.identity.name} is being drained", remedy="choose another node")
         self.state.insert(record, "attached", words, actor_uid)
         session = self.sessions[record.name] = Session(record)
         self._watch_end(session)
         self.ring()
-        self.spawn(self.operate(session, CHECKPOINT, why="attach", actor_uid=actor_uid))
+        if checkpoint:
+            self.spawn(self.operate(session, CHECKPOINT, why="attach", actor_uid=actor_uid))
         return session
 
     async def detach(self, session: Session, actor_uid: int | None) -> None:
@@ -210,9 +215,17 @@ class Agent:
         session.record = self.state.update(
             session.record, kind=kind, words=words, actor_uid=actor_uid, **changes
         )
+        if "state" in changes:
+            self.tell_terminal(session.record)
         if kind:
             self.counters[kind] = self.counters.get(kind, 0) + 1
             self.ring()
+
+    def tell_terminal(self, record: Record) -> None:
+        """Let the keeper of its terminal, if it has one, know how the session is."""
+        pid = record.pid if record.state in LIVING else 0
+        facts = {"state": record.state, "pid": pid, "exit_status": record.exit_status}
+        tell_state(record.name, self.home, facts)
 
     def ring(self) -> None:
         """Wake who waits for events."""

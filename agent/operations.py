@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 from ..checkpoint import doze as dozing
 from ..checkpoint import proc
 from ..checkpoint.dump import dump
-from ..checkpoint.errors import Busy, Incompatible, KernelError, LzyError, NotFound, Unsupported
+from ..checkpoint.errors import Busy, Incompatible, KernelError, LzyError, NotFound
 from ..checkpoint.history import list_numbers, require_image
 from ..checkpoint.host import check_host
 from ..checkpoint.journal import is_held, journal_path
@@ -43,6 +43,8 @@ from ..checkpoint.store import Store
 from . import errors
 from .processes import find_living, is_alive
 from .state import Record
+from .terminal.returning import find_terminal
+from .terminal.starting import hold_input
 
 if TYPE_CHECKING:
     from ..checkpoint.image import Image
@@ -219,13 +221,15 @@ def _checkpoint(order: Order, store: Store, teller: _Teller) -> Report:
 
 def _hibernate(order: Order, store: Store, teller: _Teller) -> Report:
     record = _prepare(order, store)
-    report = dump(record.pid, store, name=record.name, why=order.why, progress=teller.progress)
+    with hold_input(record.name):
+        report = dump(record.pid, store, name=record.name, why=order.why, progress=teller.progress)
     return {**report._asdict(), **_image_facts(store, record.name, report.image)}
 
 
 def _migrate(order: Order, store: Store, teller: _Teller) -> Report:
     record = _prepare(order, store)
-    report = dump(record.pid, store, name=record.name, why="migrate", progress=teller.progress)
+    with hold_input(record.name):
+        report = dump(record.pid, store, name=record.name, why="migrate", progress=teller.progress)
     return {**report._asdict(), **_image_facts(store, record.name, report.image)}
 
 
@@ -248,7 +252,6 @@ def _prepare_arrival(order: Order, store: Store, teller: _Teller) -> Report:
                     remedy="have the same files on both nodes",
                     path=path,
                 )
-        _options(order, image)
     return {"fetched_bytes": fetched}
 
 
@@ -276,7 +279,8 @@ def _wake(order: Order, store: Store, teller: _Teller) -> Report:
         return {"pid": living.pid, "start_time": living.start_time, "already": True}
     name = require_image(store, order.image or record.image or record.name)
     with store.load(name) as image:
-        options = _options(order, image)
+        kept = find_terminal(record.name, image.document)
+        options = _options(order._replace(terminal=kept or order.terminal), image)
         restorer = Restorer(image, False, None, teller.progress)
         report = restorer.restore("auto", options)
     facts = _image_facts(store, record.name, name)
@@ -322,11 +326,6 @@ def _image_facts(store: Store, session: str, name: str) -> Report:
 def _options(order: Order, image: Image) -> RestoreOptions:
     """Where the woken process's standard descriptors point, where nobody is at their other end."""
     table: dict[str, Any] = image.document["descriptors"]
-    if _leads_outside(table, 0) == "terminal" and not order.terminal:
-        raise Unsupported(
-            f"session {order.record.name} reads from a terminal, and there is none here",
-            remedy=f"run `lzy wake {order.record.name}` in a terminal: it comes back there",
-        )
     output: list[str | None] = []
     for number in (1, 2):
         form = _leads_outside(table, number)

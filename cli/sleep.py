@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from typing import Any
 
@@ -76,7 +75,7 @@ def _describe_memory(report: dict[str, Any]) -> str:
 def wake(name: str | None, as_json: bool) -> None:
     """Have a session run again: from its image if it hibernates, or all its memory if it dozes.
 
-    A session that was on a terminal comes back on that of the caller.
+    One that was on a terminal comes back on one that lzy keeps: `lzy console` connects to it.
     """
     from ..agent.client import Client
     from .progress import ProgressLine
@@ -88,8 +87,6 @@ def wake(name: str | None, as_json: bool) -> None:
     if at and number.isdecimal():
         body["image"] = session_name if number == "1" else chosen
         chosen = session_name
-    if terminal := _own_terminal():
-        body["terminal"] = terminal
     began = time.monotonic()
     try:
         with ProgressLine() as line:
@@ -118,11 +115,3 @@ def wake(name: str | None, as_json: bool) -> None:
     else:
         pairs.append(("memory", "comes back"))
     say([*facts(pairs), *note_lines(report.get("notes", []))])
-
-
-def _own_terminal() -> str | None:
-    """The terminal that this command runs in."""
-    try:
-        return os.ttyname(0)
-    except OSError:
-        return None

@@ -1,0 +1,99 @@
+"""`lzy run`: starts a program as a session, on a terminal that lzy keeps."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import signal
+import sys
+from typing import Any
+
+import click
+
+from .arguments import json_option
+from .console import connect, detach_key_option, leave_word, name_key
+from .layout import facts, paint, say, say_json
+from .sessions import note_lines
+
+
+@click.command(
+    context_settings={"ignore_unknown_options": True},
+    epilog="""\b
+    Examples:
+      lzy run -- python                     a REPL; Ctrl-] d leaves it, lzy console goes back
+      lzy run --name train -- python train.py --epochs 90
+      lzy run --detach -- python train.py   in the background from the start
+      lzy run -- bash                       a shell, and what is started in it
+
+    \b
+    Exit status: that of the program (128 and the signal's number if one ended it); 0 when its
+    console was left, or with --detach.
+    """,
+)
+@click.argument("command", nargs=-1, required=True, metavar="-- CMD [ARGUMENT]...")
+@click.option("--name", metavar="NAME", help="The session's name.  [default: chosen by lzy]")
+@click.option("--detach", "-d", is_flag=True, help="Do not connect to it.")
+@detach_key_option
+@json_option
+def run(
+    command: tuple[str, ...], name: str | None, detach: bool, detach_key: bytes, as_json: bool
+) -> None:
+    """Start a program as a session, with this environment and directory, and connect to it.
+
+    Its terminal is lzy's: it goes on when this one is closed, is hibernated and comes back with
+    the program, and `lzy console` reaches it. With --json the session is printed, not connected to.
+    """
+    from ..agent.client import Client
+    from ..agent.terminal.starting import start_keeper
+    from ..checkpoint.errors import LzyError, NotFound
+
+    client = Client()
+    asked: dict[str, Any] = {"command": " ".join(command)[:1000]}
+    asked |= {"name": name} if name else {}
+    chosen = client.post("/v1/names", asked, timeout_s=30)["name"]
+    rows, columns = _window()
+    started = start_keeper(
+        chosen, rows=rows, columns=columns, settings=_settings(), command=list(command)
+    )
+    body = {"pid": started.pid, "name": chosen, "checkpoint": False}
+    notes: list[str] = []
+    session: dict[str, Any] = {"name": chosen, "pid": None, "state": "ended"}
+    try:
+        answer = client.post("/v1/sessions", body, timeout_s=60)
+        session, notes = answer["session"], answer["notes"]
+    except NotFound:
+        pass  # it has ended already; its console tells what it said
+    except LzyError:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(started.pid, signal.SIGKILL)
+        raise
+    if as_json:
+        say_json({**session, "terminal": started.device, "notes": notes})
+        return
+    if detach:
+        pairs = [("session", paint(chosen, "bold")), ("process", str(started.pid))]
+        say([*facts(pairs), *note_lines(notes), f"lzy console {chosen} connects to it"])
+        return
+    if os.isatty(0) and os.isatty(1) and detach_key:
+        click.echo(f"{chosen}: {name_key(detach_key)} d leaves it running", err=True)
+    sys.exit(leave_word(chosen, connect(chosen, detach_key)))
+
+
+def _window() -> tuple[int, int]:
+    """Rows and columns of our terminal, or what terminals had once."""
+    for number in (0, 1, 2):
+        with contextlib.suppress(OSError):
+            size = os.get_terminal_size(number)
+            if size.lines and size.columns:
+                return size.lines, size.columns
+    return 24, 80
+
+
+def _settings() -> bytes:
+    """The settings of our terminal, struct termios2; empty where there is none."""
+    from ..checkpoint.linux.descriptors import TCGETS2, TERMIOS2_BYTES
+
+    with contextlib.suppress(OSError):
+        return fcntl.ioctl(0, TCGETS2, bytes(TERMIOS2_BYTES))
+    return b""

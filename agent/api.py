@@ -17,12 +17,8 @@ from typing import Any, Final
 
 from ..checkpoint.errors import (
     AccessDenied,
-    Busy,
-    Incompatible,
     LzyError,
     NotFound,
-    StoreUnavailable,
-    Unsupported,
 )
 from . import errors
 from .attaching import attach, choose_name
@@ -38,16 +34,6 @@ from .settings import LONGEST_HOLD_S, OF_A_SESSION, Settings, check_settings
 from .state import ASLEEP
 from .watching import Watcher
 
-_STATUSES: Final = (
-    (BadBody, 400),
-    (AccessDenied, 403),
-    (NotFound, 404),
-    (Busy, 409),
-    (Unsupported, 422),
-    (Incompatible, 422),
-    (StoreUnavailable, 503),
-    (LzyError, 500),
-)
 _FOLLOW_S = 15.0
 _REQUESTS: Final = ("cpu", "memory_bytes", "gpu", "node")
 _WAIT = Field("boolean", "false: answer at once, with 202")
@@ -122,8 +108,7 @@ class Api:
         try:
             return await self._dispatch(request)
         except LzyError as error:
-            status = next(code for kind, code in _STATUSES if isinstance(error, kind))
-            return Response(status, errors.describe(error))
+            return Response(errors.status_of(error), errors.describe(error))
 
     async def _dispatch(self, request: Request) -> Response:
         others = []

@@ -23,7 +23,7 @@ from ..checkpoint.linux.process import PR_SET_CHILD_SUBREAPER, prctl
 from ..checkpoint.stages import reach
 from ..checkpoint.store import Store
 from . import errors, operations
-from .authority import fleet_folder
+from .authority import agent_place
 from .children import Children
 from .identity import read_identity
 from .moving import BACK, Mover
@@ -73,7 +73,7 @@ class Agent:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.state = State(self.folder / "state.db")
         self.identity = read_identity(home)
-        self.contacts = Contacts(fleet_folder(home))
+        self.contacts = Contacts(agent_place(home))
         self.mover = Mover(self)
         self.sessions: dict[str, Session] = {}
         self.began_unix_s = time.time()

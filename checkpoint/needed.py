@@ -52,14 +52,13 @@ class Needs:
         self._looked = False
         self._later: list[tuple[Files, tuple[str, bool]]] = []
 
-    def open_files(self, own: dict[str, Any], vmas: list[dict[str, Any]]) -> Files:
+    def open_files(self, own: dict[str, Any], vmas: list[dict[str, Any]], files: Files) -> None:
         """Open what a process (`process` and `vmas` of its document) has mapped, by `file_key`.
 
-        What cannot be found becomes a problem; what is put back is there after `settle`. The
-        descriptors are the caller's.
+        They are added to `files`, which is the caller's. What cannot be found becomes a problem;
+        what is to be put back is there after `settle`.
         """
         self._look_at_asked()
-        files: Files = {}
         copied = []
         for vma in vmas:
             if vma["kind"] == "file" and (key := file_key(vma)) not in files:
@@ -82,7 +81,6 @@ class Needs:
                 f"{shown}"
             )
         self._look_for_folder(own)
-        return files
 
     def settle(self, find_others: Callable[[frozenset[str]], list[Incompatible]]) -> None:
         """Raise Incompatible if anything is missing; put back what the image carries.

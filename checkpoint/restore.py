@@ -274,17 +274,10 @@ class Restorer:
     def _open_files(self, options: resources.RestoreOptions) -> resources.RestoreOptions:
         """Find every mapped file, the executable, the folder; see `needed`. The options then."""
         needs = Needs(self.image, accept_changed=options.accept_changed_files)
-        found = [needs.open_files(member.own, member.vmas) for member in self.members]
+        for member in self.members:
+            needs.open_files(member.own, member.vmas, self.files)
         options = options._replace(known_files=needs.known_files)
-        try:
-            needs.settle(
-                partial(resources.find_lacking, self.table, _Source(self.objects), options)
-            )
-        finally:
-            for files in found:
-                for key, descriptor in files.items():
-                    if self.files.setdefault(key, descriptor) != descriptor:
-                        os.close(descriptor)
+        needs.settle(partial(resources.find_lacking, self.table, _Source(self.objects), options))
         self.notes += needs.notes
         return options
 

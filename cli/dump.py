@@ -25,6 +25,7 @@ _WINDOW_PAGES = {"64K": 16, "128K": 32, "256K": 64}
       lzy dump 4121 --leave-running         the next one of its session (see lzy log)
       lzy dump 4121 --dry-run               what would be lost, and how much there is
       lzy dump 4121 --trim                  have Python give back free memory first
+      lzy dump 4121 --carry-files --carry data.csv   for a node that lacks them
       lzy dump 4121 --name before-training --store /data/images
     """
 )
@@ -55,6 +56,18 @@ _WINDOW_PAGES = {"64K": 16, "128K": 32, "256K": 64}
     help="Memory in one chunk: small ones answer faults sooner, large ones dump faster.",
 )
 @click.option(
+    "--carry-files",
+    is_flag=True,
+    help="Put mapped libraries and the executable into the image, for a node that lacks them.",
+)
+@click.option(
+    "--carry",
+    metavar="PATH",
+    multiple=True,
+    type=click.Path(),
+    help="Put this file or folder into the image; it is put back where it is missing.",
+)
+@click.option(
     "--dry-run",
     is_flag=True,
     help="Only tell what would be refused, cut or changed, and how large the image would be.",
@@ -70,6 +83,8 @@ def dump(
     track: bool,
     trim: bool,
     window_size: str,
+    carry_files: bool,
+    carry: tuple[str, ...],
     dry_run: bool,
     as_json: bool,
 ) -> None:
@@ -101,6 +116,8 @@ def dump(
                 window_pages=_WINDOW_PAGES[window_size],
                 track=track,
                 trim=trim,
+                carry_files=carry_files,
+                carry=carry,
                 progress=line.update,
             )
     except KeyboardInterrupt:

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import interrogate, proc, resources, tracking
 from .away import Away, Doze, NotAsItIs, find_doze, hold_pager, read_away
+from .beside import Beside
 from .carried import Cargo
 from .content import (
     CopiedPages,
@@ -53,7 +54,7 @@ from .interrupts import Deferred
 from .lineage import forget_lineage
 from .linux import PAGE_BYTES, process
 from .proc import Vma
-from .resources.kind import all_kinds
+from .resources.kind import load_kinds
 from .stages import reach
 from .subject import Subject, why_no_snapshot
 from .tracee import Tracee
@@ -193,13 +194,14 @@ def _dump(
     base: Image | None = None
     account: tracking.Account | None = None
     number, inode, committed = -1, 0, False
+    Beside(lambda: load_kinds([pid]))  # while the kernel looks at the mappings
     try:
         root.look(progress, dozes=doze is not None)
         seen = look_at_descendants(pid, progress)
     except BaseException:
         _close_all(root, seen)
         raise
-    all_kinds()  # their modules are loaded: what can be done before the process is stopped, is
+    load_kinds([pid, *seen])  # what can be done before the process is stopped, is
     obstacle = "the process ends"
     hurries = leave_running and doze is not None  # all of this is done while it stands still
     taken = time.time()
@@ -348,7 +350,8 @@ def _dump(
             if base and written is not None:
                 writer.keep(base, kept)
                 doubtful = [address for address, _ in fresh if contains(left_out, address)]
-                writer.expect(base, doubtful)
+                if doubtful:
+                    writer.expect(base, doubtful)
             parent = session["parent"]
             if not base and parent:  # all of it: as the next wake is thought to need it
                 fresh = order_windows(fresh, read_order(store.path, parent))
@@ -388,6 +391,8 @@ def _dump(
                 document["zombies"] = describe_ended(ended)
             if carried := cargo.describe():
                 document["carried"] = carried
+            for subject in tree:
+                subject.kill_snapshot()  # it ends while the disk is waited for
             summary = writer.commit(document, progress)
             committed = True
             if parent:
@@ -444,7 +449,7 @@ def _dump(
                 _end_account(pid, number, inode)
             _close_all(root, seen)
     if begun and begun.left_out and not doze:
-        gather_huge_pages(pid, begun.left_out)
+        gather_huge_pages(pid, begun.left_out, root.mappings.vmas)
     return DumpReport(
         image=summary.name,
         pid=pid,

@@ -18,26 +18,33 @@ from .content import holds_own_pages, intersect
 from .errors import LzyError
 from .linux import memory
 from .linux.hugepages import HUGE_PAGE_BYTES, collapse
+from .proc import Vma
 
 _SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _MOST_REFUSED = 8  # one after the other: memory that cannot be huge
 _GIVE_UP = (errno.EPERM, errno.ESRCH, errno.ENOSYS, errno.ENOMEM)
 
 
-def gather_huge_pages(pid: int, ranges: Sequence[tuple[int, int]]) -> int:
-    """As `restore_huge_pages`, of these ascending ranges."""
+def gather_huge_pages(
+    pid: int, ranges: Sequence[tuple[int, int]], vmas: Sequence[Vma] | None = None
+) -> int:
+    """As `restore_huge_pages`, of these ascending ranges; `vmas` were the mappings a moment ago."""
     try:
         pidfd = os.pidfd_open(pid)
     except OSError:
         return 0
     try:
-        return restore_huge_pages(pid, pidfd, within=ranges)
+        return restore_huge_pages(pid, pidfd, within=ranges, vmas=vmas)
     finally:
         os.close(pidfd)
 
 
 def restore_huge_pages(
-    pid: int, pidfd: int, *, within: Sequence[tuple[int, int]] | None = None
+    pid: int,
+    pidfd: int,
+    *,
+    within: Sequence[tuple[int, int]] | None = None,
+    vmas: Sequence[Vma] | None = None,
 ) -> int:
     """Collapse every range of 2 MiB that is all there and may be huge; how many it were.
 
@@ -46,7 +53,7 @@ def restore_huge_pages(
     """
     collapsed = refused = 0
     try:
-        for start in _whole_ranges(pid, within):
+        for start in _whole_ranges(pid, within, vmas):
             if refused > _MOST_REFUSED:
                 break
             began = time.monotonic()
@@ -64,12 +71,14 @@ def restore_huge_pages(
     return collapsed
 
 
-def _whole_ranges(pid: int, within: Sequence[tuple[int, int]] | None) -> Iterator[int]:
+def _whole_ranges(
+    pid: int, within: Sequence[tuple[int, int]] | None, vmas: Sequence[Vma] | None
+) -> Iterator[int]:
     """Starts of aligned 2 MiB of small pages, none of them missing, that may become huge."""
     always = "[always]" in _SETTING.read_text()
     pagemap = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
     try:
-        for vma in proc.mappings(pid):
+        for vma in vmas or proc.mappings(pid):
             allowed = "hg" in vma.flags or (always and "nh" not in vma.flags)
             if not allowed or vma.kind != "anonymous" or not holds_own_pages(vma):
                 continue

@@ -84,27 +84,28 @@ class Mappings:
                 self._statuses[path] = os.stat(f"/proc/{pid}/root{path}")
         self._files: dict[tuple[int, str], dict[str, Any]] = {}
 
-    def renew_flags(self, seen: list[Vma], *, of_snapshot: bool) -> None:
-        """Take the flags of `seen`, the mappings of the stopped process or of its snapshot.
+    def renew_flags(self, seen: dict[int, frozenset[str]], *, of_snapshot: bool) -> None:
+        """Take the flags `seen` of the mappings, by start, of the stopped process or its snapshot.
 
         Those known until now may have been read before the stop; but a fork unlocks memory.
         Raises Busy if the snapshot lacks a mapping: it was made uninheritable in between.
         """
-        flags = {vma.start: vma.flags for vma in seen}
         renewed = []
         for vma in self.vmas:
-            wiped = of_snapshot and "wf" in flags.get(vma.start, ())
-            if (vma.start not in flags or wiped) and vma.kind != "vsyscall":
+            flags = seen.get(vma.start)
+            wiped = of_snapshot and "wf" in (flags or ())
+            if (flags is None or wiped) and vma.kind != "vsyscall":
                 raise Busy(
                     f"pid {self.pid} changed its mapping at {vma.start:#x} while it was stopped",
                     remedy="try again",
                     pid=self.pid,
                 )
-            kept = vma.flags & {"lo", "lf"}
-            new = vma._replace(flags=flags.get(vma.start, vma.flags) | kept)
-            if vma in self._objects:
-                self._objects[new] = self._objects.pop(vma)
-            renewed.append(new)
+            if flags is not None and flags != vma.flags:
+                new = vma._replace(flags=flags | (vma.flags & {"lo", "lf"}))
+                if vma in self._objects:
+                    self._objects[new] = self._objects.pop(vma)
+                vma = new
+            renewed.append(vma)
         self.vmas = renewed
 
     def take_objects(self, objects: Objects) -> None:

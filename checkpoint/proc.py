@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -16,6 +17,8 @@ _HEADER = re.compile(
     rb"^([0-9a-f]+)-([0-9a-f]+) (....) ([0-9a-f]+) ([0-9a-f]+):([0-9a-f]+) (\d+) *(.*)$"
 )
 _KEYED = re.compile(rb"\nProtectionKey: +[1-9]")
+_PIECE_BYTES = 512  # less than smaps says of any mapping
+_PIECES = 512
 _PF_IO_WORKER = 0x10  # linux/sched.h
 _SPECIAL = {
     b"[vdso]": "vdso",
@@ -63,22 +66,31 @@ def _unescape(path: bytes) -> bytes:
 
 def parse_mappings(text: bytes) -> list[Vma]:
     """The VMAs of /proc/PID/maps or, with flags, of /proc/PID/smaps."""
-    pieces = text.split(b"\nVmFlags: ")
-    if len(pieces) == 1:
+    if b"\nVmFlags: " not in text:
         return [_vma(line, frozenset()) for line in text.split(b"\n") if line]
-    found: list[Vma] = []
+    return [_vma(details.partition(b"\n")[0], flags) for details, flags in _with_flags(text)]
+
+
+def parse_flags(text: bytes) -> dict[int, frozenset[str]]:
+    """The flags of each VMA of /proc/PID/smaps, by its start: a quarter of what takes time."""
+    return {int(details[: details.index(b"-")], 16): flags for details, flags in _with_flags(text)}
+
+
+def _with_flags(text: bytes) -> Iterator[tuple[bytes, frozenset[str]]]:
+    """(what /proc/PID/smaps says of a VMA, its flags)."""
     known: dict[bytes, frozenset[str]] = {}
+    has_keys = _KEYED.search(text) is not None
+    pieces = text.split(b"\nVmFlags: ")
     details = pieces[0]  # those of a mapping end in its flags; the next one's follow
     for piece in pieces[1:]:
         words, _, following = piece.partition(b"\n")
         flags = known.get(words)
         if flags is None:
             flags = known[words] = frozenset(words.decode().split())
-        if _KEYED.search(details):
+        if has_keys and _KEYED.search(details):
             flags |= {"pk"}
-        found.append(_vma(details.partition(b"\n")[0], flags))
+        yield details, flags
         details = following
-    return found
 
 
 def _vma(line: bytes, flags: frozenset[str]) -> Vma:
@@ -127,10 +139,29 @@ def read_file(path: str) -> bytes:
         return file.read()
 
 
+def read_at_once(path: str) -> bytes:
+    """As `read_file`, of one that is long: by a single system call, if the kernel plays along.
+
+    read(2) gives no more than 4 KiB of such a file, and between two of them another thread may
+    have the GIL for 5 ms. Into buffers each of which it can fill readv(2) goes on to the end.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        room = memoryview(bytearray(_PIECES * _PIECE_BYTES))
+        pieces = [room[at : at + _PIECE_BYTES] for at in range(0, len(room), _PIECE_BYTES)]
+        found = b""
+        while got := os.readv(descriptor, pieces):
+            found += room[:got]
+        return found
+    finally:
+        os.close(descriptor)
+
+
 def read_bytes(pid: int, name: str) -> bytes:
     """/proc/PID/name; NotFound or AccessDenied."""
     try:
-        return read_file(f"/proc/{pid}/{name}")
+        read = read_at_once if name in ("smaps", "numa_maps") else read_file
+        return read(f"/proc/{pid}/{name}")
     except (FileNotFoundError, ProcessLookupError) as error:
         raise NotFound(f"no process has pid {pid}", pid=pid) from error
     except PermissionError as error:

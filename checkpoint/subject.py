@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+from functools import partial
 from typing import Any
 
 from . import interrogate, machine, proc
+from .beside import Beside
 from .content import (
     Objects,
     ProcessPages,
@@ -54,6 +56,7 @@ class Subject:
         self.ranges: list[tuple[int, int]] = []
         self.inherited: list[tuple[int, int]] = []
         """Of `ranges`: what it shares copy-on-write with its parent, which has it too."""
+        self._seen: Beside[tuple[dict[int, frozenset[str]], dict[str, str]]] | None = None
 
     @property
     def number(self) -> int:
@@ -110,15 +113,24 @@ class Subject:
         """
         self.own |= interrogate.describe_inherited(self.source_pid)
         if not as_seen:
-            seen = proc.mappings(self.source_pid)
-            self.mappings.renew_flags(seen, of_snapshot=bool(self.snapshot))
-            self.policies = proc.memory_policies(self.source_pid)
+            self._seen = Beside(partial(_look_closely, self.source_pid))
+            if not self.snapshot:  # it may run on before it is described
+                self._renew()
         if not dozes:
             self.ranges = own_page_ranges(self.source_pid, self.mappings.vmas)
+
+    def _renew(self) -> None:
+        """Wait for the flags and policies of its mappings as they are since it was stopped."""
+        if self._seen:
+            flags, self.policies = self._seen.result()
+            self._seen = None
+            self.mappings.renew_flags(flags, of_snapshot=bool(self.snapshot))
 
     def find_inherited(self) -> None:
         """Which of its pages are its parent's; once `settle` was called for both."""
         if self.parent:
+            self._renew()
+            self.parent._renew()
             self.inherited = find_inherited(
                 self.source_pid,
                 self.mappings.vmas,
@@ -139,6 +151,7 @@ class Subject:
 
     def describe(self) -> dict[str, Any]:
         """The part of an image's document that is about this process, but for descriptors."""
+        self._renew()
         vmas = self.mappings.vmas
         return {
             "comm": self.comm,
@@ -165,6 +178,12 @@ class Subject:
         """Let it run on if it is stopped."""
         if self.tracee.threads:
             self.tracee.let_go()
+
+    def kill_snapshot(self) -> None:
+        """Have the snapshot, if there is one, begin to end: nothing more is asked of it."""
+        if self.snapshot:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.snapshot, signal.SIGKILL)
 
     def end_snapshot(self) -> None:
         """End the snapshot, if there is one; the process may be stopped or not."""
@@ -212,6 +231,11 @@ def _split(tracee: Tracee) -> tuple[int, str]:
         return 0, "its clone was killed"
     ptrace.set_options(born[0], ptrace.PTRACE_O_EXITKILL)
     return born[0], ""
+
+
+def _look_closely(pid: int) -> tuple[dict[int, frozenset[str]], dict[str, str]]:
+    """The flags of the mappings of what stands still, by start, and its memory policies."""
+    return proc.parse_flags(proc.read_bytes(pid, "smaps")), proc.memory_policies(pid)
 
 
 def _end_snapshot(pid: int, start_time: int, snapshot: int, stopped: Tracee) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 
 Entry = dict[str, Any]
 """One description in the table: JSON-able; `kind`, `flags` and `position` are every kind's."""
+
+
+_SOCKET = "socket:"
+_OF_SOCKETS = ("socket_state", "tcp_socket", "udp_socket", "unix_socket", "release")
 
 
 class ObjectSink(Protocol):
@@ -138,12 +142,39 @@ def kind_named(name: str) -> Kind:
     return kind
 
 
+def load_kinds(pids: Iterable[int]) -> None:
+    """Load what it takes to describe all that these processes have open now."""
+    all_kinds(sockets=False)
+    if any(map(_has_sockets, pids)):
+        all_kinds()
+
+
+def _has_sockets(pid: int) -> bool:
+    folder = f"/proc/{pid}/fd"
+    try:
+        return any(
+            os.readlink(f"{folder}/{number}").startswith(_SOCKET) for number in os.listdir(folder)
+        )
+    except OSError:  # it has closed one just now, or is not ours to look at
+        return True
+
+
+def kinds_for(link: str) -> Sequence[Kind]:
+    """Who may claim a descriptor with that name in /proc/PID/fd, in the order to be asked."""
+    return all_kinds() if link.startswith(_SOCKET) else all_kinds(sockets=False)
+
+
 @cache
-def all_kinds() -> Sequence[Kind]:
-    """Every kind there is, in the order in which they are asked."""
+def all_kinds(*, sockets: bool = True) -> Sequence[Kind]:
+    """Every kind there is, in the order in which they are asked; those of `sockets` if wanted.
+
+    To load the socket module takes longer than all the others together.
+    """
     kinds = []
     for file in os.listdir(os.path.dirname(__file__)):  # pkgutil would take inspect, and 6 ms
         name, _, suffix = file.partition(".")
+        if not sockets and name in _OF_SOCKETS:
+            continue
         if suffix == "py" and name != "__init__":
             module = importlib.import_module(f".{name}", __package__)
             if hasattr(module, "KIND"):

@@ -20,7 +20,7 @@ from ..errors import AccessDenied, KernelError, LzyError, NotFound, Unsupported
 from ..linux import descriptors as kernel
 from ..linux.uffd import keeps_account
 from . import locks, owners
-from .kind import Entry, Kind, ObjectSink, all_kinds
+from .kind import Entry, Kind, ObjectSink, kinds_for
 
 T = TypeVar("T")
 
@@ -270,7 +270,7 @@ _WAYS_OUT = {
 
 
 def _kind_of(opened: Opened) -> Kind:
-    for kind in all_kinds():
+    for kind in kinds_for(opened.link):
         if kind.claims(opened):
             return kind
     what = opened.anonymous or opened.link

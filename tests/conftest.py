@@ -7,7 +7,7 @@ import ctypes
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,14 @@ def nothing_left_behind(_adopt_orphans: None, tmp_path: Path) -> Iterator[None]:
     assert surroundings() == before
 
 
+def remove_queues(pids: Iterable[int]) -> None:
+    """What outlasts the programs that made it: message queues called after their pids."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    for pid in pids:
+        for name in ("one", "empty"):
+            libc.mq_unlink(f"/lzy-test-{pid}-{name}".encode())
+
+
 @pytest.fixture
 def start(tmp_path: Path, nothing_left_behind: None) -> Iterator[Callable[..., Program]]:
     """Starts a program by its name (`start("heap")`) or any command (`start(command=[…])`)."""
@@ -93,6 +101,7 @@ def start(tmp_path: Path, nothing_left_behind: None) -> Iterator[Callable[..., P
     finally:
         for program in reversed(started):  # A tracer before what it traces.
             program.close()
+        remove_queues(program.child.pid for program in started)
 
 
 @pytest.fixture

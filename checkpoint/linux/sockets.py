@@ -37,7 +37,7 @@ TCP_QUEUE_SEQ = 21
 TCP_RECV_QUEUE, TCP_SEND_QUEUE = 1, 2
 _MSG_CMSG_CLOEXEC = 0x40000000
 
-_BASE, _IP, _TCP, _IPV6, _UDP = 1, 0, 6, 41, 17
+_BASE, _IP, _TCP, _IPV6, _UDP, _NETLINK = 1, 0, 6, 41, 17, 270
 OPTIONS: dict[str, tuple[int, int]] = {
     # socket(7). SO_SNDBUF and SO_RCVBUF are apart: the kernel doubles and tunes them.
     "SO_REUSEADDR": (_BASE, 2),
@@ -145,6 +145,13 @@ OPTIONS: dict[str, tuple[int, int]] = {
     "TCP_FASTOPEN_CONNECT": (_TCP, 30),
     "TCP_FASTOPEN_NO_COOKIE": (_TCP, 34),
     "TCP_TX_DELAY": (_TCP, 37),
+    # netlink(7)
+    "NETLINK_PKTINFO": (_NETLINK, 3),
+    "NETLINK_BROADCAST_ERROR": (_NETLINK, 4),
+    "NETLINK_NO_ENOBUFS": (_NETLINK, 5),
+    "NETLINK_CAP_ACK": (_NETLINK, 10),
+    "NETLINK_EXT_ACK": (_NETLINK, 11),
+    "NETLINK_GET_STRICT_CHK": (_NETLINK, 12),
     "TCP_RTO_MAX_MS": (_TCP, 44),
     "TCP_RTO_MIN_US": (_TCP, 45),
     "TCP_DELACK_MAX_US": (_TCP, 46),
@@ -185,6 +192,7 @@ FOR_SPEED_ONLY = frozenset(
 """Options without which a socket behaves the same, so that a kernel may lack them."""
 _LEVELS_OF_FAMILY: dict[int, set[int]] = {
     socket.AF_UNIX: {_BASE},
+    socket.AF_NETLINK: {_BASE, _NETLINK},
     socket.AF_INET: {_BASE, _IP, _TCP, _UDP},
     socket.AF_INET6: {_BASE, _IP, _IPV6, _TCP, _UDP},
 }
@@ -545,6 +553,32 @@ def join(sock: socket.socket, group: list[object]) -> None:
     level = _IP if sock.family == socket.AF_INET else _IPV6
     request = struct.pack("=I4x", interface) + _sockaddr_storage(sock.family, str(address))
     sock.setsockopt(level, _MCAST_JOIN_GROUP, request)
+
+
+_NETLINK_ADD_MEMBERSHIP, _NETLINK_LIST_MEMBERSHIPS = 1, 9
+
+
+def netlink_groups(sock: socket.socket) -> list[int]:
+    """The groups that a netlink socket listens to. Source: netlink(7), NETLINK_LIST_MEMBERSHIPS."""
+    words = sock.getsockopt(_NETLINK, _NETLINK_LIST_MEMBERSHIPS, 512)
+    mask = int.from_bytes(words, "little")
+    return [bit + 1 for bit in range(mask.bit_length()) if mask >> bit & 1]
+
+
+def join_netlink_group(sock: socket.socket, group: int) -> None:
+    """Listen to a group. Source: netlink(7), NETLINK_ADD_MEMBERSHIP."""
+    sock.setsockopt(_NETLINK, _NETLINK_ADD_MEMBERSHIP, group)
+
+
+def is_answering(inode: int) -> bool:
+    """Whether the kernel has more to say to a question put through that netlink socket.
+
+    Source: /proc/net/netlink, its column Dump.
+    """
+    with open("/proc/net/netlink", encoding="ascii") as file:
+        rows = [line.split() for line in file]
+    dump, last = rows[0].index("Dump"), rows[0].index("Inode")
+    return any(row[last] == str(inode) and row[dump] != "0" for row in rows[1:])
 
 
 def _groups_of_machine(family: int) -> list[tuple[int, str]]:

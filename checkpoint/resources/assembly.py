@@ -276,6 +276,7 @@ def place_descriptors(
     for number, index in places.items():
         if wanted[number] == index and table["descriptions"][index].get("holder", 0) == holder:
             owners.ask_for_signals(table["descriptions"][index], number)
+            locks.take_leases(table["descriptions"][index], number)
     previous = -1
     for number in sorted({*wanted, *keep}):
         kernel.close_range(previous + 1, number - 1)

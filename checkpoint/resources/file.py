@@ -53,11 +53,6 @@ class File(Kind):
                 "modified_ns": status.st_mtime_ns,
                 "file": _identity(opened.link, status),
             }
-        if kernel.file_system_type(opened.fd) == kernel.MESSAGE_QUEUES:
-            raise opened.refusal(
-                "POSIX message queues cannot be made again",
-                "let the process close it (mq_close), then dump again",
-            )
         gone = opened.link.endswith(_DELETED) or "/.nfs" in opened.link
         if not gone:
             raise opened.refusal(

@@ -2,7 +2,9 @@
 
 A description's locks stand in its fdinfo (proc_pid_fdinfo(5)): `flock` and open-file-description
 locks belong to the description, so the restorer takes them on its copy; POSIX locks belong to the
-process, which must take them itself (the engine makes the calls in it). Leases are refused.
+process, which must take them itself (the engine makes the calls in it). A
+lease (F_SETLEASE) belongs to the description and tells of itself by a number of the process, which
+takes it there.
 """
 
 from __future__ import annotations
@@ -40,10 +42,15 @@ def _locks_of(opened: Opened, information: list[str]) -> Iterator[dict[str, Any]
         if name != "lock":
             continue
         # lock:	1: POSIX  ADVISORY  WRITE 4121 08:01:131 0 EOF
-        _, form, _, access, _, _, start, end = text.split()
-        if form not in ("POSIX", "OFDLCK", "FLOCK"):
+        _, form, kind, access, _, _, start, end = text.split()
+        if form not in ("POSIX", "OFDLCK", "FLOCK", "LEASE"):
             raise opened.refusal(
                 f"it holds a {form.lower()} on the file, which cannot be taken again",
+                "let the process give it back, then dump again",
+            )
+        if form == "LEASE" and kind != "ACTIVE":
+            raise opened.refusal(
+                "its lease on the file is being broken by another process",
                 "let the process give it back with fcntl(F_SETLEASE, F_UNLCK), then dump again",
             )
         length_bytes = 0 if end == "EOF" else int(end) - int(start) + 1
@@ -87,6 +94,13 @@ def refuse_taken_locks(entry: Entry, fd: int) -> None:
                 remedy="end that process (`lslocks` names it), then restore again",
                 path=path,
             )
+
+
+def take_leases(entry: Entry, number: int) -> None:
+    """In the new process, at the descriptor's last number: the leases on it. Source: fcntl(2)."""
+    for lock in entry.get("locks", ()):
+        if lock["form"] == "LEASE" and lock["number"] == number:
+            fcntl.fcntl(number, fcntl.F_SETLEASE, fcntl.F_WRLCK if lock["write"] else fcntl.F_RDLCK)
 
 
 def take_locks(entry: Entry, fd: int) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from lzy.checkpoint.errors import Incompatible, Unsupported
-from lzy.checkpoint.resources import RestoreOptions
+from lzy.checkpoint.resources import NoObjects, RestoreOptions, make_descriptors
 
 
 def test_position_and_flags_and_what_dup_shares(cycle: Any, tmp_path: Path) -> None:
@@ -256,24 +256,16 @@ def test_what_cannot_be_made_again_is_refused_by_number_and_kind(cycle: Any) -> 
         return int(libc.syscall(323, 0))
 
     def netlink() -> int:
-        return socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0).detach()
+        return socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 12).detach()  # netfilter
 
     def namespace() -> int:
         return os.open("/proc/self/ns/net", os.O_RDONLY)
-
-    def lease() -> int:
-        import fcntl
-
-        fd = os.open(__file__, os.O_RDONLY)
-        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
-        return fd
 
     for hold, name in (
         (ring, "io_uring"),
         (faults, "userfaultfd"),
         (netlink, "netlink raw socket"),
         (namespace, "net:"),
-        (lease, "lease"),
     ):
         with pytest.raises(Unsupported, match=name) as caught:
             cycle.describe(hold)
@@ -306,3 +298,50 @@ def test_a_path_that_is_no_text_is_found_again(cycle: Any, tmp_path: Path) -> No
 
     found = cycle(hold, lambda number: os.readlink(os.fsencode(f"/proc/self/fd/{number}")))
     assert found == path
+
+
+def test_message_queue_that_would_lose_something_is_refused(cycle: Any) -> None:
+    """One without a name that holds messages; one of which the process waits to be notified."""
+    import ctypes
+    import struct
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    attributes = struct.pack("8q", 0, 2, 16, 0, 0, 0, 0, 0)
+
+    def hold(*, notify: bool) -> int:
+        name = f"/lzy-test-{os.getpid()}".encode()
+        fd = int(libc.mq_open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600, attributes))
+        assert fd >= 0
+        assert libc.mq_unlink(name) == 0
+        if notify:
+            assert libc.mq_notify(fd, struct.pack("qii", 0, 10, 0).ljust(64, b"\0")) == 0
+        else:
+            assert libc.mq_send(fd, b"text", 4, 0) == 0
+        return fd
+
+    for notify, name in ((False, "holds 1 messages"), (True, "mq_notify")):
+        with pytest.raises(Unsupported, match=name) as caught:
+            cycle.describe(lambda notify=notify: hold(notify=notify))
+        assert caught.value.remedy
+
+
+def test_message_queue_with_messages_must_be_there(cycle: Any) -> None:
+    """Messages stay in the kernel: where the queue is gone, the restore says how many were lost."""
+    import ctypes
+    import struct
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    name = f"/lzy-test-{os.getpid()}".encode()
+    attributes = struct.pack("8q", 0, 2, 16, 0, 0, 0, 0, 0)
+
+    def hold() -> int:
+        fd = int(libc.mq_open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600, attributes))
+        assert libc.mq_send(fd, b"text", 4, 0) == 0
+        return fd
+
+    try:
+        cycle.describe(hold)
+    finally:
+        assert libc.mq_unlink(name) == 0
+    with pytest.raises(Incompatible, match="1 messages"):
+        make_descriptors(cycle.table, NoObjects(), RestoreOptions())

@@ -482,7 +482,9 @@ class Member:
         """What the process as a whole has; its threads, and what each of them has."""
         self._reinstate_process(paging=self.left > 0)
         self.new_threads = self._make_threads()
-        make_rarities(self.tracee, self.document, self.new_threads)
+        make_rarities(
+            self.tracee, self.document, self.new_threads, self.table_of_all["descriptions"]
+        )
         reach("restore.threads")
         self._reinstate_threads(self.new_threads)
         if self.left:

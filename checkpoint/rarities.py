@@ -10,16 +10,21 @@ MADE_LATER = frozenset({"vdso", "vvar", "ring"})
 """Kinds of mappings that are not made with the others."""
 
 
-def make_rarities(tracee: Tracee, document: dict[str, Any], threads: list[Thread]) -> None:
+def make_rarities(
+    tracee: Tracee,
+    document: dict[str, Any],
+    threads: list[Thread],
+    descriptions: list[dict[str, Any]],
+) -> None:
     """io_urings and filters, when the descriptors are in place and all threads there, still ours.
 
-    `threads` are in the order of those in the document.
+    `threads` are in the order of those in the document of the process, `descriptions` those of
+    its tree.
     """
-    table = document["descriptors"]
-    if any(entry["kind"] == "io_uring" for entry in table["descriptions"]):
+    if any(entry["kind"] == "io_uring" for entry in descriptions):
         from .rings import make_rings
 
-        make_rings(tracee, table, document["vmas"])
+        make_rings(tracee, descriptions, document["descriptors"]["descriptors"], document["vmas"])
     if any(thread.get("filters") for thread in document["threads"]):
         from .filters import install_filters
 

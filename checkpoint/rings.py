@@ -28,22 +28,27 @@ _FILLER = (
 )
 
 
-def make_rings(tracee: Tracee, table: dict[str, Any], vmas: list[dict[str, Any]]) -> None:
-    """Make every io_uring of the descriptors' `table`, and its mappings among `vmas`.
+def make_rings(
+    tracee: Tracee,
+    descriptions: list[dict[str, Any]],
+    places: dict[str, dict[str, Any]],
+    vmas: list[dict[str, Any]],
+) -> None:
+    """Make every io_uring of a process, whose descriptors are `places`, and its mappings in `vmas`.
 
     When the threads exist: one that a ring has for itself might take the id of another. Raises
     Incompatible, KernelError.
     """
     numbers: dict[int, list[tuple[int, bool]]] = {}
-    for text, place in table["descriptors"].items():
+    for text, place in places.items():
         numbers.setdefault(place["description"], []).append((int(text), place["close_on_exec"]))
-    for index, entry in enumerate(table["descriptions"]):
+    for index, entry in enumerate(descriptions):
         if entry["kind"] == "io_uring" and index in numbers:
             mapped = [v for v in vmas if v["kind"] == "ring" and v["inode"] == entry["inode"]]
             first = _create(tracee, entry)
             _fill(tracee, entry, first)
             _place(tracee, first, numbers[index], mapped)
-            _watch(tracee, table, index)
+            _watch(tracee, descriptions, places, index)
 
 
 def _create(tracee: Tracee, entry: dict[str, Any]) -> int:
@@ -175,12 +180,17 @@ def _map_one(tracee: Tracee, first: int, vma: dict[str, Any]) -> None:
         )
 
 
-def _watch(tracee: Tracee, table: dict[str, Any], index: int) -> None:
+def _watch(
+    tracee: Tracee,
+    descriptions: list[dict[str, Any]],
+    places: dict[str, dict[str, Any]],
+    index: int,
+) -> None:
     """Have the epolls that watched the ring watch it again."""
     batch = tracee.batch()
     calls = 0
-    for number, place in table["descriptors"].items():
-        for target in table["descriptions"][place["description"]].get("targets", ()):
+    for number, place in places.items():
+        for target in descriptions[place["description"]].get("targets", ()):
             if target["description"] == index and not target["stale"]:
                 calls += 1
                 event = batch.put(pack_epoll_event(target["events"], target["data"]))

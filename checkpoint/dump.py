@@ -58,7 +58,7 @@ from .resources.kind import load_kinds
 from .stages import reach
 from .subject import Subject, why_no_snapshot
 from .tracee import Tracee
-from .tree import describe_ended, look_at_descendants, refuse_ourselves, stop_tree
+from .tree import Ended, describe_ended, look_at_descendants, refuse_ourselves, stop_tree
 from .unfinished import close_unfinished
 from .working_set import inherit_order, order_windows, read_order, seed_order
 
@@ -425,7 +425,7 @@ def _dump(
         else:
             freeze_s = time.monotonic() - frozen_at
             with Deferred():
-                _end(tree, tables)
+                _end(tree, ended, tables)
             for subject in tree:
                 forget_lineage(subject.pid)
         reach("dump.ended")
@@ -568,10 +568,11 @@ def _write_member(writer: ImageWriter, subject: Subject, space: int, window_page
         source.close()
 
 
-def _end(tree: list[Subject], tables: list[dict[str, Any]]) -> None:
+def _end(tree: list[Subject], ended: list[Ended], tables: list[dict[str, Any]]) -> None:
     """Kill the processes and wait until they are gone, their inner connections without a trace.
 
-    Should we die in between, the kernel kills the rest.
+    Children end before their parents, who still wait for them. Should we die in between, the
+    kernel kills the rest.
     """
     others = {
         subject.number: table["descriptors"]
@@ -579,12 +580,16 @@ def _end(tree: list[Subject], tables: list[dict[str, Any]]) -> None:
     }
     pidfds = {subject.number: subject.pidfd for subject in tree[1:]}
     held = resources.hold_connections(tree[0].pidfd, tables[0] | {"others": others}, pidfds)
-    for subject in tree if len(tree) > 1 else ():
-        subject.tracee.die_with_us()
-    for subject in tree:
-        signal.pidfd_send_signal(subject.pidfd, signal.SIGKILL)
+    if len(tree) > 1:
+        for subject in tree:
+            subject.tracee.die_with_us()
+    for one in ended:
+        one.parent.wait_for(one.pid)
     for subject in reversed(tree):
+        signal.pidfd_send_signal(subject.pidfd, signal.SIGKILL)
         subject.tracee.await_end()
+        if subject.parent:  # it waits: a zombie would keep the number from being free
+            subject.parent.wait_for(subject.number)
     resources.release_descriptors(held)
 
 

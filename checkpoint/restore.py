@@ -22,11 +22,11 @@ from typing import Any, NamedTuple
 
 from . import birth, machine, proc, resources
 from .buffers import page_aligned
-from .errors import Busy, Damaged, LzyError, NotFound
+from .errors import Busy, Damaged, LzyError, NotFound, Unsupported
 from .family import begin_guard, settle_family
 from .history import remember_restored
 from .host import check_host
-from .image import Image
+from .image import MEMBER_MARK, Image
 from .interrupts import Deferred
 from .linux import PAGE_BYTES, ptrace
 from .member import HOLE_BYTES, Brought, Member, is_readonly
@@ -125,6 +125,11 @@ class Restorer:
         root = self.root
         try:
             # 1. Refuse what cannot succeed before anything is made.
+            if MEMBER_MARK in self.image.name:
+                raise Unsupported(
+                    f"{self.image.name} is one process of several, which live together only",
+                    remedy=f"restore {self.image.name.partition(MEMBER_MARK)[0]}",
+                )
             if self.document.get("format") != 1:
                 raise Damaged(f"image {self.image.name} has an unknown document format")
             check_host(self.document["host"], self.image.name)

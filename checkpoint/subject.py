@@ -188,8 +188,13 @@ class Subject:
     def end_snapshot(self) -> None:
         """End the snapshot, if there is one; the process may be stopped or not."""
         if self.snapshot:
+            self.kill_snapshot()
             snapshot, self.snapshot = self.snapshot, 0
-            _end_snapshot(self.pid, self.start_time, snapshot, self.tracee)
+            _end_snapshot(self, snapshot)
+
+    def wait_for(self, number: int) -> None:
+        """Have the stopped process wait for its child of that number, which has ended."""
+        _wait_inside(self.tracee, number)
 
     def close(self) -> None:
         """Let it go if it is stopped, and end its snapshot; it is as it was."""
@@ -238,31 +243,34 @@ def _look_closely(pid: int) -> tuple[dict[int, frozenset[str]], dict[str, str]]:
     return proc.parse_flags(proc.read_bytes(pid, "smaps")), proc.memory_policies(pid)
 
 
-def _end_snapshot(pid: int, start_time: int, snapshot: int, stopped: Tracee) -> None:
-    """Kill the snapshot and have the process reap it, so that no zombie stays.
-
-    `stopped` is the process if it is stopped, with our code in it.
-    """
+def _end_snapshot(subject: Subject, snapshot: int) -> None:
+    """Kill the snapshot and have the process reap it, so that no zombie stays."""
+    pid = subject.pid
     try:
         number = proc.innermost(proc.status(snapshot)["NSpid"])
-        reap = Call(process.SYS_WAIT4, (number, 0, os.WNOHANG | ptrace.WALL, 0))
         with contextlib.suppress(ProcessLookupError, ChildProcessError):
             os.kill(snapshot, signal.SIGKILL)
             os.waitpid(snapshot, ptrace.WALL)
-        if stopped.threads:
-            stopped.run_one(stopped.threads[pid], reap)
+        if subject.tracee.threads:  # it is stopped, with our code in it
+            _wait_inside(subject.tracee, number)
             return
-        if proc.start_time(pid) != start_time:
+        if proc.start_time(pid) != subject.start_time:
             return
         tracee = Tracee(pid)
         tracee.seize()
         try:
             tracee.prepare(arena_bytes=4096)
-            tracee.run_one(tracee.threads[pid], reap)
+            _wait_inside(tracee, number)
         finally:
             tracee.let_go()
     except (LzyError, OSError):
         return  # the process has ended meanwhile, and the zombie with it
+
+
+def _wait_inside(tracee: Tracee, number: int) -> None:
+    """Have a stopped process wait for a child of its, by the number it knows, that has ended."""
+    call = Call(process.SYS_WAIT4, (number, 0, os.WNOHANG | ptrace.WALL, 0))
+    tracee.run_one(tracee.threads[tracee.pid], call)
 
 
 def _take_deleted_executable(pid: int, objects: Objects) -> int:

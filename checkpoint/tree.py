@@ -24,7 +24,7 @@ class Ended(NamedTuple):
     """A process that has ended, whose parent has yet to wait for it; numbers as the tree's."""
 
     pid: int
-    parent: int
+    parent: Subject
     group: int
     session: int
     comm: str
@@ -116,7 +116,7 @@ def _stop_child(
         return False
     if stat[2] in "ZX" and len(proc.threads(pid)) == 1:
         if int(stat[_EXIT_SIGNAL]):  # none: a snapshot that a killed lzy left, nobody waits for it
-            ended[pid] = _describe_ended(pid, stat)
+            ended[pid] = _describe_ended(pid, stat, parent)
         return True
     subject = seen.pop(pid, None)
     if subject is not None and subject.start_time != proc.start_time(pid):
@@ -145,11 +145,11 @@ def _stop_child(
     return True
 
 
-def _describe_ended(pid: int, stat: list[str]) -> Ended:
+def _describe_ended(pid: int, stat: list[str], parent: Subject) -> Ended:
     status = proc.status(pid)
     return Ended(
         pid=proc.innermost(status["NSpid"]),
-        parent=_inner(int(stat[3])),
+        parent=parent,
         group=proc.innermost(status["NSpgid"]),
         session=proc.innermost(status["NSsid"]),
         comm=stat[1],
@@ -158,10 +158,6 @@ def _describe_ended(pid: int, stat: list[str]) -> Ended:
     )
 
 
-def _inner(pid: int) -> int:
-    return proc.innermost(proc.status(pid)["NSpid"])
-
-
 def describe_ended(ended: list[Ended]) -> list[dict[str, Any]]:
     """For the document of an image."""
-    return [one._asdict() for one in ended]
+    return [one._asdict() | {"parent": one.parent.number} for one in ended]

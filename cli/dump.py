@@ -90,8 +90,8 @@ def dump(
 ) -> None:
     """Write the process PID into an image and end it once the image is verified.
 
-    All its threads, memory and descriptors are in the image. However a dump fails, the process
-    runs on as if nothing had happened.
+    All its threads, memory and descriptors are in the image, and so are its descendants, all of
+    one instant. However a dump fails, they run on as if nothing had happened.
     """
     import gc
 
@@ -135,6 +135,7 @@ def as_document(report: DumpReport) -> dict[str, object]:
     return {
         "image": report.image,
         "pid": report.pid,
+        "processes": report.processes,
         "threads": report.threads,
         "raw_bytes": report.raw_bytes,
         "stored_bytes": report.stored_bytes,
@@ -162,7 +163,7 @@ def describe(report: DumpReport) -> list[str]:
         *facts(
             [
                 ("image", paint(report.image, "bold")),
-                ("process", f"{report.pid}, {count(report.threads, 'thread')}"),
+                ("process", f"{report.pid}{_below(report)}, {count(report.threads, 'thread')}"),
                 ("memory", stored),
                 *_since(report),
                 ("took", took),
@@ -173,6 +174,12 @@ def describe(report: DumpReport) -> list[str]:
         if report.left_running
         else f"process {report.pid} has ended; `lzy restore {report.image}` brings it back",
     ]
+
+
+def _below(report: DumpReport) -> str:
+    """Who was dumped with it."""
+    others = report.processes - 1
+    return f" and {others} below it" if others else ""
 
 
 def _since(report: DumpReport) -> list[tuple[str, str]]:

@@ -106,6 +106,7 @@ def as_document(report: RestoreReport) -> dict[str, object]:
         "image": report.image,
         "pid": report.pid,
         "pid_in_namespace": report.pid_in_namespace,
+        "processes": report.processes,
         "namespace": report.namespace,
         "lazy": report.lazy,
         "first_instruction_s": report.first_instruction_s,
@@ -122,6 +123,8 @@ def describe(report: RestoreReport) -> list[str]:
     pid = paint(str(report.pid), "bold")
     if report.pid_in_namespace != report.pid:
         pid += f", which is {report.pid_in_namespace} in its own pid namespace"
+    if report.processes > 1:
+        pid += f", and {report.processes - 1} below it"
     lazily = f"follows as it is touched (pager {report.pager_pid})"
     return [
         *facts(

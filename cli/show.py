@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .arguments import image_argument, json_option, store_option
+from .family import draw_tree, list_processes
 from .layout import age, bar, count, facts, paint, say, say_json, share, size, table
 from .stores import load_image
 
@@ -82,8 +83,9 @@ def show(
 ) -> None:
     """Tell what is in IMAGE (the latest without it) and what takes the space.
 
-    Threads, mappings by size, descriptors; for each mapping how much of it is in the image.
-    Pages of zeros and unchanged pages of files are not.
+    Processes, threads, mappings by size, descriptors; for each mapping how much of it is in the
+    image. Pages of zeros and unchanged pages of files are not. Of several processes the tables are
+    about the first; NAME#PID names another.
     """
     if variables:
         from .variables import show_variables
@@ -110,11 +112,14 @@ def weigh(image: Image) -> tuple[list[Mapping], list[Object]]:
     stored_per_page = _stored_per_page(image)
     window_bytes = image.window_pages * _PAGE_BYTES
     first, last = image.space_extent(0)
+    members = {member["space"] for member in image.document.get("members", ())}
     here = 0  # the first mapping that ends behind the window at hand; both are sorted
     for index in range(image.run_count):
         address, mask, chunk = image.run(index)
         if not first <= index < last:
             space = image.runs[3 * index + 2] >> 32
+            if space in members:
+                continue
             held = objects.setdefault(space, Object(space))
             held.hold(mask.bit_count(), _stored(image, chunk, mask, mask, stored_per_page))
             continue
@@ -181,6 +186,7 @@ def as_document(image: Image, mappings: list[Mapping], objects: list[Object]) ->
         "stored_bytes": image.stored_bytes,
         "chunks": image.chunk_count,
         "window_bytes": image.window_pages * _PAGE_BYTES,
+        "processes": list_processes(image),
         "threads": [
             {"tid": thread.get("tid"), "comm": thread.get("comm")}
             for thread in document.get("threads", [])
@@ -239,6 +245,10 @@ def describe(
             ),
         ]
     )
+    processes = list_processes(image)
+    if len(processes) > 1:
+        title = f"{len(processes)} processes (lzy show {image.name}#PID tells more of one)"
+        lines += _section(title, draw_tree(processes))
     lines += _section(f"{count(len(threads), 'thread')}", _thread_rows(threads))
     lines += _section("what takes the space", _space_rows(mappings, objects, rows))
     lines += _section(f"{count(len(mappings), 'mapping')}", _mapping_rows(mappings, rows))

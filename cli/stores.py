@@ -25,8 +25,15 @@ def open_store(given: str | None, *, create: bool = False) -> Store:
 
 
 def load_image(given: str | None, asked: str | None) -> Image:
-    """The image that `asked` means in that store: NAME, NAME@NUMBER, or None for the latest."""
+    """The image that `asked` means in that store: NAME, NAME@NUMBER, or None for the latest.
+
+    With #PID behind it: what is in it of that process of several.
+    """
+    from ..checkpoint.errors import NotFound
     from ..checkpoint.history import resolve
 
     store = open_store(given)
-    return store.load(resolve(store, asked))
+    name, mark, member = (asked or "").partition("#")
+    if mark and not member.isdecimal():
+        raise NotFound(f"{asked} names no process", remedy=f"see: lzy show {name}")
+    return store.load(f"{resolve(store, name or None)}{mark}{member}")

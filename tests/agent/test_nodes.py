@@ -1,0 +1,191 @@
+"""Nodes of one machine: namespaces, links, limits; a session moves between them under use."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from living import PATIENCE_S, PROGRAMS, CommandLine, wait_readable
+
+from lzy.agent.client import Client
+from lzy.agent.network import fabric_path, read_holder, set_link
+from lzy.agent.trial import holder_path
+from lzy.checkpoint.errors import LzyError
+from lzy.migrator.fleet import Fleet
+
+PORT = 9000
+NODES = "one:1cpu:1G,two:1cpu:1G:1gpu"
+WHERE = ("10.77.0.2", "10.77.0.3")
+
+
+class Trial:
+    """`lzy up --nodes` with a home of its own, and processes in its namespaces."""
+
+    def __init__(self, lzy: CommandLine) -> None:
+        self.lzy, self.home = lzy, lzy.home
+        self.client = Client(self.home)
+        self.running: list[subprocess.Popen[bytes]] = []
+
+    def up(self, *options: str) -> Trial:
+        self.lzy.succeed("up", "--nodes", NODES, "--sample-every", "0.2s", "--doze-after", "never",
+                         "--hibernate-after", "never", "--after-wake", "0s", *options)  # fmt: skip
+        self.client = Client(self.home)
+        return self
+
+    def down(self) -> None:
+        done = self.lzy.run("down", "--abandon")
+        for child in self.running:
+            child.kill()
+            child.wait()
+        assert done.returncode == 0, done.stderr
+
+    def start(self, node: str, *words: str) -> int:
+        """Start a program on a node; its pid here."""
+        child = subprocess.Popen(
+            [*self.lzy.executable, "enter", node, "--", sys.executable, *words],
+            env={**os.environ, "LZY_HOME": str(self.home)},
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        self.running.append(child)
+        deadline = time.monotonic() + PATIENCE_S
+        while time.monotonic() < deadline:
+            for pid in filter(str.isdecimal, os.listdir("/proc")):
+                with contextlib.suppress(OSError):
+                    said = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[:-1]
+                    if said == [w.encode() for w in (sys.executable, *words)]:
+                        return int(pid)
+            time.sleep(0.02)
+        raise AssertionError("it does not start")
+
+    def ledger(self) -> None:
+        """A ledger on node one, as session `ledger`, ready to be used."""
+        pid = self.start("one", str(PROGRAMS / "ledger.py"), str(PORT))
+        self.lzy.succeed("attach", str(pid), "--name", "ledger")
+        self.wait_until(lambda: self.look()["image"] and not self.look()["operation"])
+
+    def use(self) -> subprocess.Popen[bytes]:
+        """A client of the ledger, between the nodes; it stops when its stdin is closed."""
+        words = [sys.executable, str(PROGRAMS / "ledger_client.py"), str(PORT), *WHERE]
+        child = subprocess.Popen(
+            ["nsenter", "-t", str(read_holder(fabric_path(self.home))), "-n", *words],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        )  # fmt: skip
+        self.running.append(child)
+        assert child.stdout
+        assert child.stdout.readline() == b"ready\n"
+        return child
+
+    def stop(self, client: subprocess.Popen[bytes]) -> dict[str, Any]:
+        out, _ = client.communicate(timeout=PATIENCE_S)
+        found: dict[str, Any] = json.loads(out)
+        assert found["wrong"] == []
+        assert found["messages"] > 10
+        return found
+
+    def look(self) -> dict[str, Any]:
+        return self.client.get("/v1/sessions/ledger")
+
+    def wait_until(self, holds: Any) -> None:
+        deadline = time.monotonic() + PATIENCE_S
+        while True:
+            with contextlib.suppress(LzyError):
+                if holds():
+                    return
+            assert time.monotonic() < deadline, (self.home / "agent" / "agent.log").read_text()
+            time.sleep(0.05)
+
+
+@pytest.fixture
+def trial(lzy: CommandLine) -> Iterator[Trial]:
+    made = Trial(lzy)
+    try:
+        yield made
+    finally:
+        made.down()
+
+
+def test_client_in_use_while_its_server_moves(trial: Trial) -> None:
+    """There and back: no message lost or heard twice, one process; then all of it is gone."""
+    trial.up()
+    nodes = {node["name"]: node for node in trial.lzy.succeed("nodes")}
+    assert [nodes[n]["memory_bytes"] for n in ("one", "two")] == [1 << 30] * 2
+    assert nodes["two"]["declared_gpus"]
+    trial.ledger()
+    client = trial.use()
+    dry = trial.lzy.succeed("migrate", "ledger", "--gpu", "--dry-run")
+    assert dry["choice"]["node"] == "two"
+    for to, options in (("two", ["--gpu"]), ("one", ["--node", "one", "--gpu", "0"])) * 2:
+        moved = trial.lzy.succeed("migrate", "ledger", *options)
+        assert (moved["session"]["node"], moved["session"]["state"]) == (to, "running")
+        assert moved["session"]["declared_gpu"] == (to == "two")
+    assert trial.lzy.fail("migrate", "ledger", "--gpu=2")["message"].startswith("none has 2 free")
+    trial.stop(client)
+    held = [read_holder(holder_path(trial.home, name)) for name in ("one", "two")]
+    trial.lzy.succeed("down")
+    assert not any(os.path.exists(f"/proc/{pid}") for pid in held)
+    assert "/nodes/" not in Path("/proc/self/mountinfo").read_text().replace("/nodes/none", "")
+    trial.up()
+    assert trial.look()["state"] == "hibernated"
+    trial.lzy.succeed("wake", "ledger")
+
+
+def test_migrator_killed_and_link_cut(trial: Trial) -> None:
+    """A move goes on without its migrator; a cut before the switch leaves the session where it was,
+    and when the link is healed the session is in one place, and its client has lost nothing."""
+    trial.up("--own-stores")
+    trial.ledger()
+    client = trial.use()
+    fabric = read_holder(fabric_path(trial.home))
+    set_link(fabric, 1, up=False)
+    trial.lzy.fail("migrate", "ledger", "--node", "two")
+    session = trial.look()
+    assert (session["node"], session["state"]) == ("one", "running")
+    assert [n["reachable"] for n in trial.lzy.succeed("nodes")] == [True, False]
+    set_link(fabric, 1, up=True)
+    trial.wait_until(lambda: all(n["reachable"] for n in trial.lzy.succeed("nodes")))
+    asked = trial.lzy.start("migrate", "ledger", "--node", "two")
+    trial.wait_until(lambda: trial.look()["state"] == "migrating" or asked.poll() is not None)
+    kill_migrator(trial.home)
+    asked.communicate(timeout=PATIENCE_S)
+    trial.wait_until(lambda: (trial.look()["node"], trial.look()["state"]) == ("two", "running"))
+    trial.stop(client)
+
+
+def test_drained_node_is_left(trial: Trial) -> None:
+    """What runs moves, nothing comes, and it can be undone."""
+    trial.up()
+    trial.ledger()
+    trial.start("one", str(PROGRAMS / "ledger.py"), str(PORT + 1))
+    client = trial.use()
+    trial.lzy.succeed("drain", "one")
+    trial.wait_until(lambda: (trial.look()["node"], trial.look()["state"]) == ("two", "running"))
+    refused = trial.lzy.fail("migrate", "ledger", "--node", "one")
+    assert "being drained" in refused["message"]
+    trial.lzy.succeed("drain", "--undo", "one")
+    trial.lzy.succeed("migrate", "ledger", "--node", "one")
+    trial.stop(client)
+
+
+def kill_migrator(home: Path) -> None:
+    """kill -9 of the migrator of that home, by its own pid."""
+    assert len(Fleet(home).members) == 2
+    for pid in map(int, filter(str.isdecimal, os.listdir("/proc"))):
+        with contextlib.suppress(OSError):
+            words = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            name = Path(f"/proc/{pid}/comm").read_text().strip()
+            if name == "lzy-migrator" and f"LZY_HOME={home}".encode() in words:
+                pidfd = os.pidfd_open(pid)
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+                assert wait_readable([pidfd], PATIENCE_S)
+                os.close(pidfd)
+                return
+    raise AssertionError("there is no migrator")

@@ -324,7 +324,8 @@ def _dump(
                 subject.find_inherited()
             total = objects.total_bytes + sum(length_bytes(subject.fresh) for subject in tree)
             reach("dump.writing")
-            source: ProcessPages | CopiedPages = root.open_pages()
+            own_pages = root.open_pages()
+            source: ProcessPages | CopiedPages = own_pages
             fresh = windows_of(root.ranges, window_pages)
             if base and written is not None:
                 written = join_ranges(written)
@@ -337,7 +338,7 @@ def _dump(
             if leave_running and not runs_on:
                 most = SNAPSHOT_OBJECT_LIMIT_BYTES
                 if doze and written_bytes <= COPY_LIMIT_BYTES and objects.total_bytes <= most:
-                    source = _copy(source, fresh)
+                    source = _copy(own_pages, fresh)
                     _write_objects(writer, objects, window_pages)
                     with Deferred():
                         root.tracee.let_go()

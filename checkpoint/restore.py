@@ -29,7 +29,8 @@ from .host import check_host
 from .image import MEMBER_MARK, Image
 from .interrupts import Deferred
 from .linux import PAGE_BYTES, ptrace
-from .member import HOLE_BYTES, Brought, Member, is_readonly
+from .member import Member
+from .member_memory import HOLE_BYTES, Brought, is_readonly
 from .needed import Needs
 from .pages import page_runs
 from .stages import reach

@@ -43,6 +43,7 @@ QUICK = [
     Case("asyncio_streams", ("uvloop",)),
     Case("churn"),
     Case("clocks"),
+    Case("cpu_clocks"),
     Case("ctypes_callbacks"),
     Case("deleted_files", ("{folder}",)),
     Case("descriptors", ("{folder}",)),

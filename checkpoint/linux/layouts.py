@@ -21,6 +21,10 @@ SIGEV_NONE: Final = 1
 SIGEV_THREAD: Final = 2
 SIGEV_THREAD_ID: Final = 4
 
+CLOCK_OF_CALLER: Final = (
+    -2
+)  # CLOCK_THREAD_CPUTIME_ID as /proc shows it, kernel/time/posix-cpu-timers.c
+
 MEMBARRIER_GET_REGISTRATIONS: Final = 1 << 9
 MEMBARRIER_REGISTRATIONS: Final = (1 << 2, 1 << 4, 1 << 6, 1 << 8)
 """GLOBAL_EXPEDITED, PRIVATE_EXPEDITED, …_SYNC_CORE, …_RSEQ: the commands that register."""
@@ -57,6 +61,11 @@ def unpack_stack(content: bytes) -> list[int]:
 def pack_sigevent(value: int, signal: int, notify: int, thread: int) -> bytes:
     """struct sigevent (64 bytes)."""
     return struct.pack("<QiiI", value, signal, notify, thread).ljust(64, b"\0")
+
+
+def thread_clock(tid: int) -> int:
+    """The clock of a thread's processor time, as pthread_getcpuclockid(3) gives it."""
+    return ~tid << 3 | 6
 
 
 def signal_of(siginfo: bytes) -> int:

@@ -8,7 +8,6 @@ import sys
 
 from dialogue import PATIENCE_S, Proof, converse
 
-
 F_SETSIG = 10
 
 

@@ -25,7 +25,7 @@ held += [socket.create_connection(inner.getsockname()), inner.accept()[0]]  # bo
 held.append(open(place, "w"))
 held.append(tempfile.TemporaryFile())
 if "unfit" in sys.argv:
-    held.append(socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0))
+    held.append(socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 12))  # netfilter
     held.append(os.memfd_create("locked"))
     libc = ctypes.CDLL(None, use_errno=True)
     held.append(libc.syscall(298, ctypes.create_string_buffer(

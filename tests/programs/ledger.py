@@ -1,6 +1,6 @@
 """A TCP server that must hear each message once: its ledger tells a lost one, and a second copy.
 
-`ledger.py PORT`. A client sends lines `NUMBER`, counting up from 1, and repeats one that was not
+`ledger.py PORT [MEBIBYTES]`. A client sends lines `NUMBER`, counting up from 1, and repeats one that was not
 answered; the answer is `NUMBER TOTAL TOKEN`: how many different ones were heard, and what this very
 process drew when it began. Nothing here knows that processes can be moved.
 """
@@ -15,7 +15,9 @@ import sys
 
 def main() -> None:
     token = os.urandom(8).hex()
-    ballast = [os.urandom(1 << 20) for _ in range(int(sys.argv[2]) if len(sys.argv) > 2 else 8)]
+    ballast = [
+        bytearray(os.urandom(1 << 20)) for _ in range(int(sys.argv[2]) if len(sys.argv) > 2 else 8)
+    ]
     listening = socket.socket()
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listening.bind(("0.0.0.0", int(sys.argv[1])))
@@ -46,7 +48,8 @@ def main() -> None:
                 number = int(line)
                 if number == heard + 1:
                     heard = number
-                ballast[number % len(ballast)] = os.urandom(1 << 20)
+                at = number * 4096 % (1 << 20)
+                ballast[number % len(ballast)][at : at + 4096] = os.urandom(4096)
                 try:
                     sock.sendall(b"%d %d %s\n" % (number, heard, token.encode()))
                 except OSError:

@@ -112,12 +112,12 @@ class Subject:
         `as_seen`: flags and policies were read a moment ago; `dozes`: the ranges are known.
         """
         self.own |= interrogate.describe_inherited(self.source_pid)
-        if not as_seen:
+        if not dozes:
+            self.ranges = own_page_ranges(self.source_pid, self.mappings.vmas)
+        if not as_seen:  # only now: two looks at the same page tables wait for one another
             self._seen = Beside(partial(_look_closely, self.source_pid))
             if not self.snapshot:  # it may run on before it is described
                 self._renew()
-        if not dozes:
-            self.ranges = own_page_ranges(self.source_pid, self.mappings.vmas)
 
     def _renew(self) -> None:
         """Wait for the flags and policies of its mappings as they are since it was stopped."""
@@ -160,7 +160,7 @@ class Subject:
             "threads": self.threads,
             "vmas": self.mappings.describe(),
             "guards": guard_ranges(self.source_pid, vmas),
-            "changed": cut_ranges(self.ranges, filter(behind_file, vmas)),
+            "changed": cut_ranges(self.fresh, filter(behind_file, vmas)),
             "memory_policies": self.policies,
         }
 
@@ -259,7 +259,7 @@ def _end_snapshot(subject: Subject, snapshot: int) -> None:
         tracee = Tracee(pid)
         tracee.seize()
         try:
-            tracee.prepare(arena_bytes=4096)
+            tracee.prepare(arena_bytes=4096, vmas=subject.vmas)
             _wait_inside(tracee, number)
         finally:
             tracee.let_go()

@@ -36,4 +36,5 @@ def load_image(given: str | None, asked: str | None) -> Image:
     name, mark, member = (asked or "").partition("#")
     if mark and not member.isdecimal():
         raise NotFound(f"{asked} names no process", remedy=f"see: lzy show {name}")
-    return store.load(f"{resolve(store, name or None)}{mark}{member}")
+    found = resolve(store, name or None)
+    return store.load(f"{found}{mark}{member}" if found else None)

@@ -98,6 +98,7 @@ def console(name: str | None, detach_key: bytes, prints: bool, as_json: bool) ->
     if prints or as_json:
         with Line(chosen) as line:
             told = line.ask("look")
+        told.pop("leave")
         if as_json:
             say_json(told)
         else:
@@ -177,13 +178,16 @@ class _Console:
 
     def serve(self) -> Left:
         """Connect; again, if the keeper's host is killed and another takes its place."""
+        from ..checkpoint.kept import find_kept
+
         with _signals() as woken, _raw(self._is_terminal) as screen:
             since_s = time.monotonic()
             while True:
                 try:
                     sock = _open(self._session)
                 except OSError:
-                    if time.monotonic() > since_s + _COMES_BACK_WITHIN_S:
+                    passed_s = time.monotonic() - since_s
+                    if passed_s > (_COMES_BACK_WITHIN_S if find_kept(self._session) else 0.5):
                         left = Left("lost", None)
                         break
                     time.sleep(0.05)
@@ -216,7 +220,7 @@ class _Console:
             _write(b"\x1b[999;1H" + b"\n" * self._rows())  # what is here stays, further up
         sock.sendall(pack_json(HELLO, self._window()))
         while True:
-            wanted = [sock, woken, *([_STDIN] if self._has_keys else [])]
+            wanted: list[Any] = [sock, woken, *([_STDIN] if self._has_keys else [])]
             wait_s = None
             if self._pressed_s:
                 wait_s = max(self._pressed_s + _SECOND_KEY_WITHIN_S - time.monotonic(), 0)

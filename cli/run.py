@@ -54,7 +54,12 @@ def run(
     chosen = client.post("/v1/names", asked, timeout_s=30)["name"]
     rows, columns = _window()
     started = start_keeper(
-        chosen, rows=rows, columns=columns, settings=_settings(), command=list(command)
+        chosen,
+        rows=rows,
+        columns=columns,
+        settings=_settings(),
+        command=list(command),
+        is_awaited=not (detach or as_json),
     )
     body = {"pid": started.pid, "name": chosen, "checkpoint": False}
     notes: list[str] = []

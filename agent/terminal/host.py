@@ -51,6 +51,7 @@ _DIGEST_S = 0.03
 _SAVE_S = 3.0
 _ASK_AGAIN_S = 0.3
 _ASK_FOR_S = 10.0
+_AWAITED_S = 20.0
 _LIVING = ("running", "dozing")
 _ENDED = ("ended", "failed")
 
@@ -118,6 +119,7 @@ class Host:
         self._status = holdings.program_status
         self._window_at_hold: tuple[int, int] | None = None
         self._state = state or "running"
+        self._is_over = False
         self._screen = self._load_screen()
 
     def serve(self) -> NoReturn:
@@ -278,6 +280,7 @@ class Host:
         )
         if own_end and self._state in _LIVING:
             self._finish(status)
+            return
         self._asks_until_s = time.monotonic() + _ASK_FOR_S
         self._ask()
 
@@ -339,8 +342,8 @@ class Host:
         """The agent says how the session is: `state`, `pid`, and `exit_status` at its end."""
         state, pid = str(told["state"]), int(told.get("pid") or 0)
         before = self._state
-        if state in _ENDED:
-            if self._has_no_program:
+        if state in _ENDED or self._is_over:
+            if self._has_no_program and not self._is_over:
                 status = told.get("exit_status")
                 self._finish(self._status if status is None else int(status))
             return
@@ -428,6 +431,9 @@ class Host:
             if kind == HELLO:
                 console.is_shown = True
                 self._paint(console)
+                self._own.is_awaited = False
+                if self._is_over:
+                    self._leave()
                 console.send(pack_json(TOLD, {"state": self._state}))
         elif kind == REPAINT:
             self._paint(console)
@@ -526,6 +532,7 @@ class Host:
             "title": self._screen.title,
             "unread_input_bytes": len(self._input),
             "screen": self._screen.text(),
+            "leave": self._screen.unpaint().decode(),
         }
 
     # -- beginning and end
@@ -550,14 +557,23 @@ class Host:
             new.write_bytes(self._screen.save())
             new.rename(path)
 
-    def _finish(self, status: int | None) -> NoReturn:
-        """The program has ended for good: show what it said last, tell how it ended, and go."""
+    def _finish(self, status: int | None) -> None:
+        """The program has ended for good: leave, once who has started it knows."""
+        self._status = status
+        self._is_over, self._state = True, "ended"
         with contextlib.suppress(OSError):
             while data := os.read(self._own.master, 65536):
                 self._show(data)
+        if self._own.is_awaited:
+            self._soon("leave", _AWAITED_S)
+        else:
+            self._leave()
+
+    def _leave(self) -> NoReturn:
+        """Tell how the program ended, and go."""
         for console in list(self._consoles.values()):
             if console.is_shown:
-                told = {"state": "ended", "exit_status": status}
+                told = {"state": "ended", "exit_status": self._status}
                 told["leave"] = self._screen.unpaint().decode()
                 console.send(pack_json(TOLD, told))
             with contextlib.suppress(OSError):

@@ -47,6 +47,8 @@ class Holdings:
         # Held, too: without any slave open, reading from the master fails.
         self.slave = os.open(self.device, os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC)
         self.listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.is_awaited = False
+        """Whoever starts the program is about to connect: until then the terminal stays."""
         self.program_pid = 0
         self.program_status: int | None = None
         """As waitpid(2) has it, once the guard has it; None for a program that is not its child."""
@@ -79,6 +81,7 @@ def main() -> None:
     window = struct.pack("=HHHH", plan["rows"], plan["columns"], 0, 0)
     fcntl.ioctl(holdings.master, kernel.TIOCSWINSZ, window)
     holdings.listen()
+    holdings.is_awaited = bool(plan.get("is_awaited"))
     if plan.get("command"):
         try:
             holdings.program_pid = _start_program(plan["command"], holdings)

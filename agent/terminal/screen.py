@@ -320,6 +320,7 @@ class Screen:
                 page = self._page
                 page.rows[page.y].combine(page.x - (not self._wraps), character)
                 continue
+            width = min(width, self.columns)
             if width == 2 and self._page.x == self.columns - 1 and 7 in self.modes:
                 self._wraps = True
             self._wrap()

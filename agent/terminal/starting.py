@@ -39,15 +39,23 @@ def start_keeper(
     command: list[str] | None = None,
     state: str = "running",
     screen: bytes | None = None,
+    is_awaited: bool = False,
 ) -> Kept:
     """Make a terminal of so many rows and columns for a session, and have it kept.
 
     `command` is started on it, with our environment and directory. `settings` is a struct termios2,
-    `screen` what it shows at first (`Screen.save`). Raises NotFound or AccessDenied (there is no
-    such command), Busy (the session has a terminal), LzyError.
+    `screen` what it shows at first (`Screen.save`). `is_awaited`: the caller is about to connect,
+    and wants to see how the program ended even if that takes no time.
+
+    Raises NotFound or AccessDenied (there is no such command), Busy (the session has a terminal),
+    LzyError.
     """
     plan: dict[str, Any] = {"session": session, "rows": rows, "columns": columns, "state": state}
-    plan |= {"command": command, "settings": base64.b64encode(settings).decode()}
+    plan |= {
+        "is_awaited": is_awaited,
+        "command": command,
+        "settings": base64.b64encode(settings).decode(),
+    }
     folder = kept_folder()
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -81,7 +89,9 @@ def start_keeper(
         os.close(log)
     with os.fdopen(reading, "rb") as file:
         line = file.readline()
-    told = json.loads(line) if line.strip() else {"error": "it says nothing", "number": 0}
+    told: dict[str, Any] = {"error": "it says nothing", "number": 0}
+    if line.strip():
+        told = json.loads(line)
     if "error" in told:
         raise _explain(session, command, told)
     return Kept(told["pid"], told["device"], told["keeper_pid"])

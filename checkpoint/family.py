@@ -12,7 +12,7 @@ import signal
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from .linux import process, ptrace
+from .linux import layouts, process, ptrace
 from .linux.detached import forget_signals
 from .member import Member, fork_stub
 from .tracee import Tracee
@@ -55,6 +55,7 @@ def settle_family(members: Sequence[Member], ended: Iterable[dict[str, Any]]) ->
         _forget_child_signal(parent.tracee)
     for member in members:
         _add_process_descriptors(member)
+        _take_terminals(member)
 
 
 def _lead(tracee: Tracee, described: dict[str, Any]) -> None:
@@ -135,6 +136,30 @@ def _add_process_descriptors(member: Member) -> None:
         batch.call(process.SYS_DUP3, temporary, int(text), 0)
         batch.call(process.SYS_CLOSE, temporary)
         member.tracee.run(leader, batch)
+
+
+def _take_terminals(member: Member) -> None:
+    """Have a leader of a session take its terminal, and say which group is in the foreground."""
+    import termios
+
+    taken = set()
+    for text, place in member.table["descriptors"].items():
+        entry = member.table_of_all["descriptions"][place["description"]]
+        controls = entry.get("controls")
+        if not controls or controls["session"] in taken:
+            continue
+        if member.number != controls["session"] and (
+            member.parent or member.own["session"] != controls["session"]
+        ):
+            continue
+        taken.add(controls["session"])
+        batch = member.tracee.batch()
+        if member.parent:  # the first has done so when it was born
+            batch.call(process.SYS_IOCTL, int(text), termios.TIOCSCTTY, 0, tolerate=True)
+        if controls["foreground"]:
+            group = batch.put(layouts.pack_s32(controls["foreground"]))
+            batch.call(process.SYS_IOCTL, int(text), termios.TIOCSPGRP, group, tolerate=True)
+        member.tracee.run(member.tracee.threads[member.pid], batch)
 
 
 class Guard:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).parent))
+import pytest
 from living import PROGRAMS
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ def count_filters(pid: int) -> str:
     return next(line.split()[1] for line in status.splitlines() if "Seccomp_filters" in line)
 
 
+@pytest.mark.shows("survives", "a container's seccomp filter, where lzy is in that container")
 def test_same_filter_as_lzy(start: Start, lzy: CommandLine) -> None:
     """What both have from their container stays in force, is not in the image, and is there again.
 
@@ -37,6 +39,7 @@ def test_same_filter_as_lzy(start: Start, lzy: CommandLine) -> None:
     program.prove()
 
 
+@pytest.mark.shows("survives", "a container's seccomp filter, where lzy is outside")
 def test_filter_of_a_container_from_outside(start: Start, lzy: CommandLine) -> None:
     """Where lzy has no filter, the container's is in the image and put on again, once."""
     command = [*UNDER_A_FILTER, sys.executable, str(PROGRAMS / "interpreter.py")]
@@ -48,6 +51,7 @@ def test_filter_of_a_container_from_outside(start: Start, lzy: CommandLine) -> N
     program.prove()
 
 
+@pytest.mark.shows("refused", "a process under other seccomp filters than lzy")
 def test_other_filters_than_lzy_has(start: Start, lzy: CommandLine) -> None:
     """Under a filter lzy cannot suspend another: refused by name, and the process goes on."""
     program = start("filters").await_ready()
@@ -58,6 +62,7 @@ def test_other_filters_than_lzy_has(start: Start, lzy: CommandLine) -> None:
     program.prove()
 
 
+@pytest.mark.shows("refused", "an image of a process under filters, to be restored under others")
 def test_image_of_another_container(start: Start, lzy: CommandLine) -> None:
     """What ran under filters of its own is not restored under lzy's: it would have both."""
     program = start("filters").await_ready()

@@ -228,6 +228,7 @@ def test_standard_descriptors_point_where_they_are_told(
     assert files["stderr"].read_text() == "heard\nheard\n"
 
 
+@pytest.mark.shows("cut", "standard streams that were pipes to somebody")
 def test_pipes_to_others_end(lzy: CommandLine, tmp_path: Path, nothing_left_behind: None) -> None:
     """Standard streams that were pipes to somebody: what was on the way is read, then they end."""
     code = (
@@ -275,6 +276,7 @@ def test_pager_leaves_no_trace(start: Start, lzy: CommandLine) -> None:
     program.prove()
 
 
+@pytest.mark.shows("survives", "being stopped (SIGSTOP)")
 def test_stopped_process_stays_stopped(start: Start, lzy: CommandLine) -> None:
     """A process that somebody stopped is stopped after a checkpoint, and after a restore."""
     program = start("interpreter").await_ready()
@@ -338,6 +340,7 @@ def test_any_interpreter(start: Start, lzy: CommandLine, executable: str) -> Non
 
 
 @both_ways
+@pytest.mark.shows("survives", "bash, with its variables and traps")
 def test_shell(start: Start, lzy: CommandLine, way: tuple[str, ...]) -> None:
     """bash reading commands: its variables, functions and traps, and a new child afterwards."""
     program = start(command=["bash", "--norc"])
@@ -351,6 +354,7 @@ def test_shell(start: Start, lzy: CommandLine, way: tuple[str, ...]) -> None:
     assert program.ask("cat /proc/$$/comm") == "bash"
 
 
+@pytest.mark.shows("survives", "a sleep in the kernel: as long as it would have been")
 def test_sleep(start: Start, lzy: CommandLine) -> None:
     """sleep(1), which is nothing but one system call: it sleeps as long as it would have."""
     began = time.monotonic()
@@ -372,6 +376,7 @@ def await_system_call(program: Program) -> None:
 
 
 @both_ways
+@pytest.mark.shows("survives", "an ipykernel and its client")
 def test_kernel_answers_the_same_client(
     lzy: CommandLine, tmp_path: Path, nothing_left_behind: None, way: tuple[str, ...]
 ) -> None:
@@ -452,6 +457,7 @@ def test_living_children_are_refused(
     assert error["remedy"]
 
 
+@pytest.mark.shows("refused", "an io_uring with requests in flight")
 def test_uring_with_work_in_flight_is_refused(start: Start, lzy: CommandLine) -> None:
     """An io_uring with a read in flight is refused by name; the read then completes."""
     program = start("io_uring_busy").await_ready()
@@ -498,6 +504,7 @@ def test_image_name_taken(start: Start, lzy: CommandLine) -> None:
 
 
 @pytest.mark.parametrize("change", ["content", "gone"])
+@pytest.mark.shows("refused", "a mapped file that has changed")
 def test_changed_file_is_refused(start: Start, lzy: CommandLine, change: str) -> None:
     """A mapped file that is another one now is refused by name, before there is a process."""
     program = start("mapped_files", "{folder}").await_ready()

@@ -67,6 +67,7 @@ while (line := hear()): say(line)
 
 
 @pytest.mark.parametrize(("flag", "what"), [(0x400, "descriptors"), (0x200, "directory")])
+@pytest.mark.shows("refused", "a thread with descriptors or a directory of its own (unshare)")
 def test_a_thread_with_its_own(store: Store, flag: int, what: str) -> None:
     """A thread that unshared its descriptors or its directory is named, and nothing is merged."""
     code = """

@@ -117,6 +117,10 @@ def describe(pid: int, vmas: list[proc.Vma]) -> list[dict[str, object]]:
         objects.close()
 
 
+@pytest.mark.shows(
+    "refused",
+    "a mapped file whose path leads to another one (a package was upgraded)",
+)
 def test_replaced_file_is_refused_at_dump(tmp_path: Path) -> None:
     """A path that leads to another file than the mapped one is refused, naming it."""
     path = tmp_path / "file"
@@ -169,6 +173,10 @@ def test_deleted_file_is_carried_in_the_image(tmp_path: Path) -> None:
         ("/x", {"pf", "io"}, "device memory"),
     ],
 )
+@pytest.mark.shows(
+    "refused",
+    "mappings: asynchronous I/O, System V memory, GPUs, devices, perf, hugetlbfs, shadow stacks",
+)
 def test_mappings_that_cannot_be_made_again(path: str, flags: set[str], word: str) -> None:
     """Each is named with its address and a way out."""
     kind = "memory" if "deleted" in path else "file" if path else "anonymous"
@@ -179,6 +187,7 @@ def test_mappings_that_cannot_be_made_again(path: str, flags: set[str], word: st
     assert caught.value.remedy
 
 
+@pytest.mark.shows("refused", "an io_uring that is mapped and whose descriptor is closed")
 def test_ring_without_descriptor_is_refused() -> None:
     """Nothing can be asked of an io_uring that is only mapped."""
     path = "anon_inode:[io_uring]"

@@ -527,6 +527,7 @@ def test_threads_that_come_and_go_are_all_seized() -> None:
 # -- refusals ------------------------------------------------------------------------------------
 
 
+@pytest.mark.shows("refused", "a process that a debugger traces")
 def test_traced_by_somebody_else() -> None:
     """The other tracer is named; both it and the process are left as they are."""
     with living("say('ready')\nwhile (line := hear()): say(line)") as subject:
@@ -580,6 +581,7 @@ def test_without_rights() -> None:
         assert subject.ask("hello") == "hello"
 
 
+@pytest.mark.shows("refused", "a process whose main thread has ended while others live")
 def test_main_thread_has_ended() -> None:
     """A process whose main thread has ended while others live is refused, and they live on."""
     code = """

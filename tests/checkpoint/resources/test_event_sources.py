@@ -82,6 +82,10 @@ def test_epoll_reports_with_the_programs_own_data(cycle: Any) -> None:
     assert answer == [[], [(reader, select.EPOLLIN)], []]
 
 
+@pytest.mark.shows(
+    "survives",
+    "epoll entries registered under a number that means something else by now",
+)
 def test_epoll_entries_registered_under_a_number_of_the_past(cycle: Any) -> None:
     """Registered, duplicated, closed, number reused: the kernel watches on under the old number."""
 
@@ -111,6 +115,7 @@ def test_epoll_entries_registered_under_a_number_of_the_past(cycle: Any) -> None
     assert sorted(t["stale"] for t in targets) == [False, True]
 
 
+@pytest.mark.shows("survives", "a one-shot epoll entry that has fired")
 def test_epoll_one_shot_that_has_fired_stays_quiet_until_armed(cycle: Any) -> None:
     """A fired one-shot entry reports nothing, but can be re-armed with EPOLL_CTL_MOD."""
 
@@ -149,6 +154,7 @@ def test_epoll_within_epoll_and_edge_triggered(cycle: Any) -> None:
     assert cycle(hold, prove) == [0, 1, 1, 0]
 
 
+@pytest.mark.shows("refused", "an epoll that watches what only another process has open")
 def test_epoll_watching_what_only_somebody_else_has_is_refused(cycle: Any) -> None:
     """The process closed it, another process keeps it open: it can never be made again."""
 

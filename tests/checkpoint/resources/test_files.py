@@ -41,6 +41,10 @@ def test_position_and_flags_and_what_dup_shares(cycle: Any, tmp_path: Path) -> N
     assert path.read_bytes() == b"0123456789end"
 
 
+@pytest.mark.shows(
+    "changed",
+    "a deleted or replaced file that is open: a memory file with its content",
+)
 def test_deleted_and_replaced_files_travel_with_their_content(cycle: Any, tmp_path: Path) -> None:
     """A file that was deleted, or whose path leads to another by now, has its old content."""
 
@@ -111,6 +115,7 @@ def test_directory_goes_on_where_it_was(cycle: Any, tmp_path: Path) -> None:
     assert set(found) == expected
 
 
+@pytest.mark.shows("refused", "an open file that has changed (`--accept-changed-files`)")
 def test_a_changed_file_is_refused_unless_accepted(cycle: Any, tmp_path: Path) -> None:
     """Size or time of change differ: refused by path, with a way out; nothing stays open."""
     path = tmp_path / "data"
@@ -130,6 +135,7 @@ def test_a_changed_file_is_refused_unless_accepted(cycle: Any, tmp_path: Path) -
     assert cycle.restore(lambda: os.read(number, 9), accepted) == b"after!"
 
 
+@pytest.mark.shows("survives", "an open file that others write too")
 def test_a_file_others_write_too_is_opened_again(cycle: Any, tmp_path: Path) -> None:
     """A log or a database between transactions may have changed in place, as under SIGSTOP."""
     log, database = tmp_path / "log", tmp_path / "database"
@@ -152,6 +158,10 @@ def test_a_file_others_write_too_is_opened_again(cycle: Any, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("way", ["replaced", "locked"])
+@pytest.mark.shows(
+    "refused",
+    "a locked file that has changed, a file open for writing that is another one by now",
+)
 def test_a_file_replaced_or_changed_behind_a_lock_is_refused(
     cycle: Any, tmp_path: Path, way: str
 ) -> None:
@@ -176,6 +186,7 @@ def test_a_file_replaced_or_changed_behind_a_lock_is_refused(
         cycle.restore(lambda: None)
 
 
+@pytest.mark.shows("refused", "an open file that is missing")
 def test_a_missing_file_is_refused(cycle: Any, tmp_path: Path) -> None:
     """The error names the path; a standard descriptor can be re-pointed instead."""
     path = tmp_path / "gone"
@@ -241,6 +252,10 @@ def test_names_pseudo_files_and_devices(cycle: Any, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.shows(
+    "refused",
+    "userfaultfd, netlink of other protocols, namespaces, an io_uring not enabled yet",
+)
 def test_what_cannot_be_made_again_is_refused_by_number_and_kind(cycle: Any) -> None:
     """The refusal names descriptor, kind and a way out, and the process is as it was."""
     import ctypes
@@ -273,6 +288,7 @@ def test_what_cannot_be_made_again_is_refused_by_number_and_kind(cycle: Any) -> 
         assert caught.value.facts["descriptor"] == cycle.processes[-1].state
 
 
+@pytest.mark.shows("refused", "a deleted file with another name, open for writing")
 def test_file_of_the_deleted_with_another_name_is_refused_when_written(
     cycle: Any, tmp_path: Path
 ) -> None:
@@ -300,6 +316,10 @@ def test_a_path_that_is_no_text_is_found_again(cycle: Any, tmp_path: Path) -> No
     assert found == path
 
 
+@pytest.mark.shows(
+    "refused",
+    "a message queue without a name that holds messages, or of which it waits to be notified",
+)
 def test_message_queue_that_would_lose_something_is_refused(cycle: Any) -> None:
     """One without a name that holds messages; one of which the process waits to be notified."""
     import ctypes
@@ -325,6 +345,7 @@ def test_message_queue_that_would_lose_something_is_refused(cycle: Any) -> None:
         assert caught.value.remedy
 
 
+@pytest.mark.shows("refused", "a message queue that held messages and is missing")
 def test_message_queue_with_messages_must_be_there(cycle: Any) -> None:
     """Messages stay in the kernel: where the queue is gone, the restore says how many were lost."""
     import ctypes

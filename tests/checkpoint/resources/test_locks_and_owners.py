@@ -27,6 +27,7 @@ def _locks_of_file(path: Path) -> list[tuple[str, ...]]:
     return sorted(found)
 
 
+@pytest.mark.shows("survives", "file locks: POSIX, open-file-description, flock")
 def test_posix_open_file_and_flock_locks_are_held_again(cycle: Any, tmp_path: Path) -> None:
     """Exactly the locks of before, held by the new process and its descriptions."""
     paths = [tmp_path / name for name in ("posix", "ofd", "flock")]
@@ -53,6 +54,7 @@ def test_posix_open_file_and_flock_locks_are_held_again(cycle: Any, tmp_path: Pa
     assert after_close == []
 
 
+@pytest.mark.shows("refused", "a file lock that somebody else has taken since")
 def test_a_lock_somebody_took_meanwhile_is_busy(cycle: Any, tmp_path: Path) -> None:
     """The file is named; the restore is given up before the process runs."""
     path = tmp_path / "locked"
@@ -94,6 +96,7 @@ def test_a_posix_lock_somebody_took_meanwhile_is_busy(cycle: Any, tmp_path: Path
     cycle.restore(lambda: None)
 
 
+@pytest.mark.shows("survives", "O_ASYNC, its owner and signal")
 def test_owner_and_signal_of_a_descriptor(cycle: Any) -> None:
     """O_ASYNC with F_SETSIG: the new process gets the chosen signal, with the right number."""
 

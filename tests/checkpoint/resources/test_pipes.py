@@ -40,6 +40,7 @@ def test_pipe_keeps_its_bytes_its_capacity_and_its_flags(cycle: Any) -> None:
     assert nonblocking
 
 
+@pytest.mark.shows("survives", "packets in a pipe (O_DIRECT)")
 def test_packets_keep_their_boundaries(cycle: Any) -> None:
     """A pipe in packet mode (O_DIRECT) gives the packets one by one."""
 
@@ -56,6 +57,7 @@ def test_packets_keep_their_boundaries(cycle: Any) -> None:
     assert cycle(hold, prove) == [b"one", b"two", b"three", b"four"]
 
 
+@pytest.mark.shows("cut", "a pipe whose writer is outside: its bytes, then end of file")
 def test_a_reader_whose_writer_is_gone_gets_the_bytes_then_end_of_file(cycle: Any) -> None:
     """Without its other end a reader is not left to wait for ever."""
 
@@ -71,6 +73,7 @@ def test_a_reader_whose_writer_is_gone_gets_the_bytes_then_end_of_file(cycle: An
     assert cycle(hold, prove) == [b"last words", b""]
 
 
+@pytest.mark.shows("cut", "a pipe whose reader is outside: EPIPE")
 def test_a_writer_whose_reader_is_gone_gets_epipe(cycle: Any) -> None:
     """A pipe to somebody outside is broken after the cycle."""
     reader, writer = os.pipe()
@@ -96,6 +99,10 @@ def test_a_writer_whose_reader_is_gone_gets_epipe(cycle: Any) -> None:
         os.close(writer)
 
 
+@pytest.mark.shows(
+    "changed",
+    "standard output into a pipe of somebody outside: /dev/null, or the file of `--stdout`",
+)
 def test_standard_output_to_somebody_gone_becomes_dev_null_or_a_file(
     cycle: Any, tmp_path: Path
 ) -> None:
@@ -128,6 +135,7 @@ def test_standard_output_to_somebody_gone_becomes_dev_null_or_a_file(
         os.close(writer)
 
 
+@pytest.mark.shows("survives", "bytes in a named pipe")
 def test_named_pipe_keeps_its_bytes(cycle: Any, tmp_path: Path) -> None:
     """A named pipe is opened again by its path, with what was in it."""
     path = tmp_path / "fifo"

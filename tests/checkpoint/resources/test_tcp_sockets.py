@@ -78,6 +78,7 @@ def test_connection_with_both_ends_inside_keeps_its_bytes_and_addresses(cycle: A
     assert nodelay == 1
 
 
+@pytest.mark.shows("survives", "bytes under way in a TCP connection inside")
 def test_bytes_that_did_not_fit_into_the_receiver_are_not_lost(cycle: Any) -> None:
     """What waits in the sender's queue because the receiver is full arrives too, once."""
 
@@ -110,6 +111,7 @@ def test_bytes_that_did_not_fit_into_the_receiver_are_not_lost(cycle: Any) -> No
     assert back == b"back"
 
 
+@pytest.mark.shows("cut", "a TCP connection to the outside: what had arrived, then end of file")
 def test_peer_outside_is_gone_after_the_queued_bytes(cycle: Any) -> None:
     """An end whose peer is another process gives its queued bytes, then end of file."""
     with socket.create_server(("127.0.0.1", 0)) as outside:
@@ -180,6 +182,7 @@ def test_ipv6_pair_with_one_end_shut_and_its_listener_closed(cycle: Any) -> None
     assert cycle(hold, prove) == [b"bye", b"", b"still", True]
 
 
+@pytest.mark.shows("survives", "a TCP client of its own that is not accepted yet")
 def test_a_client_that_waits_to_be_accepted_waits_again(cycle: Any) -> None:
     """The listener of the process accepts it after the cycle."""
 
@@ -197,6 +200,7 @@ def test_a_client_that_waits_to_be_accepted_waits_again(cycle: Any) -> None:
     assert cycle(hold, prove) == b"at last"
 
 
+@pytest.mark.shows("refused", "bytes sent to a TCP connection that is not accepted yet")
 def test_bytes_sent_to_a_connection_not_yet_accepted_are_a_reason_to_wait(cycle: Any) -> None:
     """They lie in a queue that no descriptor leads to."""
     from lzy.checkpoint.errors import Unsupported
@@ -211,6 +215,7 @@ def test_bytes_sent_to_a_connection_not_yet_accepted_are_a_reason_to_wait(cycle:
         cycle.describe(hold)
 
 
+@pytest.mark.shows("refused", "a TCP listener whose port is taken")
 def test_a_taken_port_is_busy(cycle: Any) -> None:
     """The error names the address and says how to find who has it."""
     from lzy.checkpoint.errors import Busy
@@ -309,6 +314,7 @@ def test_describing_leaves_sockets_as_they_were(cycle: Any) -> None:
     assert reuse.count(1) == 3
 
 
+@pytest.mark.shows("changed", "a TCP connection inside whose port is taken: other ports")
 def test_a_pair_whose_port_is_taken_is_connected_elsewhere(cycle: Any) -> None:
     """A client's port that another process got meanwhile does not stand in the way."""
 

@@ -15,6 +15,7 @@ from lzy.checkpoint.errors import Unsupported
 from lzy.checkpoint.resources import RestoreOptions
 
 
+@pytest.mark.shows("survives", "pairs of terminals of its own")
 def test_own_pair_keeps_settings_and_window(cycle: Any) -> None:
     """Master and slave are connected again, under the same number where it is free."""
 
@@ -44,6 +45,7 @@ def test_own_pair_keeps_settings_and_window(cycle: Any) -> None:
     assert cycle(hold, prove) == (b"abc", b"def", (44, 132), True, True)
 
 
+@pytest.mark.shows("refused", "unread bytes in a pair of terminals of its own")
 def test_unread_bytes_in_a_pair_are_a_reason_to_wait(cycle: Any) -> None:
     """They cannot be copied without being read."""
 
@@ -56,6 +58,7 @@ def test_unread_bytes_in_a_pair_are_a_reason_to_wait(cycle: Any) -> None:
         cycle.describe(hold)
 
 
+@pytest.mark.shows("changed", "a terminal of the outside: the caller's, else /dev/null")
 def test_outside_terminal_becomes_the_chosen_one_or_dev_null(cycle: Any) -> None:
     """A terminal that is gone is replaced, also where an epoll watches it."""
     import select

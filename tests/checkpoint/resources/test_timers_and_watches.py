@@ -22,6 +22,7 @@ def _ticks(fd: int) -> int:
     return int(struct.unpack("=Q", os.read(fd, 8))[0])
 
 
+@pytest.mark.shows("survives", "timerfd: time left, interval, unread expiries")
 def test_timer_keeps_what_is_left_its_interval_and_its_ticks(cycle: Any) -> None:
     """No time passes while the process is not there; unread expiries stay unread."""
 
@@ -75,6 +76,7 @@ def test_timer_at_a_time_of_the_wall_clock_keeps_that_time(cycle: Any) -> None:
     assert 990 * SECOND_NS < left < 1000 * SECOND_NS
 
 
+@pytest.mark.shows("survives", "signalfd")
 def test_signals_are_read_and_reported_by_epoll(cycle: Any) -> None:
     """A signalfd keeps its set, and an epoll that watches it sees the new process's signals."""
     import select
@@ -96,6 +98,7 @@ def test_signals_are_read_and_reported_by_epoll(cycle: Any) -> None:
     assert cycle(hold, prove) == ([], 1, signal.SIGUSR2)
 
 
+@pytest.mark.shows("survives", "inotify watches")
 def test_watches_report_under_their_numbers(cycle: Any, tmp_path: Path) -> None:
     """Directory and file watches keep number and mask; nothing of the restore is reported."""
     folder, file = tmp_path / "a folder", tmp_path / "file"
@@ -134,6 +137,7 @@ def test_watches_report_under_their_numbers(cycle: Any, tmp_path: Path) -> None:
     assert following == 8
 
 
+@pytest.mark.shows("refused", "unread inotify events")
 def test_unread_events_are_a_reason_to_wait(cycle: Any, tmp_path: Path) -> None:
     """They cannot be copied, and to lose them silently would be wrong."""
 
@@ -147,6 +151,7 @@ def test_unread_events_are_a_reason_to_wait(cycle: Any, tmp_path: Path) -> None:
         cycle.describe(hold)
 
 
+@pytest.mark.shows("survives", "memfd with its seals")
 def test_memory_file_keeps_content_name_position_and_seals(cycle: Any) -> None:
     """Two opens of one memfd share content, not position; a sealed one stays sealed."""
 
@@ -175,6 +180,7 @@ def test_memory_file_keeps_content_name_position_and_seals(cycle: Any) -> None:
     assert names == {"a name", "sealed"}
 
 
+@pytest.mark.shows("survives", "pidfds, of itself, of the dead, of others")
 def test_process_descriptors(cycle: Any) -> None:
     """One's own refers to the new process; that of a dead process stays dead; others are kept."""
 
@@ -224,6 +230,7 @@ def test_paths_of_watches_are_found_without_handles(
     assert [watch["path"] for watch in watches] == [str(tmp_path / "file"), "/"]
 
 
+@pytest.mark.shows("refused", "an inotify watch of a file that is gone")
 def test_a_watched_file_that_is_gone_is_refused_first(cycle: Any, tmp_path: Path) -> None:
     """Before anything is made, by path."""
     path = tmp_path / "watched"

@@ -50,6 +50,7 @@ def test_datagrams_inside_keep_order_boundaries_and_senders(cycle: Any, host: st
     assert cycle(hold, prove) == ([b"first", b"", b"x" * 5000, b"again"], True, True, 1)
 
 
+@pytest.mark.shows("survives", "datagrams that wait, with their senders' addresses")
 def test_datagram_of_a_stranger_keeps_its_senders_address(cycle: Any) -> None:
     """Even while the stranger still uses that address."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as stranger:
@@ -74,6 +75,7 @@ def test_datagram_of_a_stranger_keeps_its_senders_address(cycle: Any) -> None:
         assert cycle(hold, prove) == (b"hello", stranger.getsockname())
 
 
+@pytest.mark.shows("survives", "multicast groups")
 def test_multicast_group_is_joined_again(cycle: Any) -> None:
     """Datagrams sent to the group arrive after the cycle."""
     group = "239.7.7.7"

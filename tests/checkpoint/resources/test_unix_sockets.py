@@ -60,6 +60,7 @@ def test_listener_is_reachable_under_its_path_again(cycle: Any, tmp_path: Path) 
     assert cycle(hold, prove) == (b"hello", path, 0o640)
 
 
+@pytest.mark.shows("survives", "abstract names of unix sockets")
 def test_abstract_listener(cycle: Any) -> None:
     """A name in the abstract namespace is taken again."""
     name = b"\0lzy-test-%d" % os.getpid()
@@ -73,6 +74,10 @@ def test_abstract_listener(cycle: Any) -> None:
     assert cycle(hold, lambda number: socket.socket(fileno=number).getsockname()) == name
 
 
+@pytest.mark.shows(
+    "cut",
+    "a unix socket whose other end is outside: what was queued, then end of file",
+)
 def test_end_whose_other_end_is_outside(cycle: Any) -> None:
     """The queued bytes, then end of file; writing breaks."""
     ours, theirs = socket.socketpair()
@@ -180,6 +185,7 @@ def test_shut_ends_stay_shut(cycle: Any) -> None:
     assert cycle(hold, prove) == [b"last", b"", b"other way"]
 
 
+@pytest.mark.shows("survives", "unix datagrams with their senders")
 def test_datagrams_with_names(cycle: Any, tmp_path: Path) -> None:
     """Each datagram comes from the name of its sender; destinations stay chosen."""
 
@@ -203,6 +209,7 @@ def test_datagrams_with_names(cycle: Any, tmp_path: Path) -> None:
     assert cycle(hold, prove) == [(b"from one", one), (b"from nobody", None), (b"more", one)]
 
 
+@pytest.mark.shows("refused", "a unix socket whose name somebody else serves by now")
 def test_a_name_somebody_serves_by_now_is_busy(cycle: Any, tmp_path: Path) -> None:
     """The restore is refused before anything is made; the server is left alone."""
     from lzy.checkpoint.errors import Busy
@@ -225,6 +232,7 @@ def test_a_name_somebody_serves_by_now_is_busy(cycle: Any, tmp_path: Path) -> No
         assert os.path.exists(path)
 
 
+@pytest.mark.shows("refused", "descriptors under way in a unix socket (SCM_RIGHTS)")
 def test_descriptors_on_their_way_are_refused(cycle: Any) -> None:
     """SCM_RIGHTS in a queue: refused, nothing of it taken, nothing left open here."""
     from lzy.checkpoint.errors import Unsupported
@@ -240,6 +248,7 @@ def test_descriptors_on_their_way_are_refused(cycle: Any) -> None:
     assert len(os.listdir("/proc/self/fd")) == before + 1  # the pidfd of the child
 
 
+@pytest.mark.shows("refused", "a socket of another network namespace")
 def test_a_socket_of_another_network_is_refused(cycle: Any) -> None:
     """It would be made again where nobody could reach it."""
     import ctypes

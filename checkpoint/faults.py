@@ -350,7 +350,7 @@ class FaultServer:
         poll.poll(timeout_s * 1000)
 
     def _answer(self, context: Context, page: int) -> None:
-        if context.token not in self._contexts:
+        if not self._is_served(context):
             return
         try:
             piece = context.missing.find(page)
@@ -558,7 +558,7 @@ class FaultServer:
         if step.place >= 0 and context.token == MAIN:
             self._place = step.place
         piece = context.missing.find_from(step.address)
-        current = context.token in self._contexts and piece is not None and piece[0] < step.end
+        current = self._is_served(context) and piece is not None and piece[0] < step.end
         if current and piece is not None:
             base = windows.address(number) - piece[2]
             current = base <= max(step.address, piece[0]) < base + windows.length
@@ -633,10 +633,15 @@ class FaultServer:
 
     # -- the end
 
+    def _is_served(self, context: Context) -> bool:
+        """Whether it was not dropped; its token may be that of another, later child by now."""
+        return self._contexts.get(context.token) is context
+
     def _drop(self, context: Context) -> None:
         """Forget a context and close our descriptor of it."""
-        if self._contexts.pop(context.token, None) is None:
+        if not self._is_served(context):
             return
+        del self._contexts[context.token]
         self._poll = None
         self._journal.append(GONE, context.token)
         for key in [key for key in self._stalled if key[0] == context.token]:

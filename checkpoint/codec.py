@@ -35,6 +35,7 @@ _MOST_SHARE = 0.875
 _SAMPLE_BYTES = 32768
 _GLANCE_BYTES = 4096
 _BYTES_PER_TRIAL = 8 << 20
+_LEAST_BYTES_PER_TRIAL = 128 << 10
 _BYTES_PER_GLANCE = 256 << 10
 _NEWS = 0.08
 _WORTH_THE_TIME = 0.25
@@ -74,6 +75,7 @@ class Encoder:
         self._choice = RAW
         self._expected = 1.0
         self._until_trial_bytes = 0
+        self._since_trial_bytes = 0
         self._until_glance_bytes = 0
         self._glance_apart = False
 
@@ -81,14 +83,16 @@ class Encoder:
         """Answer (encoding, stored bytes) of one chunk; raw content is answered as it is."""
         length_bytes = len(content)
         self._until_trial_bytes -= length_bytes
+        self._since_trial_bytes += length_bytes
         if self._until_trial_bytes < 0 or (self._choice == RAW and self._shrinks(content)):
             self._try_all(content)
         if self._choice == RAW:
             return RAW, content
         packed = self._compress(self._choice, content)
         share = len(packed) / length_bytes
-        if abs(share - self._expected) > _NEWS:
-            self._until_trial_bytes = 0
+        if abs(share - self._expected) > _NEWS:  # try again, but not at each of many small chunks
+            soonest = max(0, _LEAST_BYTES_PER_TRIAL - self._since_trial_bytes)
+            self._until_trial_bytes = min(self._until_trial_bytes, soonest)
         self._expected = share
         if share > _MOST_SHARE:
             return RAW, content
@@ -161,6 +165,7 @@ class Encoder:
             choice, expected = RAW, 1.0
         self._choice, self._expected = choice, expected
         self._until_trial_bytes = _BYTES_PER_TRIAL
+        self._since_trial_bytes = 0
 
 
 class PlainEncoder:

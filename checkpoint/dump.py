@@ -326,13 +326,14 @@ def _dump(
             reach("dump.writing")
             own_pages = root.open_pages()
             source: ProcessPages | CopiedPages = own_pages
-            fresh = windows_of(root.ranges, window_pages)
             if base and written is not None:
                 written = join_ranges(written)
                 try:
                     kept, fresh = plan_checkpoint(base, root.ranges, written, away.missing)
                 except TooScattered:
                     raise NotAsItIs from None
+            else:
+                fresh = windows_of(root.ranges, window_pages)
             written_bytes = sum(mask.bit_count() for _, mask in fresh) * PAGE_BYTES
             written_bytes += sum(length_bytes(subject.fresh) for subject in tree[1:])
             if leave_running and not runs_on:

@@ -76,16 +76,12 @@ def refuse_separate_threads(tracee: Tracee) -> None:
 
 
 def look_at_mappings(pid: int) -> tuple[bytes, list[Vma]]:
-    """Both /proc/PID/maps as it is and the mappings with their flags.
+    """Both what is /proc/PID/maps and the mappings with their flags.
 
-    Should the first read the same later, the second still hold. The first is empty where they
-    disagree, so that it never does: a leaving pager, say, maps a page for its last call inside the
-    process just between the two.
+    Should the first read the same later, the second still hold.
     """
-    places = proc.read_bytes(pid, "maps")
-    vmas = proc.mappings(pid)
-    agree = [vma[:4] for vma in proc.parse_mappings(places)] == [vma[:4] for vma in vmas]
-    return places if agree else b"", vmas
+    details = proc.read_bytes(pid, "smaps")
+    return proc.places_in(details), proc.look_up(pid, proc.parse_mappings(details))
 
 
 def wait_for_pager(pid: int, progress: Progress | None) -> tuple[bytes, list[Vma]]:

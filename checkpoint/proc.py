@@ -180,8 +180,7 @@ def kernel_mappings(pid: int) -> list[Vma]:
 
 def mappings(pid: int, *, with_flags: bool = True) -> list[Vma]:
     """The process's VMAs in address order; without flags it is much faster."""
-    found = parse_mappings(read_bytes(pid, "smaps" if with_flags else "maps"))
-    return [_look_up(pid, vma) if vma.kind == "memory" else vma for vma in found]
+    return look_up(pid, parse_mappings(read_bytes(pid, "smaps" if with_flags else "maps")))
 
 
 def referenced_bytes(pid: int) -> dict[int, int]:
@@ -194,6 +193,16 @@ def referenced_bytes(pid: int) -> dict[int, int]:
         elif not line[:1].isupper():
             start = int(line.split(b"-", 1)[0], 16)
     return found
+
+
+def places_in(details: bytes) -> bytes:
+    """What /proc/PID/maps would have said, of /proc/PID/smaps: the first line of each mapping."""
+    return b"".join([b"%b\n" % part.partition(b"\n")[0] for part, _ in _with_flags(details)])
+
+
+def look_up(pid: int, vmas: list[Vma]) -> list[Vma]:
+    """The mappings of a process, with files known as such that are only called ` (deleted)`."""
+    return [_look_up(pid, vma) if vma.kind == "memory" else vma for vma in vmas]
 
 
 def _look_up(pid: int, vma: Vma) -> Vma:

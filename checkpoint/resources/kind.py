@@ -23,7 +23,7 @@ Entry = dict[str, Any]
 
 
 _SOCKET = "socket:"
-_OF_SOCKETS = ("socket_state", "tcp_socket", "udp_socket", "unix_socket", "release")
+_OF_SOCKETS = ("socket_state", "release")  # and all whose name ends so
 
 
 class ObjectSink(Protocol):
@@ -173,7 +173,7 @@ def all_kinds(*, sockets: bool = True) -> Sequence[Kind]:
     kinds = []
     for file in os.listdir(os.path.dirname(__file__)):  # pkgutil would take inspect, and 6 ms
         name, _, suffix = file.partition(".")
-        if not sockets and name in _OF_SOCKETS:
+        if not sockets and (name.endswith("_socket") or name in _OF_SOCKETS):
             continue
         if suffix == "py" and name != "__init__":
             module = importlib.import_module(f".{name}", __package__)

@@ -43,7 +43,9 @@ class Reading(NamedTuple):
     unix_s: float
     cpu_s: float
     resident_bytes: int
-    children: tuple[str, ...]
+    children: int
+    """All descendants; `busy_children` are those that do not sleep."""
+    busy_children: tuple[str, ...]
     io_bytes: int
     moved_bytes: int
     queued_bytes: int
@@ -133,7 +135,8 @@ class Watch:
             unix_s=time.time(),
             cpu_s=ticks / _TICKS_PER_S,
             resident_bytes=process.resident_bytes,
-            children=tuple(f"{p.pid} ({p.name})" for p in below[:8]),
+            children=len(below),
+            busy_children=tuple(f"{p.pid} ({p.name})" for p in below if p.state in "RD")[:8],
             io_bytes=io_bytes,
             moved_bytes=moved,
             queued_bytes=queued,

@@ -90,12 +90,15 @@ def test_computing(begin: Callable[[str], Program]) -> None:
 
 
 def test_children(begin: Callable[[str], Program]) -> None:
-    """A child that runs counts, and so does what it computes."""
-    program = begin(f"import subprocess; p = subprocess.Popen(['sleep', '1000']); {READY}")
+    """A child that computes counts; one that sleeps does not."""
+    shell = "['sh', '-c', 'read line; while :; do :; done']"
+    start = f"import subprocess; p = subprocess.Popen({shell}, stdin=subprocess.PIPE)"
+    program = begin(f"{start}; {READY}; p.stdin.write(b'go\\n'); p.stdin.flush(); input()")
     looking = Looking(program.pid)
     try:
-        verdict = looking.await_verdict("children", True)
-        assert "(sleep)" in verdict.reason
+        assert "all 1" in looking.await_verdict("children", False).reason
+        program.say("go")
+        assert "(sh)" in looking.await_verdict("children", True).reason
     finally:
         (child,) = Path(f"/proc/{program.pid}/task/{program.pid}/children").read_text().split()
         os.kill(int(child), signal.SIGKILL)

@@ -128,11 +128,15 @@ def find_process(asked: str) -> int:
 
 
 def find_node(pid: int) -> dict[str, Any]:
-    """Of a fleet of namespaces of this machine: the node that process is on, and its pid there."""
+    """Of a fleet: the node that process is on, and its pid there."""
     from ..checkpoint.home import home
 
     if not (home() / "fleet" / "trial.json").exists():
-        return {}
+        if not (home() / "node").exists():
+            return {}
+        from ..agent.identity import read_identity
+
+        return {"node": read_identity(home()).name}  # other machines' processes: attached there
     from ..agent.network import read_holder
     from ..agent.trial import holder_path, read_trial
 

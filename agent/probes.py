@@ -95,7 +95,7 @@ def _messages(between: _Between) -> Verdict:
 
 
 def _children(between: _Between) -> Verdict:
-    """Workers of a pool that wait for work are no activity; they doze and wake with their parent."""
+    """Workers of a pool that wait for work are no activity: they go and come with their parent."""
     if busy := between.now.busy_children:
         return Verdict("children", True, f"its children are at work: {', '.join(busy)}")
     if children := between.now.children:

@@ -359,6 +359,10 @@ class Objects:
         )
         return number
 
+    def find(self, key: tuple[int, int]) -> int:
+        """The number of the content that is known as `key`, or 0."""
+        return self._numbers.get(key, 0)
+
     @property
     def total_bytes(self) -> int:
         return sum(os.fstat(d).st_size for d in self.descriptors)

@@ -22,6 +22,7 @@ from .home import run_directory
 from .linux import sockets
 from .linux.network import enter_apart, join_apart
 from .restore import Progress, RestoreReport, restore
+from .unprivileged import SAID, enter_if_needed
 
 if TYPE_CHECKING:
     from .image import Image
@@ -69,12 +70,13 @@ def fork(
                 remedy="let the original close that socket, or dump and end it first",
                 path=taken,
             )
+        without_root = enter_if_needed(image.document, image.name, "new")
         if apart:
             _enter_apart()
         try:
             report = restore(
                 image,
-                eager=eager,
+                eager=eager or without_root,
                 pid_namespace="new",
                 stdin=stdin,
                 stdout=stdout,
@@ -100,30 +102,43 @@ def fork(
                 address=error.facts["address"],
             ) from error
     notes = [*report.notes, *shared_things(image.document, stdin, stdout, stderr)]
+    if without_root:
+        notes.append(SAID)
     if apart:
         notes.append(_APART)
     return name, report._replace(notes=[*notes, *(_reseed(report) if reseed else [_RANDOM])])
 
 
 def enter_copy(pid: int) -> bool:
-    """If `pid` is a copy that lives apart, enter its network, from which alone it can be dumped.
+    """If lzy made namespaces for `pid` enter them, since only from there it can be dumped.
 
-    Whether it is one. The calling thread's namespaces change; of containers and the like nothing is
-    entered.
+    Those are the network of a copy that lives apart, and the users of what was restored without
+    root. Whether there are any. The calling thread's namespaces change; of containers and the like
+    nothing is entered. Precondition: the process has one thread.
     """
-    own = [os.stat(f"/proc/self/ns/{name}").st_ino for name in ("net", "ipc")]
     try:
-        if [os.stat(f"/proc/{pid}/ns/{name}").st_ino for name in ("net", "ipc")] == own:
+        other = [name for name in ("user", "net", "ipc") if not _is_ours(pid, name)]
+        if not other or not _has_own_init(pid):
             return False
-        above = pid
-        while above and int(proc.status(above)["NSpid"].split()[-1]) != 1:
-            above = int(proc.stat(above)[3])
-        if not above or os.readlink(f"/proc/{above}/exe") != _INIT:
+        if "user" in other and os.stat(f"/proc/{pid}").st_uid != os.geteuid():
             return False
-        join_apart(pid)
+        join_apart(pid, other)
         return True
     except (NotFound, FileNotFoundError, ProcessLookupError, PermissionError):
         return False  # it has gone, or is nobody's whom we may enter: the dump tells
+
+
+def _is_ours(pid: int, namespace: str) -> bool:
+    path = f"/proc/self/ns/{namespace}"
+    return os.stat(f"/proc/{pid}/ns/{namespace}").st_ino == os.stat(path).st_ino
+
+
+def _has_own_init(pid: int) -> bool:
+    """Whether the first process of its PID namespace is one that lzy made."""
+    above = pid
+    while above and int(proc.status(above)["NSpid"].split()[-1]) != 1:
+        above = int(proc.stat(above)[3])
+    return bool(above) and os.readlink(f"/proc/{above}/exe") == _INIT
 
 
 def _enter_apart() -> None:

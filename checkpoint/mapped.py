@@ -11,6 +11,7 @@ from .content import Objects
 from .elf import build_id
 from .errors import Busy, Unsupported
 from .proc import Vma
+from .unnamed import copy_unnamed
 
 
 def refuse_mappings(pid: int, vmas: list[Vma]) -> None:
@@ -121,6 +122,9 @@ class Mappings:
                     f"/proc/{self.pid}/map_files/{vma.start:x}-{vma.end:x}",
                     os.O_RDONLY | os.O_CLOEXEC,
                 )
+            except PermissionError:
+                self._objects[vma] = copy_unnamed(self.pid, vma, self.vmas, objects)
+                continue
             except OSError as error:
                 raise Unsupported(
                     f"cannot open what pid {self.pid} has mapped at {vma.start:#x} ({vma.path}): "

@@ -212,12 +212,13 @@ def add_rights(batch: Batch, thread: dict[str, Any], present: dict[str, str]) ->
             if int(present["CapBnd"], 16) & ~bounding & 1 << capability:
                 batch.call(SYS_PRCTL, process.PR_CAPBSET_DROP, capability)
         groups = [int(g) for g in rights["Groups"].split()]
-        batch.call(
-            process.SYS_SETGROUPS,
-            len(groups),
-            batch.put(layouts.pack_groups(groups)) if groups else 0,
-            what="groups",
-        )
+        if groups != [int(g) for g in present["Groups"].split()]:  # it may be forbidden
+            batch.call(
+                process.SYS_SETGROUPS,
+                len(groups),
+                batch.put(layouts.pack_groups(groups)) if groups else 0,
+                what="groups",
+            )
         real, effective, saved, fs = (int(x) for x in rights["Gid"].split())
         batch.call(process.SYS_SETRESGID, real, effective, saved, what="group ids")
         batch.call(process.SYS_SETFSGID, fs)

@@ -34,6 +34,7 @@ from .member_memory import HOLE_BYTES, Brought, is_readonly
 from .needed import Needs
 from .pages import page_runs
 from .stages import reach
+from .unprivileged import SAID, enter_if_needed
 
 Progress = Callable[[str, int, int], None]
 
@@ -78,7 +79,13 @@ def restore(
     options = resources.RestoreOptions(
         stdin=stdin, stdout=stdout, stderr=stderr, accept_changed_files=accept_changed_files
     )
-    return Restorer(image, eager, session, progress).restore(pid_namespace, options)
+    without_root = enter_if_needed(image.document, image.name, pid_namespace)
+    if without_root:
+        eager, pid_namespace = True, "new"
+    report = Restorer(image, eager, session, progress).restore(pid_namespace, options)
+    if without_root:
+        report.notes.insert(0, SAID)
+    return report
 
 
 class Restorer:

@@ -212,7 +212,9 @@ def open_account(tracee: Tracee) -> int:
     batch = tracee.batch()
     for other in others:
         batch.call(process.SYS_CLOSE, other)
-    batch.call(process.SYS_USERFAULTFD, os.O_CLOEXEC | os.O_NONBLOCK, what="userfaultfd")
+    # Nobody serves faults here, the kernel ends them itself: its own as well as the program's.
+    flags = os.O_CLOEXEC | os.O_NONBLOCK | uffd.UFFD_USER_MODE_ONLY
+    batch.call(process.SYS_USERFAULTFD, flags, what="userfaultfd")
     request = batch.put(uffd.pack_api(uffd.ACCOUNT_FEATURES))
     batch.call(process.SYS_IOCTL, lowest, uffd.UFFDIO_API, request, what="UFFDIO_API")
     if number != lowest:

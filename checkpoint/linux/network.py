@@ -6,13 +6,16 @@ import fcntl
 import os
 import socket
 import struct
+from collections.abc import Sequence
 
 from . import syscall
 from .process import unshare
+from .users import CLONE_NEWUSER
 
 CLONE_NEWIPC = 0x08000000
 CLONE_NEWNET = 0x40000000
 _SYS_SETNS = 308
+_KINDS = {"user": CLONE_NEWUSER, "net": CLONE_NEWNET, "ipc": CLONE_NEWIPC}
 _SIOCGIFFLAGS = 0x8913
 _SIOCSIFFLAGS = 0x8914
 _IFF_UP = 0x1
@@ -33,14 +36,15 @@ def enter_apart() -> None:
         fcntl.ioctl(control, _SIOCSIFFLAGS, _IFREQ.pack(b"lo", flags | _IFF_UP))
 
 
-def join_apart(pid: int) -> None:
-    """Enter the network and the IPC namespace of process `pid`, setns(2); the calling thread alone.
+def join_apart(pid: int, kinds: Sequence[str] = ("net", "ipc")) -> None:
+    """Enter namespaces of process `pid`, setns(2): of these kinds, that of users first.
 
-    Raises OSError: EPERM without CAP_SYS_ADMIN.
+    The calling thread's alone, which for `user` must be the only one. Raises OSError: EPERM without
+    CAP_SYS_ADMIN over them.
     """
-    for name, kind in (("net", CLONE_NEWNET), ("ipc", CLONE_NEWIPC)):
+    for name in kinds:
         descriptor = os.open(f"/proc/{pid}/ns/{name}", os.O_RDONLY | os.O_CLOEXEC)
         try:
-            syscall(_SYS_SETNS, descriptor, kind)
+            syscall(_SYS_SETNS, descriptor, _KINDS[name])
         finally:
             os.close(descriptor)

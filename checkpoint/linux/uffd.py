@@ -40,6 +40,9 @@ PAGER_FEATURES = (
 )
 """Every way in which a process can change what lies where: the pager must hear of all of them."""
 
+UFFD_USER_MODE_ONLY = 1
+"""Flag of userfaultfd(2): faults of the kernel's own are not served. Anybody may ask for that."""
+
 FEATURE_WP_UNPOPULATED = 1 << 13  # which WP_ASYNC implies
 FEATURE_WP_ASYNC = 1 << 15
 ACCOUNT_FEATURES = FEATURE_WP_ASYNC | 1 << 11 | 1 << 8

@@ -15,6 +15,7 @@ from typing import Any
 
 import increments
 import limits
+import trees
 from figures import Figure, Floor
 from floors import measure
 from hosting import Command, Subject, follow_to_the_end, memory_with_children, watching
@@ -473,4 +474,5 @@ CASES: dict[str, Callable[[Bench], Iterator[Figure]]] = {
     "everything": everything,
     **increments.CASES,
     **limits.CASES,
+    **trees.CASES,
 }

@@ -199,6 +199,7 @@ class Agent:
 
     def forget(self, session: Session) -> None:
         """Let go of a session whose record goes, or has gone."""
+        tell_state(session.record.name, self.home, {"state": "gone"})
         self._let_go(session)
         self.sessions.pop(session.record.name, None)
         self.ring()

@@ -149,6 +149,7 @@ def leave_word(session: str, left: Left) -> int:
         click.echo(f"{word} the terminal of {session} is gone", err=True)
         return 1
     if left.status is None:
+        click.echo(f"the terminal of {session} is kept here no longer; see lzy ps", err=True)
         return 0
     return status_of(left.status)
 

@@ -342,6 +342,10 @@ class Host:
         """The agent says how the session is: `state`, `pid`, and `exit_status` at its end."""
         state, pid = str(told["state"]), int(told.get("pid") or 0)
         before = self._state
+        if state == "gone":  # it is looked after no longer, or elsewhere
+            if self._has_no_program:
+                self._finish(None)
+            return
         if state in _ENDED or self._is_over:
             if self._has_no_program and not self._is_over:
                 status = told.get("exit_status")

@@ -307,6 +307,72 @@ def test_terminal_is_given_back_when_lzy_is_killed(terminals: Terminals, service
     assert service.look()["state"] == "running"
 
 
+def test_shell_with_jobs(terminals: Terminals, service: Service) -> None:
+    """A shell, a stopped job and one in the foreground sleep and wake together.
+
+    Ctrl-C and Ctrl-Z reach the job that they reached before; the shell goes on with job control.
+    """
+    service.begin().set()
+    person = terminals.person("run", "--name", "calm", "--", "bash", "--norc")
+    person.types("PS1='%''% '\r")
+    person.sees("%% ")
+    person.types("echo go; cat\r")
+    person.sees("\rgo\r\n")  # only now the terminal is as programs have it, not as editors do
+    person.types("one\r")
+    person.sees("one\r\none")
+    person.types("\x1a")
+    person.sees("Stopped")
+    person.sees("%% ")
+    person.types("echo on; cat -u\r")
+    person.sees("\ron\r\n")
+    person.types("two\r")
+    person.sees("two\r\ntwo")
+    service.do("hibernate")
+    person.sees("hibernates; a key wakes it")
+    person.types("three\r")
+    person.sees("three\r\nthree")
+    person.types("\x03")
+    person.sees("%% ")
+    person.types("echo $?; jobs\r")
+    person.sees("130")
+    person.sees("Stopped")
+    person.sees("%% ")
+    person.types("fg\r")
+    person.sees("cat\r\n")
+    person.types("four\r")
+    person.sees("four\r\nfour")
+    person.types("\x04")
+    person.sees("%% ")
+    person.types("exit 6\r")
+    assert person.exit_status() == 6
+
+
+def test_detached_session_gives_its_terminal_up(terminals: Terminals, service: Service) -> None:
+    """Nobody looks after it: if it hibernates its keeper goes; if it runs, its console stays."""
+    service.begin().set()
+    person = terminals.run(ECHO)
+    person.sees("ready")
+    service.do("detach")
+    person.types("still\r")
+    person.sees("heard still")
+    service.client.post("/v1/sessions", {"pid": terminals_pid(terminals), "name": "calm"})
+    service.wait_until(lambda: service.look()["image"], "its first checkpoint is taken")
+    service.do("hibernate")
+    person.sees("hibernates; a key wakes it")
+    service.do("detach")
+    assert person.exit_status() == 0
+    service.wait_until(lambda: not (terminals.lzy.home / "terminals/calm.json").exists(), "it goes")
+
+
+def terminals_pid(terminals: Terminals) -> int:
+    """The program on the terminal: the guard's child that is not the host."""
+    guard, host = terminals.keepers()
+    (pid,) = set(map(int, Path(f"/proc/{guard}/task/{guard}/children").read_text().split())) - {
+        host
+    }
+    return pid
+
+
 def test_refusals_and_ends(terminals: Terminals, lzy: CommandLine, service: Service) -> None:
     """No agent, no such program, a name that is taken, no terminal; a program that ends at once."""
     assert lzy.fail("run", "--", "true")["kind"] == "no_agent"

@@ -11,8 +11,8 @@ still stored once.
 from __future__ import annotations
 
 import os
+from bisect import bisect_right
 from collections.abc import Iterator
-from typing import Any
 
 from .content import holds_own_pages, intersect, join_ranges
 from .linux import memory
@@ -37,7 +37,12 @@ def find_inherited(
 
     Both must stand still, or be snapshots.
     """
-    alike = [(vma.start, vma.end) for vma in vmas if _is_part(vma, parent_vmas)]
+    starts = [vma.start for vma in parent_vmas]
+    alike = [
+        (vma.start, vma.end)
+        for vma in vmas
+        if (at := bisect_right(starts, vma.start)) and _is_part(vma, parent_vmas[at - 1])
+    ]
     candidates = intersect(intersect(ranges, alike), parent_ranges)
     if not candidates:
         return []
@@ -55,29 +60,16 @@ def find_inherited(
     return intersect(candidates, join_ranges(found))
 
 
-def _is_part(vma: Vma, others: list[Vma]) -> bool:
-    """Whether one of the other mappings has all of this one, as it is."""
-    if not holds_own_pages(vma):
+def _is_part(vma: Vma, other: Vma) -> bool:
+    """Whether the other mapping has all of this one, as it is but for what mprotect(2) changes."""
+    if not holds_own_pages(vma) or other.shared or vma.end > other.end:
         return False
-    return any(
-        other.start <= vma.start
-        and vma.end <= other.end
-        and is_alike(
-            (vma.kind, vma.path, vma.inode, vma.offset - vma.start, vma.flags),
-            (other.kind, other.path, other.inode, other.offset - other.start, other.flags),
-        )
-        and not other.shared
-        for other in others
+    if vma.kind != other.kind or vma.flags & _AS_MAPPED != other.flags & _AS_MAPPED:
+        return False
+    return vma.kind == "anonymous" or (
+        (vma.path, vma.inode, vma.offset - vma.start)
+        == (other.path, other.inode, other.offset - other.start)
     )
-
-
-def is_alike(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
-    """Whether a part of one mapping could be the other, but for what mprotect(2) changes."""
-    *places, flags = one
-    *other_places, other_flags = other
-    if places[0] != other_places[0] or set(flags) & _AS_MAPPED != set(other_flags) & _AS_MAPPED:
-        return False
-    return places[0] == "anonymous" or places[1:] == other_places[1:]
 
 
 def _together(ranges: list[Range]) -> Iterator[Range]:

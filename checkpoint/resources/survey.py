@@ -24,6 +24,8 @@ from .kind import Entry, Kind, ObjectSink, kinds_for
 
 T = TypeVar("T")
 
+_FEW = 4
+
 
 class Holder(NamedTuple):
     """A frozen process whose descriptors are asked for: `pidfd` refers to `pid`."""
@@ -126,6 +128,7 @@ class Survey:
         self.kinds: list[Kind] = []
         self.index_of: dict[tuple[int, int], int] = {}
         """(index of the holder, descriptor number) to index of its description."""
+        self._places_of: list[list[tuple[int, int]]] = [[] for _ in holders]
         self._once: dict[Any, Any] = {}
 
     def once(self, key: Any, make: Callable[[], T]) -> T:
@@ -180,6 +183,7 @@ class Survey:
                 information = _read(folder, str(number))
                 if link == "anon_inode:[userfaultfd]" and keeps_account(information):
                     continue  # lzy's own (`lzy.checkpoint.tracking`), which no program knows of
+                self._places_of[at].append((at, number))
                 self.links[at, number] = link
                 self.information[at, number] = information
                 groups.setdefault(link, []).append((at, number))
@@ -195,6 +199,16 @@ class Survey:
             )
 
         groups: list[list[tuple[int, int]]] = []
+        for place in places:
+            mine = next((group for group in groups if order(group[0], place) == 0), None)
+            if mine is None:
+                groups.append(mine := [])
+                if len(groups) > _FEW:  # then it is quicker to put all of them in order
+                    break
+            mine.append(place)
+        else:
+            return groups
+        groups = []
         previous: tuple[int, int] | None = None
         for place in sorted(places, key=functools.cmp_to_key(order)):
             if previous is not None and order(previous, place) == 0:
@@ -233,13 +247,12 @@ class Survey:
     def descriptors(self, at: int) -> dict[str, dict[str, Any]]:
         """Each number of a holder (as text, for JSON): description and its own close-on-exec."""
         answer = {}
-        for place, index in sorted(self.index_of.items()):
-            if place[0] == at:
-                flags = int(self.information[place].partition("flags:")[2].split(None, 1)[0], 8)
-                answer[str(place[1])] = {
-                    "description": index,
-                    "close_on_exec": bool(flags & os.O_CLOEXEC),
-                }
+        for place in self._places_of[at]:
+            flags = int(self.information[place].partition("flags:")[2].split(None, 1)[0], 8)
+            answer[str(place[1])] = {
+                "description": self.index_of[place],
+                "close_on_exec": bool(flags & os.O_CLOEXEC),
+            }
         return answer
 
     def close(self) -> None:

@@ -104,8 +104,12 @@ def _open_nameless(index: int, entry: Entry, assembly: Assembly) -> int:
     first = next(i for i, e in assembly.of_kind(KIND.name) if e["inode"] == entry["inode"])
     if first != index:
         return os.open(f"/proc/self/fd/{assembly.make(first)}", _flags(entry))
-    name = f"lzy-{os.getpid()}-{entry['inode']}"
-    made = kernel.make(name, os.O_RDWR | os.O_CLOEXEC, *_shape(entry))
+    name = entry["path"][1:]
+    try:
+        made = kernel.make(name, os.O_RDWR | os.O_CLOEXEC, *_shape(entry))
+    except FileExistsError:  # another queue's by now
+        name = f"lzy-{os.getpid()}-{entry['inode']}"
+        made = kernel.make(name, os.O_RDWR | os.O_CLOEXEC, *_shape(entry))
     try:
         kernel.unlink(name)
         _give_away(made, entry)

@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import select
 import signal
 import socket
-import struct
 import sys
-import termios
 import time
-import tty
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
 from .arguments import json_option
 from .layout import paint, say, say_json
+from .raw import STDIN, STDOUT, raw_mode, signals, window_size, write
 from .sessions import choose, name_argument
 
 if TYPE_CHECKING:
@@ -29,7 +25,6 @@ if TYPE_CHECKING:
 DETACH_KEY = "ctrl-]"
 _SECOND_KEY_WITHIN_S = 1.0
 _COMES_BACK_WITHIN_S = 5.0
-_STDIN, _STDOUT = 0, 1
 
 
 class Left(NamedTuple):
@@ -108,7 +103,7 @@ def console(name: str | None, detach_key: bytes, prints: bool, as_json: bool) ->
             say(rows)
         return
     _see_that_there_is_one(client, chosen)
-    if os.isatty(_STDIN) and os.isatty(_STDOUT) and detach_key:
+    if os.isatty(STDIN) and os.isatty(STDOUT) and detach_key:
         click.echo(f"{chosen}: {name_key(detach_key)} d leaves it", err=True)
     sys.exit(leave_word(chosen, connect(chosen, detach_key)))
 
@@ -173,7 +168,7 @@ class _Console:
         self._key = detach_key
         self._pressed_s = 0.0
         self._has_keys = True
-        self._is_terminal = os.isatty(_STDIN) and os.isatty(_STDOUT)
+        self._is_terminal = os.isatty(STDIN) and os.isatty(STDOUT)
         self._leave = b""
         self._noted = False
 
@@ -181,7 +176,7 @@ class _Console:
         """Connect; again, if the keeper's host is killed and another takes its place."""
         from ..checkpoint.kept import find_kept
 
-        with _signals() as woken, _raw(self._is_terminal) as screen:
+        with signals() as woken, raw_mode(self._is_terminal) as screen:
             since_s = time.monotonic()
             while True:
                 try:
@@ -218,10 +213,10 @@ class _Console:
 
         frames = Frames()
         if self._is_terminal:
-            _write(b"\x1b[999;1H" + b"\n" * self._rows())  # what is here stays, further up
+            write(b"\x1b[999;1H" + b"\n" * self._rows())  # what is here stays, further up
         sock.sendall(pack_json(HELLO, self._window()))
         while True:
-            wanted: list[Any] = [sock, woken, *([_STDIN] if self._has_keys else [])]
+            wanted: list[Any] = [sock, woken, *([STDIN] if self._has_keys else [])]
             wait_s = None
             if self._pressed_s:
                 wait_s = max(self._pressed_s + _SECOND_KEY_WITHIN_S - time.monotonic(), 0)
@@ -235,8 +230,8 @@ class _Console:
                     return Left("detached", None)
                 with contextlib.suppress(OSError):
                     sock.sendall(pack_json(RESIZE, self._window()))
-            if _STDIN in ready:
-                typed = os.read(_STDIN, 4096)
+            if STDIN in ready:
+                typed = os.read(STDIN, 4096)
                 if not typed:
                     if self._is_terminal:
                         return Left("detached", None)
@@ -259,7 +254,7 @@ class _Console:
                     return None
                 for kind, content in frames.feed(data):
                     if kind == OUTPUT:
-                        _write(content)
+                        write(content)
                     elif kind == TOLD and (left := self._hear(json.loads(content))):
                         return left
 
@@ -294,7 +289,7 @@ class _Console:
             words = f"{self._session} wakes"
         if words and self._is_terminal:
             shown = words[: max(self._columns() - 4, 10)].encode()
-            _write(b"\x1b7\x1b[999;1H\x1b[0;7m " + shown + b" \x1b[0m\x1b[K\x1b8")
+            write(b"\x1b7\x1b[999;1H\x1b[0;7m " + shown + b" \x1b[0m\x1b[K\x1b8")
         return None
 
     def _ask_how_to_leave(self) -> None:
@@ -309,19 +304,10 @@ class _Console:
         return {"rows": self._rows(), "columns": self._columns()}
 
     def _rows(self) -> int:
-        return _size()[0]
+        return window_size()[0]
 
     def _columns(self) -> int:
-        return _size()[1]
-
-
-def _size() -> tuple[int, int]:
-    """Rows and columns of our terminal; 0 where there is none."""
-    with contextlib.suppress(OSError):
-        packed = fcntl.ioctl(_STDOUT, termios.TIOCGWINSZ, bytes(8))
-        rows, columns, _, _ = struct.unpack("HHHH", packed)
-        return rows, columns
-    return 0, 0
+        return window_size()[1]
 
 
 def _open(session: str) -> socket.socket:
@@ -334,78 +320,3 @@ def _open(session: str) -> socket.socket:
         sock.close()
         raise
     return sock
-
-
-def _write(data: bytes) -> None:
-    while data:
-        try:
-            data = data[os.write(_STDOUT, data) :]
-        except BlockingIOError:
-            select.select([], [_STDOUT], [], 1)
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[int]:
-    """A descriptor that tells of signals: the window's changes, and those that would end us."""
-    reading, writing = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-    numbers = (signal.SIGWINCH, signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGCONT)
-    before = {number: signal.signal(number, lambda *_: None) for number in numbers}
-    waking = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-    try:
-        yield reading
-    finally:
-        signal.set_wakeup_fd(waking)
-        for number, action in before.items():
-            signal.signal(number, action)
-        os.close(reading)
-        os.close(writing)
-
-
-class _Screen:
-    """Our terminal while it is somebody else's."""
-
-    def leave(self, how: bytes) -> None:
-        """Take the program's modes off, and go below what is shown."""
-        _write((how or _PLAIN) + b"\x1b[999;1H\r\n")
-
-
-_PLAIN = (
-    b"\x1b[?1l\x1b[?1000l\x1b[?1002l\x1b[?1003l\x1b[?1004l\x1b[?1006l\x1b[?2004l"
-    b"\x1b[?7h\x1b>\x1b[4l\x1b[r\x1b[0m\x1b[?25h"
-)
-
-
-@contextlib.contextmanager
-def _raw(is_terminal: bool) -> Iterator[_Screen]:
-    """Raw mode while the block runs. A child puts the settings back if we are killed."""
-    if not is_terminal:
-        yield _Screen()
-        return
-    before = termios.tcgetattr(_STDIN)
-    reading, writing = os.pipe2(os.O_CLOEXEC)
-    watcher = os.fork()
-    if watcher == 0:
-        _watch_over(reading, writing, before)
-    os.close(reading)
-    try:
-        tty.setraw(_STDIN, termios.TCSADRAIN)
-        yield _Screen()
-    finally:
-        termios.tcsetattr(_STDIN, termios.TCSADRAIN, before)
-        os.write(writing, b"k")
-        os.close(writing)
-        os.waitpid(watcher, 0)
-
-
-def _watch_over(reading: int, writing: int, before: list[Any]) -> None:
-    """In the child: if the parent ends without a word, give the terminal back for it."""
-    try:
-        os.close(writing)
-        os.setpgid(0, 0)  # what ends the parent's group is not for us
-        for number in (signal.SIGTTOU, signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)
-        if not os.read(reading, 1):
-            termios.tcsetattr(_STDIN, termios.TCSANOW, before)
-            _write(_PLAIN + b"\r\n")
-    finally:
-        os._exit(0)

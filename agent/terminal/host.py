@@ -17,7 +17,6 @@ import signal
 import socket
 import struct
 import time
-from collections import deque
 from typing import Any, NoReturn
 
 from ...checkpoint import proc
@@ -27,6 +26,7 @@ from ...checkpoint.linux import descriptors as kernel
 from ...checkpoint.linux.activity import exit_status
 from ...checkpoint.linux.detached import set_name
 from .asking import Asked
+from .consoles import Console
 from .frames import (
     ANSWER,
     CONTROL,
@@ -36,13 +36,13 @@ from .frames import (
     REPAINT,
     RESIZE,
     TOLD,
-    Frames,
     pack,
     pack_json,
     socket_path,
 )
 from .keeper import Holdings, guard
-from .screen import QUERY, Screen, skim
+from .screen import Screen
+from .tokens import QUERY, skim
 
 _MOST_BACKLOG_BYTES = 512 << 10
 _MOST_INPUT_BYTES = 64 << 10
@@ -54,48 +54,6 @@ _ASK_FOR_S = 10.0
 _AWAITED_S = 20.0
 _LIVING = ("running", "dozing")
 _ENDED = ("ended", "failed")
-
-
-class Console:
-    """Somebody connected: a person's console, or an agent with something to say."""
-
-    def __init__(self, sock: socket.socket) -> None:
-        self.socket = sock
-        self.frames = Frames()
-        self.unsent: deque[bytes] = deque()
-        self.unsent_bytes = 0
-        self.window: tuple[int, int] | None = None
-        self.is_shown = False
-        """It has said hello, and gets what is printed."""
-        self.is_behind = False
-        """It is so slow that output was left out: it is painted anew when it has caught up."""
-        self.holds = False
-        """It keeps input from the program as long as it is connected."""
-
-    def send(self, frame: bytes) -> None:
-        """Send as soon as it can be."""
-        self.unsent.append(frame)
-        self.unsent_bytes += len(frame)
-
-    def flush(self) -> None:
-        """Send what can be sent now. Raises OSError when nobody is there."""
-        while self.unsent:
-            frame = self.unsent[0]
-            try:
-                sent = self.socket.send(frame)
-            except BlockingIOError:
-                return
-            self.unsent_bytes -= sent
-            if sent < len(frame):
-                self.unsent[0] = frame[sent:]
-                return
-            self.unsent.popleft()
-
-    def drop_unsent(self) -> None:
-        """Forget all but the frame that may have begun to be sent."""
-        del_count = len(self.unsent) - 1
-        for _ in range(del_count):
-            self.unsent_bytes -= len(self.unsent.pop())
 
 
 class Host:
@@ -120,7 +78,7 @@ class Host:
         self._window_at_hold: tuple[int, int] | None = None
         self._state = state or "running"
         self._is_over = False
-        self._screen = self._load_screen()
+        self._screen = _load_screen(holdings)
 
     def serve(self) -> NoReturn:
         """Serve until the program has ended."""
@@ -541,16 +499,6 @@ class Host:
 
     # -- beginning and end
 
-    def _load_screen(self) -> Screen:
-        packed = fcntl.ioctl(self._own.master, kernel.TIOCGWINSZ, bytes(kernel.WINSIZE_BYTES))
-        rows, columns = struct.unpack("=HHHH", packed)[:2]
-        try:
-            screen = Screen.load(screen_path(self._own.session).read_bytes())
-        except (OSError, ValueError):
-            return Screen(rows, columns)
-        screen.resize(rows, columns)
-        return screen
-
     def _save(self) -> None:
         """Write the screen down, for another host, or another machine."""
         self._due.pop("save", None)
@@ -596,3 +544,15 @@ def _start_of(pid: int) -> int:
     except LzyError:
         return 0
     return 0 if pid <= 0 or fields[2] in "ZX" else int(fields[21])
+
+
+def _load_screen(holdings: Holdings) -> Screen:
+    """The screen as it was saved last, in the window that there is now."""
+    packed = fcntl.ioctl(holdings.master, kernel.TIOCGWINSZ, bytes(kernel.WINSIZE_BYTES))
+    rows, columns = struct.unpack("=HHHH", packed)[:2]
+    try:
+        screen = Screen.load(screen_path(holdings.session).read_bytes())
+    except (OSError, ValueError):
+        return Screen(rows, columns)
+    screen.resize(rows, columns)
+    return screen

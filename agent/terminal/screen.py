@@ -7,17 +7,16 @@ Other sequences are taken out whole and mean nothing. Rows that scroll off are k
 
 from __future__ import annotations
 
-import codecs
 import re
 from collections import deque
 from collections.abc import Callable
 from typing import Final
 
 from .cells import Row, Style, widths
+from .tokens import Tokens
 
 MOST_HISTORY: Final = 2000
 """Rows that scrolled off and are kept."""
-_LONGEST_SEQUENCE = 1 << 16
 _KEPT_MODES: Final = frozenset(
     {1, 7, 12, 66, 1000, 1002, 1003, 1004, 1005, 1006, 1007, 1015, 1016, 2004}
 )
@@ -25,30 +24,6 @@ _KEPT_MODES: Final = frozenset(
 _LINE_DRAWING: Final = str.maketrans(
     "`afgjklmnopqrstuvwxyz{|}~", "◆▒°±┘┐┌└┼⎺⎻─⎼⎽├┤┴┬│≤≥π≠£·"
 )  # fmt: skip
-
-_TOKEN = re.compile(
-    r"(?P<text>[^\x00-\x1f\x7f-\x9f]+)"
-    r"|\x1b\[(?P<parameters>[0-?]*)(?P<between>[ -/]*)(?P<final>[@-~])"
-    r"|\x1b\](?P<osc>[^\x07\x1b]*)(?:\x07|\x1b\\)"
-    r"|\x1b[PX^_][^\x1b]*(?:\x1b[^\x1b\\][^\x1b]*)*\x1b\\"
-    r"|\x1b(?P<set>[ -/]+)(?P<which>[0-~])"
-    r"|\x1b(?P<escape>[0-OQ-WYZ\\`-~])"
-    r"|(?P<control>[\x00-\x1a\x1c-\x1f\x7f-\x9f])"
-)
-_UNFINISHED = re.compile(
-    r"\x1b(?:\[[0-?]*[ -/]*|\][^\x07\x1b]*\x1b?|[PX^_].*|[ -/]*)?\Z", re.DOTALL
-)
-_SKIMMED = re.compile(rb"\x1b\[[?>][0-9;]*[hlmu]|\x1bc|\x1b\[!p|\x1b[=>]")
-QUERY = re.compile(
-    rb"\x1b\[[>=?]?[0-9;]*[cn]|\x1b\[>[0-9]*q|\x1b\[\??[0-9;]*\$p|\x1b\[\?u"
-    rb"|\x1bP[+$]q.*?\x1b\\|\x1b\][0-9;]*;\?(?:\x07|\x1b\\)"
-)
-"""What a terminal answers; only one of several may."""
-
-
-def skim(output: bytes) -> bytes:
-    """Of output that nobody will see, what changes the modes of the terminal."""
-    return b"".join(_SKIMMED.findall(output))
 
 
 class _Page:
@@ -70,8 +45,7 @@ class Screen:
         self.title = ""
         self.answers: list[bytes] = []
         """What a terminal would have answered to what was asked since this was emptied."""
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._rest = ""
+        self._tokens = Tokens()
         self._reset()
 
     def _reset(self) -> None:
@@ -134,7 +108,7 @@ class Screen:
 
     def unfinished(self) -> bytes:
         """The beginning of a sequence or character whose end has not come yet."""
-        return self._rest.encode() + self._decoder.getstate()[0]
+        return self._tokens.unfinished
 
     def unpaint(self) -> bytes:
         """What gives a terminal that showed this back to a shell: plain modes, the first screen."""
@@ -190,18 +164,7 @@ class Screen:
 
     def feed(self, output: bytes) -> None:
         """Take in what a program has printed."""
-        text = self._rest + self._decoder.decode(output)
-        self._rest = ""
-        at = 0
-        while at < len(text):
-            found = _TOKEN.match(text, at)
-            if found is None:
-                if _UNFINISHED.match(text, at) and len(text) - at < _LONGEST_SEQUENCE:
-                    self._rest = text[at:]
-                    return
-                at += 1
-                continue
-            at = found.end()
+        for found in self._tokens.feed(output):
             self._take(found)
 
     def _take(self, found: re.Match[str]) -> None:

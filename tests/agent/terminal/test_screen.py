@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lzy.agent.terminal.screen import Screen, skim
+from lzy.agent.terminal.screen import Screen
+from lzy.agent.terminal.tokens import skim
 
 
 def shown(output: bytes, rows: int = 4, columns: int = 10) -> Screen:

@@ -214,7 +214,10 @@ def _dump(
             store, pid, name, why=why, unnamed=lambda: default_name(root.comm, pid, taken)
         )
         if not leave_running and not process.may_choose_pids():
-            notes.append("to restore it here you will need root (CAP_CHECKPOINT_RESTORE)")
+            notes.append(
+                "without root it comes back in a user and a PID namespace of its own, all of its "
+                "memory at once (lzy doctor tells whether it may)"
+            )
         account = tracking.find_account(pid)
         base = _open_base(account, store, window_pages)
         if not base and doze:

@@ -23,8 +23,8 @@ _PAGER_FEATURES = ["event_fork", "event_remap", "event_remove", "event_unmap"]
 # What each capability is for; without them lzy works on one's own processes with limits.
 _CAPABILITIES = {
     "sys_ptrace": "other users' processes, and telling the pager of forks",
-    "checkpoint_restore": "pids chosen at restore",
-    "sys_admin": "new pid and time namespaces",
+    "checkpoint_restore": "pids chosen at restore, here",
+    "sys_admin": "new pid and time namespaces, here",
     "sys_resource": "raising limits above their hard values",
 }
 
@@ -141,7 +141,7 @@ def _check_userfaultfd(_: Path) -> Finding:
         probes.serve_missing_page([name for name in _PAGER_FEATURES if name in offered])
     except OSError as error:
         words = f"memory cannot be loaded as it is touched ({_answer(error)})"
-        remedy = "run as root, or with CAP_SYS_PTRACE; until then `lzy restore --eager`"
+        remedy = "run as root, or with CAP_SYS_PTRACE; until then it is loaded at once"
         if error.errno == errno.ENOSYS:
             remedy = "needs CONFIG_USERFAULTFD in the kernel; until then `lzy restore --eager`"
         return Finding("userfaultfd", "degraded", words, remedy, details=details)
@@ -180,20 +180,26 @@ def _check_write_tracking(_: Path) -> Finding:
 
 
 def _check_chosen_pids(_: Path) -> Finding:
-    return _try(
+    finding = _try(
         "clone3 set_tid",
         probes.clone_with_pid,
         works="processes and threads come back with their pids",
         fails="pids cannot be chosen",
-        remedy="needs Linux 5.5 and CAP_CHECKPOINT_RESTORE (or CAP_SYS_ADMIN), as root has",
+        remedy="needs Linux 5.5 and CAP_CHECKPOINT_RESTORE (or CAP_SYS_ADMIN), as root has; or "
+        "leave to make user namespaces (user.max_user_namespaces)",
         needed=True,
     )
+    if finding.verdict == "works" or not _works_among_own_users(probes.choose_pid_apart):
+        return finding
+    words = "in a user and a PID namespace of one's own pids are chosen, and memory comes at once"
+    remedy = "run as root to have the same pids here, and memory as it is touched"
+    return Finding("clone3 set_tid", "degraded", words, remedy, needed=True)
 
 
 def _check_pid_namespace(_: Path) -> Finding:
     return _try(
         "pid namespace",
-        probes.enter_pid_namespace,
+        _or_among_own_users(probes.enter_pid_namespace),
         works="a process whose pid is taken can come back in a namespace of its own",
         fails="a process whose pid is taken cannot come back",
         verdict="degraded",
@@ -204,12 +210,32 @@ def _check_pid_namespace(_: Path) -> Finding:
 def _check_time_namespace(_: Path) -> Finding:
     return _try(
         "time namespace",
-        probes.shift_clocks,
+        _or_among_own_users(probes.shift_clocks),
         works="CLOCK_MONOTONIC goes on from where it was, after a boot or elsewhere",
         fails="CLOCK_MONOTONIC jumps after a boot or on another machine",
         verdict="degraded",
         remedy="needs CAP_SYS_ADMIN and CONFIG_TIME_NS (Linux 5.6)",
     )
+
+
+def _works_among_own_users(probe: Callable[[], None]) -> bool:
+    try:
+        probes.among_own_users(probe)
+    except OSError:
+        return False
+    return True
+
+
+def _or_among_own_users(probe: Callable[[], None]) -> Callable[[], None]:
+    """The probe; where it is forbidden to us, in a user namespace of our own."""
+
+    def run() -> None:
+        try:
+            probe()
+        except PermissionError:
+            probes.among_own_users(probe)
+
+    return run
 
 
 def _check_memory_map(_: Path) -> Finding:

@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from . import PAGE_BYTES, libc, syscall
+from .namespaces import mount_own_proc
+from .users import enter_own_users
 
 # System calls, x86-64 (syscall_64.tbl).
 _PTRACE = 101
@@ -34,6 +36,7 @@ _WALL = 0x40000000
 # unshare(2)
 _CLONE_NEWTIME = 0x80
 _CLONE_NEWPID = 0x20000000
+_CLONE_NEWNS = 0x20000
 
 # prctl(2): PR_SET_MM, PR_SET_MM_MAP_SIZE (needs CONFIG_CHECKPOINT_RESTORE)
 _PR_SET_MM = 35
@@ -235,6 +238,30 @@ def shift_clocks() -> None:
             offsets.write("monotonic 86400 0\nboottime 86400 0\n")
 
     _in_child(shift)
+
+
+def among_own_users(probe: Callable[[], None]) -> None:
+    """Run a probe in a user namespace of our own, as lzy restores without root."""
+
+    def run() -> None:
+        enter_own_users()
+        probe()
+
+    _in_child(run)
+
+
+def choose_pid_apart() -> None:
+    """In a PID namespace of our own: have /proc there, and make a child whose pid we choose."""
+
+    def first() -> None:
+        mount_own_proc()
+        _clone3(1000)
+
+    def enter() -> None:
+        _unshare(_CLONE_NEWPID | _CLONE_NEWNS)
+        _in_child(first)
+
+    _in_child(enter)
 
 
 def compare_descriptions() -> None:

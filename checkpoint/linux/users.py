@@ -28,15 +28,15 @@ def enter_own_users() -> None:
         ("setgroups", "deny"),  # or an ordinary user may map no group
         ("gid_map", f"{group} {group} 1"),
     ):
-        with open(f"/proc/self/{name}", "w", encoding="ascii") as file:
-            file.write(text)
+        with open(f"/proc/self/{name}", "wb", buffering=0) as file:
+            file.write(text.encode())
     _keep_capabilities()
 
 
 def _keep_capabilities() -> None:
     """Have execve(2) keep them, which takes them from who is not root; capabilities(7)."""
-    with open("/proc/self/status", encoding="ascii", errors="replace") as file:
-        held = int(next(line for line in file if line.startswith("CapPrm:")).split()[1], 16)
+    with open("/proc/self/status", "rb") as file:
+        held = int(next(line for line in file if line.startswith(b"CapPrm:")).split()[1], 16)
     header = ctypes.create_string_buffer(pack_capability_header())
     sets = ctypes.create_string_buffer(pack_capabilities(held, held, held))
     syscall(SYS_CAPSET, ctypes.addressof(header), ctypes.addressof(sets))

@@ -54,6 +54,7 @@ QUICK = [
     Case("interpreter"),
     Case("io_uring"),
     Case("leases", ("{folder}",)),
+    Case("locked_memory"),
     Case("locks"),
     Case("mapped_files", ("{folder}",)),
     Case("mappings"),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 from . import proc, reinstate
@@ -16,6 +17,7 @@ from .needed import file_key
 from .pages import page_runs
 from .rarities import MADE_LATER
 from .tracee import Batch, Tracee
+from .vdso import put_code
 
 Progress = Callable[[str, int, int], None]
 
@@ -84,7 +86,7 @@ class MemberMemory:
 
         What a child shares with its parent stays: the mappings around it, without other pages.
         """
-        tracee, kept = self.tracee, join_ranges(self._kept_mappings())
+        tracee, kept = self.tracee, join_ranges(self._kept_mappings)
         batch = tracee.batch()
         special = {"vdso": [v for v in self.vmas if v["kind"] == "vdso"]}
         special["vvar"] = [v for v in self.vmas if v["kind"] == "vvar"]
@@ -124,20 +126,23 @@ class MemberMemory:
             batch.call(process.SYS_MADVISE, start, end - start, memory.MADV_DONTNEED)
         tracee.run(tracee.threads[tracee.pid], batch)
 
+    @cached_property
     def _kept_mappings(self) -> list[tuple[int, int]]:
         """The mappings in which pages of its parent lie: it has them from birth."""
-        return [
-            (vma["start"], vma["end"])
-            for vma in self.vmas
-            if any(s < vma["end"] and e > vma["start"] for s, e in self.inherited)
-        ]
+        ends = [end for _, end in self.inherited]
+        found = []
+        for vma in self.vmas:
+            at = bisect_right(ends, vma["start"])
+            if at < len(ends) and self.inherited[at][0] < vma["end"]:
+                found.append((vma["start"], vma["end"]))
+        return found
 
     def map(self) -> None:
         """Map everything, writable for now; what is executable becomes so in `_protect`."""
         tracee = self.tracee
         leader = tracee.threads[tracee.pid]
         batch = tracee.batch()
-        kept = {start for start, _ in self._kept_mappings()}
+        kept = {start for start, _ in self._kept_mappings}
         for vma in self.vmas:
             if vma["kind"] in MADE_LATER:
                 continue
@@ -150,6 +155,7 @@ class MemberMemory:
             if self._map_one(batch, vma) != _protection(vma):
                 self.unlike.add(vma["start"])
         tracee.run(leader, batch)
+        put_code(tracee.memory, self.vmas)
 
     def _map_one(self, batch: Batch, vma: dict[str, Any]) -> int:
         """Add the call that maps one VMA; the protection it gets for now."""

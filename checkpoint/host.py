@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import struct
 import time
 from typing import Any
 
@@ -12,7 +11,8 @@ from blake3 import blake3
 
 from . import machine, proc
 from .errors import Incompatible
-from .linux import PAGE_BYTES, memory
+from .linux import PAGE_BYTES
+from .vdso import pack, read_vdso
 
 
 def describe_host(pid: int, vmas: list[proc.Vma], xstate: bytes) -> dict[str, Any]:
@@ -32,6 +32,7 @@ def describe_host(pid: int, vmas: list[proc.Vma], xstate: bytes) -> dict[str, An
         "xstate_bytes": len(xstate),
         "xstate_features": machine.enabled_features(xstate),
         "vdso": vdso_digest(pid, vmas),
+        "vdso_code": pack(read_vdso(pid, vmas)),
     }
 
 
@@ -40,16 +41,10 @@ def vdso_digest(pid: int, vmas: list[proc.Vma]) -> str:
 
     Only the ELF file proper counts: lzy's own code may stand in the zeros behind it for a moment.
     """
-    for vma in vmas:
-        if vma.kind == "vdso":
-            content = bytearray(vma.length)
-            memory.read_process(pid, [(vma.start, vma.length)], memoryview(content))
-            sections, size, count = struct.unpack_from("<Q", content, 40)[0], *struct.unpack_from(
-                "<HH", content, 58
-            )  # fmt: skip
-            end = min(sections + size * count, vma.length)
-            layout = [(v.start - vma.start, v.length) for v in vmas if v.kind == "vvar"]
-            return blake3(bytes(content[:end]) + repr(layout).encode()).hexdigest()
+    if content := read_vdso(pid, vmas):
+        start = next(vma.start for vma in vmas if vma.kind == "vdso")
+        layout = [(v.start - start, v.length) for v in vmas if v.kind == "vvar"]
+        return blake3(content + repr(layout).encode()).hexdigest()
     return ""
 
 
@@ -68,10 +63,10 @@ def check_host(host: dict[str, Any], name: str) -> None:
             missing=missing,
         )
     own = proc.kernel_mappings(os.getpid())
-    if host["vdso"] != vdso_digest(os.getpid(), own):
+    if host["vdso"] != vdso_digest(os.getpid(), own) and not host.get("vdso_code"):
         raise Incompatible(
             f"image {name} was taken under kernel {host['kernel']}, whose vDSO differs from that "
-            f"of {platform.release()}",
+            f"of {platform.release()}, and does not have that vDSO",
             remedy=f"restore it under kernel {host['kernel']}",
         )
 

@@ -35,6 +35,7 @@ from .needed import Needs
 from .pages import page_runs
 from .stages import reach
 from .unprivileged import SAID, enter_if_needed
+from .vdso import bridge
 
 Progress = Callable[[str, int, int], None]
 
@@ -141,6 +142,8 @@ class Restorer:
             if self.document.get("format") != 1:
                 raise Damaged(f"image {self.image.name} has an unknown document format")
             check_host(self.document["host"], self.image.name)
+            if bridge(self.document):
+                self.notes.append("its vDSO is another kernel's; its functions lead to this one's")
             wanted = self._wanted()
             new_namespace = self._choose_namespace(pid_namespace, wanted)
             options = self._open_files(options)

@@ -82,7 +82,10 @@ def test_each_difference_is_named() -> None:
     for change, words in (
         ({"architecture": "aarch64"}, ["aarch64"]),
         ({"cpu_features": [*host["cpu_features"], *lacking]}, lacking),
-        ({"vdso": "0" * 64, "kernel": "5.4.0-elsewhere"}, ["5.4.0-elsewhere", "vDSO"]),
+        (
+            {"vdso": "0" * 64, "vdso_code": "", "kernel": "5.4.0-elsewhere"},
+            ["5.4.0-elsewhere", "vDSO"],
+        ),
     ):
         with pytest.raises(Incompatible) as caught:
             check_host({**host, **change}, "my-image")

@@ -109,7 +109,7 @@ def encode_document(document: dict[str, Any]) -> tuple[bytes, int]:
     text = json.dumps(document, separators=(",", ":")).encode()
     if len(text) > MOST_DOCUMENT_BYTES:
         raise ValueError(f"a document of {len(text)} bytes is too large for an image")
-    return zstandard.ZstdCompressor(level=3).compress(text), len(text)
+    return zstandard.ZstdCompressor(level=1).compress(text), len(text)
 
 
 def encode_pack(pack: bytes, length_bytes: int, chunk_count: int) -> bytes:

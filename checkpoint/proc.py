@@ -355,8 +355,9 @@ def clock_offsets(pid: int) -> dict[str, int]:
 
 
 def cpu_features() -> list[str]:
-    """The CPU's features by the kernel's names."""
-    for line in read_file("/proc/cpuinfo").decode().splitlines():
-        if line.startswith("flags"):
-            return line.partition(":")[2].split()
+    """The CPU's features by the kernel's names: those of the first; all of them have the same."""
+    with open("/proc/cpuinfo") as file:
+        for line in file:
+            if line.startswith("flags"):
+                return line.partition(":")[2].split()
     return []

@@ -62,7 +62,7 @@ class _New(NamedTuple):
 
 
 class Worker:
-    """Reads batches of at most `batch_bytes` (and a window) and stores them; used by one thread.
+    """Reads batches of at most `batch_bytes` and stores them; used by one thread.
 
     `plain`: it will be so little that trying encodings would take longer than it gains.
     """
@@ -75,7 +75,7 @@ class Worker:
         self._chunk_key = shared.keys.chunk
         self._encoder = PlainEncoder() if plain else Encoder()
         self._decoder = Decoder()
-        self._buffer, self._start, self._view = page_aligned(batch_bytes + window_bytes)
+        self._buffer, self._start, self._view = page_aligned(batch_bytes)
         self._readback_bytes, self._readback_start, self._readback = page_aligned(window_bytes)
         self._content_bytes = bytearray()
         self._pack: PackWriter | None = None

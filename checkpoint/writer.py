@@ -21,9 +21,10 @@ import queue
 import threading
 import time
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from .beside import Beside
 from .errors import Busy, Damaged, LzyError
 from .image import (
     HEADER_BYTES,
@@ -181,10 +182,19 @@ class ImageWriter:
         Addresses are multiples of the window's size; a window is given once per space. Blocks
         until all of it is read. Raises what `source` raised, StoreUnavailable, or ValueError.
         """
+        with self.adding_space(source, windows, space=space):
+            pass
+
+    @contextlib.contextmanager
+    def adding_space(
+        self, source: PageSource, windows: Iterable[tuple[int, int]], *, space: int
+    ) -> Iterator[None]:
+        """As `add_space`; the block is carried out while the last of it is read."""
         if self._closed:
             raise ValueError(f"the writer of image {self.name} is closed")
         try:
             self._read_all(source, windows, space)
+            yield
         except BaseException as error:
             # What is missing now would be missing from the image: nothing can be committed.
             self._failure = self._failure or error
@@ -210,11 +220,11 @@ class ImageWriter:
             if (space, address) <= self._last:
                 self._ordered = False
             self._last = (space, address)
-            batch.append(window)
-            pages += mask.bit_count()
-            if pages >= batch_pages:
+            if pages + mask.bit_count() > batch_pages:
                 self._put(Batch(self._batches, space, source, batch, pages * PAGE_BYTES))
                 batch, pages = [], 0
+            batch.append(window)
+            pages += mask.bit_count()
         if batch:
             self._put(Batch(self._batches, space, source, batch, pages * PAGE_BYTES))
 
@@ -229,9 +239,13 @@ class ImageWriter:
         self._stop_workers()
         self._raise_failure()
         try:
-            self._pending.publish(progress)
-            manifest = self._manifest(document)
-            self._write_manifest(manifest)
+            published = Beside(lambda: self._pending.publish(progress))
+            try:
+                manifest = self._manifest(document)
+                self._write_manifest(manifest)
+            finally:
+                published.result()
+            self._link_manifest()
         except OSError as error:
             raise unavailable(f"write image {self.name}", error) from error
         from .store import ImageSummary
@@ -346,6 +360,9 @@ class ImageWriter:
         if found != manifest:
             raise Damaged(f"the manifest of image {self.name} reads back differently")
         Image(found, self._keys, -1, name=self.name)
+
+    def _link_manifest(self) -> None:
+        """Have the image exist. Preconditions: its packs and its manifest are on disk."""
         temporary = f"{self.name}.image"
         try:
             os.link(

@@ -154,7 +154,7 @@ def _bridge_member(
         return
     kernel = [vma for vma in own if vma.kind in ("vdso", "vvar")]
     lowest = min(vma.start for vma in kernel)
-    moved = [
+    moved: list[dict[str, Any]] = [
         {
             "start": place + vma.start - lowest,
             "end": place + vma.end - lowest,

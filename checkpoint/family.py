@@ -20,42 +20,60 @@ from .tracee import Tracee
 
 def settle_family(members: Sequence[Member], ended: Iterable[dict[str, Any]]) -> None:
     """Once all are born: who has ended ends again; groups, and descriptors of processes."""
-    by_number = {member.number: member for member in members}
-    stand_ins: dict[int, tuple[Member, Tracee]] = {}
     zombies = list(ended)
-    bodies = []
-    for one in zombies:
-        parent = by_number[one["parent"]]
-        _, tracee = fork_stub(parent.tracee, one["pid"], one)
-        bodies.append((one, parent, tracee))
-        _lead(tracee, one)
-    leaders = {*by_number, *(one["pid"] for one in zombies)}
-    for member in members:
-        group = member.own["group"]
-        if member.parent and group not in (members[0].own["group"], *leaders, *stand_ins):
-            stand_ins[group] = _stand_in(member.parent, group)
-    for member in members[1:]:
-        assert member.parent
-        if member.own["group"] not in (member.number, member.parent.own["group"]):
-            _join_group(member.tracee, member.own["group"], members[0])
-    for one, parent, tracee in bodies:
-        if one["group"] not in (one["pid"], parent.own["group"]):
-            _join_group(tracee, one["group"], members[0])
-    for _, tracee in stand_ins.values():
-        _end(tracee, 0)
-    for one, _, tracee in bodies:
-        _end(tracee, one["status"])
-    for group, (parent, _) in stand_ins.items():
-        batch = parent.tracee.batch()
-        batch.call(process.SYS_WAIT4, group, 0, 0, 0)
-        parent.tracee.run(parent.tracee.threads[parent.pid], batch)
-    for parent in {
-        id(p): p for p in [*(p for _, p, _ in bodies), *(p for p, _ in stand_ins.values())]
-    }.values():
-        _forget_child_signal(parent.tracee)
+    helpers: list[Tracee] = []
+    try:
+        _settle_groups(members, zombies, helpers)
+    except BaseException:
+        for tracee in helpers:
+            with contextlib.suppress(OSError):
+                os.kill(tracee.pid, signal.SIGKILL)
+                os.waitpid(tracee.pid, ptrace.WALL)
+        raise
     for member in members:
         _add_process_descriptors(member)
         _take_terminals(member)
+
+
+def _settle_groups(
+    members: Sequence[Member], zombies: list[dict[str, Any]], helpers: list[Tracee]
+) -> None:
+    """Who has ended, and who leads a group whose leader is gone, goes to `helpers`, and ends."""
+    root = members[0]
+    by_number = {member.number: member for member in members}
+    bodies: list[tuple[dict[str, Any], Member, Tracee]] = []
+    for one in zombies:
+        parent = by_number[one["parent"]]
+        _, tracee = fork_stub(parent.tracee, one["pid"], one)
+        helpers.append(tracee)
+        bodies.append((one, parent, tracee))
+        _lead(tracee, one)
+    leaders = {root.own["group"], *by_number, *(one["pid"] for one in zombies)}
+    stand_ins: dict[int, tuple[Member, Tracee]] = {}
+    for member in members[1:]:
+        group = member.own["group"]
+        if member.parent and group not in leaders and group not in stand_ins:
+            stand_ins[group] = member.parent, _stand_in(member.parent, group)
+            helpers.append(stand_ins[group][1])
+    for member in members[1:]:
+        if member.parent and member.own["group"] not in (
+            member.number,
+            member.parent.own["group"],
+        ):
+            _join_group(member.tracee, member.own["group"], root)
+    for one, parent, tracee in bodies:
+        if one["group"] not in (one["pid"], parent.own["group"]):
+            _join_group(tracee, one["group"], root)
+    for group, (parent, tracee) in stand_ins.items():
+        _end(tracee, 0)
+        batch = parent.tracee.batch()
+        batch.call(process.SYS_WAIT4, group, 0, 0, 0)
+        parent.tracee.run(parent.tracee.threads[parent.pid], batch)
+    for one, _, tracee in bodies:
+        _end(tracee, one["status"])
+    bereaved = [parent for _, parent, _ in bodies] + [parent for parent, _ in stand_ins.values()]
+    for parent in {parent.number: parent for parent in bereaved}.values():
+        _forget_child_signal(parent.tracee)
 
 
 def _lead(tracee: Tracee, described: dict[str, Any]) -> None:
@@ -70,11 +88,11 @@ def _lead(tracee: Tracee, described: dict[str, Any]) -> None:
     tracee.run(tracee.threads[tracee.pid], batch)
 
 
-def _stand_in(parent: Member, group: int) -> tuple[Member, Tracee]:
+def _stand_in(parent: Member, group: int) -> Tracee:
     """A process that leads the group of one that has ended, until the others have joined it."""
     _, tracee = fork_stub(parent.tracee, group, {"exit_signal": signal.SIGCHLD})
     _lead(tracee, {"session": 0, "group": group, "pid": group, "comm": "lzy-group"})
-    return parent, tracee
+    return tracee
 
 
 def _join_group(tracee: Tracee, group: int, root: Member) -> None:

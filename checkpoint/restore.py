@@ -444,10 +444,14 @@ class Restorer:
                 os.kill(member.pid, signal.SIGSTOP)
         guard = begin_guard([member.pid for member in self.members])
         with Deferred():
-            for member in self.members:
-                for thread in member.new_threads:
-                    ptrace.set_options(thread.tid, 0)
-            reach("restore.committing")
+            try:
+                for member in self.members:
+                    for thread in member.new_threads:
+                        ptrace.set_options(thread.tid, 0)
+                reach("restore.committing")
+            except BaseException:
+                guard.close()
+                raise
             guard.dismiss()
             for member in self.members:
                 for thread in member.new_threads:

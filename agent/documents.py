@@ -44,6 +44,7 @@ def describe_session(agent: Agent, session: Session) -> dict[str, Any]:
         "idle_gaps_s": list(record.idle_gaps),
         "requests": {"cpu": 0.0, "memory_bytes": 0, "gpu": 0, "node": "", **record.requests},
         "waiting_since_unix_s": record.waiting_since_unix_s,
+        "kept_ports": agent.ports.numbers(record.name),
         "moving_to": record.moving.get("node"),
         "operation": session.progress,
         "failure": record.failure or None,

@@ -18,6 +18,7 @@ from typing import Any, Final
 
 from ..checkpoint import proc
 from ..checkpoint.errors import Busy, LzyError, NotFound
+from ..checkpoint.image import Image
 from ..checkpoint.linux.activity import exit_status
 from ..checkpoint.linux.process import PR_SET_CHILD_SUBREAPER, prctl
 from ..checkpoint.stages import reach
@@ -29,6 +30,7 @@ from .identity import read_identity
 from .moving import BACK, Mover
 from .operations import CHECKPOINT, DOZE, HIBERNATE, MIGRATE, ROUSE, WAKE, Order
 from .peers import Contacts
+from .ports import Ports
 from .repair import find_out
 from .session import Session
 from .settings import Settings, combine
@@ -75,6 +77,7 @@ class Agent:
         self.identity = read_identity(home)
         self.contacts = Contacts(agent_place(home))
         self.mover = Mover(self)
+        self.ports = Ports(self._open_image, self._wake_for)
         self.sessions: dict[str, Session] = {}
         self.began_unix_s = time.time()
         self.counters: dict[str, int] = {}
@@ -121,6 +124,7 @@ class Agent:
                 if session.record.state in LIVING:
                     self._watch_end(session)
             self.tell_terminal(session.record)
+            self.ports.follow(session.record)
         self.mover.conclude_all()
         for session in self.sessions.values():
             if session.record.moving:
@@ -138,6 +142,7 @@ class Agent:
         deadline = time.monotonic() + 5
         while self._is_at_work and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
+        self.ports.close()
         self.state.close()
 
     @property
@@ -201,6 +206,7 @@ class Agent:
         """Let go of a session whose record goes, or has gone."""
         tell_state(session.record.name, self.home, {"state": "gone"})
         self._let_go(session)
+        self.ports.release(session.record.name)
         self.sessions.pop(session.record.name, None)
         self.ring()
 
@@ -218,6 +224,8 @@ class Agent:
         )
         if "state" in changes:
             self.tell_terminal(session.record)
+        if "state" in changes or "moving" in changes:
+            self.ports.follow(session.record)
         if kind:
             self.counters[kind] = self.counters.get(kind, 0) + 1
             self.ring()
@@ -293,6 +301,7 @@ class Agent:
             image,
             terminal,
             str(self._output(record)) if verb == WAKE else "",
+            listeners=self.ports.descriptors(record.name) if verb == WAKE else {},
         )
 
     def _is_needed(self, session: Session, verb: str, image: str) -> bool:
@@ -507,6 +516,16 @@ class Agent:
             return False
         session.called_off.set()
         return True
+
+    def _open_image(self, name: str) -> Image:
+        with Store.open(self.store) as store:
+            return store.load_unchecked(name)
+
+    def _wake_for(self, name: str, port: int) -> None:
+        """Somebody has connected to a port of a session that hibernates."""
+        session = self.sessions[name]
+        self.update(session, "called", f"somebody connected to port {port}")
+        self.spawn(self.operate(session, WAKE, why=f"a connection to port {port}"))
 
     def _output(self, record: Record) -> Path:
         """The file for what a woken session prints where nobody hears it any more."""

@@ -77,6 +77,8 @@ class Order(NamedTuple):
     peer_subject: str = ""
     fleet: str = ""
     """and our certificates."""
+    listeners: dict[str, int] = {}  # noqa: RUF012 - never changed in place
+    """Sockets that were kept for the session while it slept, by address."""
 
 
 class Started(NamedTuple):
@@ -96,7 +98,7 @@ def begin(order: Order) -> Started:
         os.close(writing)
         return Started(pid, reading)
     try:
-        _be_alone(agent, writing)
+        _be_alone(agent, writing, *order.listeners.values())
         _live(order, writing)
     except BaseException:
         traceback.print_exc()
@@ -120,8 +122,8 @@ def begin_aside(work: Callable[[], None]) -> int:
         os._exit(1)
 
 
-def _be_alone(agent: int, writing: int) -> None:
-    """Keep nothing of the agent's but its log and the pipe."""
+def _be_alone(agent: int, *kept: int) -> None:
+    """Keep nothing of the agent's but its log, the pipe, and sockets to be handed over."""
     gc.freeze()  # what is garbage of the agent's must not close descriptors of ours
     signal.set_wakeup_fd(-1)
     die_with_parent(agent)
@@ -129,7 +131,7 @@ def _be_alone(agent: int, writing: int) -> None:
     set_name("lzy-operation")
     null = os.open(os.devnull, os.O_RDWR)
     os.dup2(null, 0)
-    close_all_but([0, 1, 2, writing])
+    close_all_but([0, 1, 2, *kept])
 
 
 def _live(order: Order, writing: int) -> NoReturn:
@@ -281,6 +283,7 @@ def _wake(order: Order, store: Store, teller: _Teller) -> Report:
     with store.load(name) as image:
         kept = find_terminal(record.name, image.document)
         options = _options(order._replace(terminal=kept or order.terminal), image)
+        options = options._replace(listeners=order.listeners)
         restorer = Restorer(image, False, None, teller.progress)
         report = restorer.restore("auto", options)
     facts = _image_facts(store, record.name, name)

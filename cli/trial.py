@@ -198,6 +198,7 @@ def daemons_of(folder: Path) -> list[list[str]]:
     migrator = _module("lzy.migrator.service")
     if not is_trial(folder):
         return [_module("lzy.agent"), migrator]
+    undo_drain(folder)
     names = json.loads((folder / "fleet" / "trial.json").read_bytes())["nodes"]
     nodes = [_module("lzy.agent.trial", "node", name) for name in names]
     return [_module("lzy.agent.trial", "fabric"), migrator, *nodes]
@@ -215,12 +216,42 @@ def all_answer(client: Client, folder: Path) -> bool:
     return all(node["reachable"] for node in client.get("/v1/nodes", timeout_s=10)["nodes"])
 
 
+def _drain_all(client: Client) -> None:
+    """Have no session wake any more, whoever connects to it, until the nodes are up again."""
+    from ..checkpoint.home import home
+
+    nodes = client.get("/v1/nodes", timeout_s=30)["nodes"]
+    ours = [n["name"] for n in nodes if n["reachable"] and not n["draining"]]
+    (home() / "fleet" / "stopping.json").write_text(json.dumps(ours))
+    for name in ours:
+        client.post(f"/v1/nodes/{name}/drain", {"draining": True}, timeout_s=30)
+
+
+def undo_drain(folder: Path, client: Client | None = None) -> None:
+    """Have the nodes that `lzy down` drained take sessions again: through `client`, or before."""
+    from ..agent.state import State
+
+    path = folder / "fleet" / "stopping.json"
+    if not path.exists():
+        return
+    for name in json.loads(path.read_bytes()):
+        if client is not None:
+            client.post(f"/v1/nodes/{name}/drain", {"draining": False}, timeout_s=30)
+            continue
+        state = State(folder / "nodes" / name / "agent" / "state.db")
+        state.set({"draining": 0.0})
+        state.close()
+    path.unlink()
+
+
 def hibernate_all(sessions: list[dict[str, Any]], abandon: bool) -> list[dict[str, Any]]:
     """Hibernate what runs, for its node goes; the sessions as they are then."""
     from ..agent.client import Client
     from ..checkpoint.errors import Busy, LzyError
+    from ..checkpoint.home import home
 
     client = Client()
+    _drain_all(client)
     stay: dict[str, str] = {}
     for session in sessions:
         if session["pid"] is None:
@@ -232,6 +263,7 @@ def hibernate_all(sessions: list[dict[str, Any]], abandon: bool) -> list[dict[st
     for name, words in stay.items():
         click.echo(f"lzy: {paint(name, 'bold')} cannot be hibernated: {words}", err=True)
     if stay and not abandon:
+        undo_drain(home(), client)
         raise Busy(
             f"{count(len(stay), 'session')} would end with the nodes: {', '.join(stay)}",
             remedy="lzy down --abandon ends them",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -71,6 +71,8 @@ class RestoreOptions(NamedTuple):
     """Open files again even if their size or time of change is not what it was."""
     known_files: frozenset[str] = frozenset()
     """Paths of files whose content was compared: their time of change does not matter."""
+    listeners: Mapping[str, int] = {}
+    """Sockets that listen already in the place of the process's own (`tcp_socket.address_key`)."""
 
 
 class Finish:

@@ -73,6 +73,8 @@ class TcpSocket(Kind):
         form = entry["form"]
         if form == "gone":
             return assembly.adopt(index, _make_gone(index, entry, assembly))
+        if form == "listening" and address_key(entry) in assembly.options.listeners:
+            return assembly.adopt(index, os.dup(assembly.options.listeners[address_key(entry)]))
         sock = state.make_socket(entry)
         if entry["name"] is not None:
             _bind(sock, entry)
@@ -104,6 +106,41 @@ class TcpSocket(Kind):
                 with contextlib.suppress(OSError):
                     sock.connect(tuple(entry["peer_name"]))
             state.settle_options(sock, entry)
+
+
+# --- listening for a process that is away -----------------------------------------------------
+
+
+def list_listening(table: Entry) -> list[Entry]:
+    """The listening sockets of a table that others can listen at meanwhile.
+
+    Not those whose port has connections with both ends inside: making these again needs the port.
+    """
+    entries = [entry for entry in table["descriptions"] if entry["kind"] == KIND.name]
+    inner = {
+        entry["name"][1]
+        for entry in entries
+        if entry["form"] in ("connected", "waiting") and entry["name"]
+    } | {entry["peer_name"][1] for entry in entries if entry["form"] == "waiting"}
+    return [e for e in entries if e["form"] == "listening" and e["name"][1] not in inner]
+
+
+def address_key(entry: Entry) -> str:
+    """What tells one listening socket of a process from its others."""
+    return f"{entry['family']} {entry['name'][0]} {entry['name'][1]}"
+
+
+def keep_listening(entry: Entry) -> socket.socket:
+    """A socket that listens where that of `entry` did. Raises OSError: the address is taken."""
+    sock = state.make_socket(entry)
+    try:
+        _bind(sock, entry)
+        sock.listen(max(entry["backlog"], 1))
+        sock.setblocking(False)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
 
 
 # --- describing ------------------------------------------------------------------------------

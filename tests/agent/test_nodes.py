@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from living import PATIENCE_S, PROGRAMS, CommandLine, wait_readable
+from living import PATIENCE_S, PROGRAMS, CommandLine, await_end, wait_readable
+from pair import free_port
+from service import Service
 
 from lzy.agent.client import Client
 from lzy.agent.network import fabric_path, read_holder, set_link
@@ -131,7 +134,8 @@ def test_client_in_use_while_its_server_moves(trial: Trial) -> None:
     trial.stop(client)
     held = [read_holder(holder_path(trial.home, name)) for name in ("one", "two")]
     trial.lzy.succeed("down")
-    assert not any(os.path.exists(f"/proc/{pid}") for pid in held)
+    for pid in held:
+        await_end(pid)
     assert "/nodes/" not in Path("/proc/self/mountinfo").read_text().replace("/nodes/none", "")
     trial.up()
     assert trial.look()["state"] == "hibernated"
@@ -189,3 +193,41 @@ def kill_migrator(home: Path) -> None:
                 os.close(pidfd)
                 return
     raise AssertionError("there is no migrator")
+
+
+def test_connection_wakes_a_session(start: Any, service: Service) -> None:
+    """Who connects while it hibernates is not refused: it wakes, accepts, and has what was sent."""
+    port = free_port()
+    program = start(command=[sys.executable, str(PROGRAMS / "ledger.py"), str(port), "2"])
+    service.begin().set()
+    wait_until_it_listens(port)
+    service.attach(program)
+    service.do("hibernate")
+    program.await_end()
+    assert service.look()["kept_ports"] == [port]
+    with socket.create_connection(("127.0.0.1", port), PATIENCE_S) as client:
+        client.sendall(b"1\n")
+        assert client.recv(100).split()[:2] == [b"1", b"1"]
+        assert service.look()["state"] == "running"
+        assert {"called", "woken"} <= set(service.kinds())
+        program.adopt(service.look()["pid"])
+        client.sendall(b"2\n")
+        assert client.recv(100).split()[:2] == [b"2", b"2"]
+    service.do("hibernate")
+    program.await_end()
+    service.kill()  # the next agent keeps the port as well
+    service.begin()
+    with socket.create_connection(("127.0.0.1", port), PATIENCE_S) as client:
+        client.sendall(b"3\n")
+        assert client.recv(100).split()[:2] == [b"3", b"3"]
+    program.adopt(service.look()["pid"])
+
+
+def wait_until_it_listens(port: int) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while time.monotonic() < deadline:
+        with contextlib.suppress(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", port)).close()
+            return
+        time.sleep(0.02)
+    raise AssertionError("nobody listens")

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+from . import segments
 from .content import Objects
 from .elf import build_id
 from .errors import Busy, Unsupported
@@ -31,6 +32,8 @@ def find_refusals(pid: int, vmas: list[Vma]) -> Iterator[Unsupported]:
                 pid=pid,
                 address=vma.start,
             )
+    if any(vma.kind == "segment" for vma in vmas):
+        yield from segments.find_refusals(pid, vmas)
     if rings := {vma.inode for vma in vmas if vma.kind == "ring"}:
         _refuse_closed_rings(pid, rings)
 
@@ -55,8 +58,6 @@ def _obstacle(vma: Vma) -> tuple[str, str] | None:
         return "huge-page (hugetlbfs)", "use transparent huge pages instead"
     if path.startswith("/[aio]"):
         return "asynchronous I/O (io_setup)", "end what uses it"
-    if path.startswith("/SYSV"):
-        return "System V shared memory", "use memory-mapped files or POSIX shared memory"
     if path.startswith(("/dev/nvidia", "/dev/dri")):
         return "GPU", "free the GPU first; GPU processes are not supported yet"
     if path.startswith("/dev/") and not path.startswith(("/dev/shm/", "/dev/zero")):
@@ -115,7 +116,7 @@ class Mappings:
         Raises Unsupported where it cannot be opened.
         """
         for vma in self.vmas:
-            if vma.kind != "memory":
+            if vma.kind not in ("memory", "segment"):
                 continue
             try:
                 descriptor = os.open(
@@ -154,11 +155,13 @@ class Mappings:
         }
         if vma.path:
             described["path"] = vma.path
-        if vma.kind in ("file", "memory", "ring"):
+        if vma.kind in ("file", "memory", "ring", "segment"):
             described["offset"] = vma.offset
         if vma.kind == "ring":
             described["inode"] = vma.inode
-        if vma.kind == "memory":
+        if vma.kind == "segment":
+            described["segment"] = segments.describe_segment(vma)
+        if vma.kind in ("memory", "segment"):
             described["object"] = self._objects[vma]
         elif vma.kind == "file" and vma.path != "/dev/zero":
             described["file"] = self.describe_file(vma)

@@ -12,7 +12,7 @@ from .buffers import page_aligned
 from .content import join_ranges, subtract, windows_of
 from .errors import Damaged
 from .image import Image
-from .linux import PAGE_BYTES, memory, process
+from .linux import PAGE_BYTES, memory, process, sysv
 from .needed import file_key
 from .pages import page_runs
 from .rarities import MADE_LATER
@@ -159,6 +159,8 @@ class MemberMemory:
 
     def _map_one(self, batch: Batch, vma: dict[str, Any]) -> int:
         """Add the call that maps one VMA; the protection it gets for now."""
+        if vma["kind"] == "segment":
+            return self._attach(batch, vma)
         flags = set(vma["flags"])
         shared = vma["permissions"][3] == "s"
         how = memory.MAP_FIXED_NOREPLACE | (memory.MAP_SHARED if shared else memory.MAP_PRIVATE)
@@ -197,6 +199,17 @@ class MemberMemory:
                 memory.MADV_HUGEPAGE, tolerate=True,
             )  # fmt: skip
         return protection
+
+    @staticmethod
+    def _attach(batch: Batch, vma: dict[str, Any]) -> int:
+        """Add the call that attaches System V shared memory, all of it at its first mapping."""
+        is_readonly = "mw" not in vma["flags"]
+        if not vma["offset"]:
+            batch.call(
+                sysv.SYS_SHMAT, vma["segment_here"], vma["start"],
+                sysv.SHM_RDONLY if is_readonly else 0, what="attach shared memory",
+            )  # fmt: skip
+        return memory.PROT_READ if is_readonly else memory.PROT_READ | memory.PROT_WRITE
 
     def _has_pages(self, vma: dict[str, Any]) -> bool:
         """Whether the image holds pages of this mapping."""

@@ -32,7 +32,8 @@ class Vma(NamedTuple):
     """One mapped range: addresses, permissions, what is behind it, and the kernel's VmFlags.
 
     `kind` is anonymous, file (behind a path), memory (shared anonymous or deleted or memfd:
-    content that lives in no directory), ring (of an io_uring), vdso, vvar or vsyscall.
+    content that lives in no directory), ring (of an io_uring), segment (of System V
+    shared memory), vdso, vvar or vsyscall.
     """
 
     start: int
@@ -124,9 +125,11 @@ def _behind(name: bytes, inode: bytes, major: bytes, minor: bytes) -> tuple[str,
         kind = "anonymous"
     elif path == b"anon_inode:[io_uring]":
         kind = "ring"
-    elif path.startswith(
-        (b"/memfd:", b"/dev/zero (deleted)", b"/SYSV", b"[anon_shmem:")
-    ) or path.endswith(b" (deleted)"):
+    elif path.startswith(b"/SYSV"):
+        kind = "segment"
+    elif path.startswith((b"/memfd:", b"/dev/zero (deleted)", b"[anon_shmem:")) or path.endswith(
+        b" (deleted)"
+    ):
         kind = "memory"
     else:
         kind = "file"
@@ -207,7 +210,7 @@ def look_up(pid: int, vmas: list[Vma]) -> list[Vma]:
 
 def _look_up(pid: int, vma: Vma) -> Vma:
     """A file that is only called ` (deleted)` lives in its directory like any other."""
-    if vma.path.startswith(("/memfd:", "/dev/zero", "/SYSV", "[")):
+    if vma.path.startswith(("/memfd:", "/dev/zero", "[")):
         return vma
     try:
         same = os.stat(f"/proc/{pid}/root{vma.path}").st_ino == vma.inode

@@ -33,6 +33,7 @@ from .member import Member
 from .member_memory import HOLE_BYTES, Brought, is_readonly
 from .needed import Needs
 from .pages import page_runs
+from .segments import Segments
 from .stages import reach
 from .unprivileged import SAID, enter_if_needed
 from .vdso import bridge
@@ -105,6 +106,7 @@ class Restorer:
         self.root = Member(image, self.brought, eager=eager)
         self.members = [self.root]
         self.objects: list[int] = []
+        self.segments = Segments()
         self.files: dict[tuple[str, bool], int] = {}
         self.local: dict[int, int] = {}
         self._find_family(eager)
@@ -149,6 +151,7 @@ class Restorer:
             options = self._open_files(options)
             # 2. Contents of unnamed files, then the descriptors, all in this process.
             self._make_objects()
+            self.segments.make((v for m in self.members for v in m.vmas), self.objects)
             self.local = resources.make_descriptors(self.table, _Source(self.objects), options)
             reach("restore.checked")
             # 3. A process with the old pid, stopped in our stub.
@@ -165,6 +168,7 @@ class Restorer:
             root.grow(self.progress)
             if len(self.members) > 1 or self.document.get("zombies"):
                 settle_family(self.members, self.document.get("zombies", ()))
+            self.segments.detach()
             # 5. All the rest.
             for member in self.members:
                 member.reinstate()
@@ -194,6 +198,7 @@ class Restorer:
                 if member.pager:
                     with contextlib.suppress(LzyError):
                         member.pager.wait()
+            self.segments.remove()
             raise
         finally:
             for member in self.members:

@@ -164,7 +164,6 @@ def test_deleted_file_is_carried_in_the_image(tmp_path: Path) -> None:
     ("path", "flags", "word"),
     [
         ("/[aio] (deleted)", set(), "asynchronous"),
-        ("/SYSV00000000 (deleted)", set(), "System V"),
         ("/dev/nvidia0", set(), "GPU"),
         ("/dev/fb0", set(), "device"),
         ("anon_inode:[perf_event]", set(), "perf_event"),
@@ -175,7 +174,7 @@ def test_deleted_file_is_carried_in_the_image(tmp_path: Path) -> None:
 )
 @pytest.mark.shows(
     "refused",
-    "mappings: asynchronous I/O, System V memory, GPUs, devices, perf, hugetlbfs, shadow stacks",
+    "mappings: asynchronous I/O, GPUs, devices, perf, hugetlbfs, shadow stacks",
 )
 def test_mappings_that_cannot_be_made_again(path: str, flags: set[str], word: str) -> None:
     """Each is named with its address and a way out."""
@@ -206,17 +205,19 @@ def test_ordinary_mappings_are_not_refused() -> None:
         refuse_mappings(7, [vma])
 
 
-def test_system_v_memory_is_refused_by_name() -> None:
-    """A real segment of shmget(2), attached."""
+@pytest.mark.shows("refused", "a part of System V shared memory (the rest is unmapped)")
+def test_a_part_of_system_v_memory_is_refused() -> None:
+    """shmat(2) attaches all of it."""
     code = """
 libc.shmat.restype = ctypes.c_void_p
-segment = libc.shmget(0, 4096, 0o1600)
+segment = libc.shmget(0, 8192, 0o1600)
 place = libc.shmat(segment, None, 0)
 libc.shmctl(segment, 0, None)
+assert libc.munmap(ctypes.c_void_p(place + int(sys.argv[1])), ctypes.c_size_t(4096)) == 0
 say("ready"); hear()
 """
-    with (
-        living(code) as subject,
-        pytest.raises(Unsupported, match=r"System V.*; use memory-mapped files"),
-    ):
-        refuse_mappings(subject.pid, proc.mappings(subject.pid))
+    for unmapped in ("0", "4096"):
+        with living(code, unmapped) as subject:
+            with pytest.raises(Unsupported, match="System V") as caught:
+                refuse_mappings(subject.pid, proc.mappings(subject.pid))
+            assert caught.value.remedy

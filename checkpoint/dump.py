@@ -364,8 +364,7 @@ def _dump(
                 writer.expect_little(written_bytes)
             try:
                 with _reporting(progress, "writing", writer, total):
-                    with writer.adding_space(source, fresh, space=0):
-                        described = root.describe()
+                    writer.add_space(source, fresh, space=0)
                     if not runs_on:
                         _write_objects(writer, objects, window_pages)
                     for space, subject in enumerate(tree[1:], FIRST_MEMBER_SPACE):
@@ -381,7 +380,7 @@ def _dump(
                 "taken_unix_s": taken,
                 "session": session,
                 "host": host,
-                **described,
+                **root.describe(),
                 "objects": objects.described,
                 "descriptors": tables[0],
                 "variables": variables,

@@ -21,7 +21,7 @@ import queue
 import threading
 import time
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from .beside import Beside
@@ -182,19 +182,10 @@ class ImageWriter:
         Addresses are multiples of the window's size; a window is given once per space. Blocks
         until all of it is read. Raises what `source` raised, StoreUnavailable, or ValueError.
         """
-        with self.adding_space(source, windows, space=space):
-            pass
-
-    @contextlib.contextmanager
-    def adding_space(
-        self, source: PageSource, windows: Iterable[tuple[int, int]], *, space: int
-    ) -> Iterator[None]:
-        """As `add_space`; the block is carried out while the last of it is read."""
         if self._closed:
             raise ValueError(f"the writer of image {self.name} is closed")
         try:
             self._read_all(source, windows, space)
-            yield
         except BaseException as error:
             # What is missing now would be missing from the image: nothing can be committed.
             self._failure = self._failure or error

@@ -11,7 +11,6 @@ import os
 from typing import Any
 
 from . import machine, proc
-from .cpu_clocks import name_thread_clocks
 from .errors import Unsupported
 from .filters import describe_filters
 from .linux import layouts, memory, process, ptrace
@@ -136,7 +135,10 @@ def describe_process(tracee: Tracee, timers: list[proc.PosixTimer]) -> dict[str,
     """What the stopped process as a whole can tell: signal actions, timers, switches, family."""
     pid = tracee.pid
     leader = tracee.threads[pid]
-    timers = name_thread_clocks(tracee, timers)
+    if any(timer.clock == layouts.CLOCK_OF_CALLER for timer in timers):
+        from .cpu_clocks import name_thread_clocks
+
+        timers = name_thread_clocks(tracee, timers)
     batch = tracee.batch()
     actions = {
         n: batch.room(layouts.SIGACTION_BYTES) for n in process.SIGNALS if n not in _UNCHANGEABLE

@@ -12,7 +12,7 @@ from .buffers import page_aligned
 from .content import join_ranges, subtract, windows_of
 from .errors import Damaged
 from .image import Image
-from .linux import PAGE_BYTES, memory, process, sysv
+from .linux import PAGE_BYTES, memory, process
 from .needed import file_key
 from .pages import page_runs
 from .rarities import MADE_LATER
@@ -203,6 +203,8 @@ class MemberMemory:
     @staticmethod
     def _attach(batch: Batch, vma: dict[str, Any]) -> int:
         """Add the call that attaches System V shared memory, all of it at its first mapping."""
+        from .linux import sysv
+
         is_readonly = "mw" not in vma["flags"]
         if not vma["offset"]:
             batch.call(

@@ -25,6 +25,7 @@ from ..checkpoint.stages import reach
 from ..checkpoint.store import Store
 from . import errors, operations
 from .authority import agent_place
+from .cgroups import Cgroup
 from .children import Children
 from .identity import read_identity
 from .moving import BACK, Mover
@@ -234,7 +235,7 @@ class Agent:
         """Let the keeper of its terminal, if it has one, know how the session is."""
         pid = record.pid if record.state in LIVING else 0
         facts = {"state": record.state, "pid": pid, "exit_status": record.exit_status}
-        tell_state(record.name, self.home, facts)
+        tell_state(record.name, self.home, {**facts, "failure": record.failure})
 
     def ring(self) -> None:
         """Wake who waits for events."""
@@ -478,6 +479,7 @@ class Agent:
         loop = asyncio.get_running_loop()
         if session.open_process():
             loop.add_reader(session.pidfd, self._hear_end, session)
+            self._hold_to_share(session)
         else:
             loop.call_soon(self._hear_end, session)
 
@@ -485,6 +487,19 @@ class Agent:
         if session.pidfd >= 0:
             asyncio.get_running_loop().remove_reader(session.pidfd)
         session.close_process()
+
+    def _hold_to_share(self, session: Session) -> None:
+        """Have it in a cgroup with what it asked for: its weight, and its bound of memory."""
+        asked, session.memory_limit_bytes = session.record.requests, 0
+        if not (asked.get("cpu") or asked.get("memory_bytes")):
+            return
+        group = Cgroup.inside("sessions", session.record.name)
+        memory_bytes = int(asked.get("memory_bytes") or 0)
+        if group.limit(memory_bytes=memory_bytes):
+            session.memory_limit_bytes = memory_bytes
+        if asked.get("cpu"):
+            group.share(float(asked["cpu"]))
+        group.add(session.record.pid)
 
     def _hear_end(self, session: Session) -> None:
         pidfd = -1

@@ -281,7 +281,7 @@ def _wake(order: Order, store: Store, teller: _Teller) -> Report:
         return {"pid": living.pid, "start_time": living.start_time, "already": True}
     name = require_image(store, order.image or record.image or record.name)
     with store.load(name) as image:
-        kept = find_terminal(record.name, image.document)
+        kept = find_terminal(record.name, record.owner_uid, image.document)
         options = _options(order._replace(terminal=kept or order.terminal), image)
         options = options._replace(listeners=order.listeners)
         restorer = Restorer(image, False, None, teller.progress)

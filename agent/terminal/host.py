@@ -285,7 +285,9 @@ class Host:
         self._asked = None
         status, document = answer
         told = document.get("session", document) if status in (200, 202) else {}
-        if "state" in told:
+        if asked.is_wake and told.get("state") == "hibernated":
+            self._soon("ask_or_wake", 1.0)  # it is about to begin
+        elif "state" in told:
             self._note_state(told)
         elif status == 404 and self._has_no_program:
             self._finish(self._status)
@@ -325,6 +327,12 @@ class Host:
                 self._register(self._pidfd, self._hear_end)
                 self._tell_window()
             self._pass_input()
+        elif state == "hibernated" and before == "waking":
+            self._state = state
+            self._input.clear()  # else it would be tried again and again
+            words = told.get("failure") or "see lzy why"
+            self._tell({"state": state, "failure": str(words)})
+            return
         else:
             self._state = state
             if state != "hibernated":
@@ -350,7 +358,7 @@ class Host:
             sock, _address = self._own.listener.accept()
             sock.setblocking(False)
             peer = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-            if struct.unpack("=iII", peer)[1] not in (0, os.geteuid()):
+            if struct.unpack("=iII", peer)[1] not in (0, os.geteuid(), self._own.owner_uid):
                 sock.close()
                 return
             console = self._consoles[sock] = Console(sock)

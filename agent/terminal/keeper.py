@@ -36,8 +36,9 @@ _PAUSE_S = 0.2
 class Holdings:
     """What both processes hold: the terminal, its file, the socket; and the program they know."""
 
-    def __init__(self, session: str) -> None:
+    def __init__(self, session: str, owner_uid: int) -> None:
         self.session = session
+        self.owner_uid = owner_uid
         self.home = home()
         self.lock = _take_lock(session)
         self.master = os.open("/dev/ptmx", os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -60,6 +61,9 @@ class Holdings:
         path.unlink(missing_ok=True)
         self.listener.bind(str(path))
         path.chmod(0o600)
+        if self.owner_uid != os.geteuid():  # the agent is root, the session somebody else's
+            os.chown(path, self.owner_uid, -1)
+            os.chown(self.device, self.owner_uid, -1)
         self.listener.listen(16)
         self.listener.setblocking(False)
 
@@ -75,7 +79,7 @@ def main() -> None:
     """Make the terminal, start the program, and keep both."""
     plan: dict[str, Any] = json.loads(sys.argv[1])
     set_name("lzy-tty-guard")
-    holdings = Holdings(plan["session"])
+    holdings = Holdings(plan["session"], plan.get("owner_uid", os.geteuid()))
     if plan.get("settings"):
         fcntl.ioctl(holdings.slave, kernel.TCSETS2, base64.b64decode(plan["settings"]))
     window = struct.pack("=HHHH", plan["rows"], plan["columns"], 0, 0)

@@ -13,7 +13,7 @@ from ...checkpoint.kept import MOST_SCREEN_BYTES, find_kept, screen_path
 from .starting import start_keeper
 
 
-def find_terminal(session: str, document: dict[str, Any]) -> str | None:
+def find_terminal(session: str, owner_uid: int, document: dict[str, Any]) -> str | None:
     """The device of the terminal for the process of an image, made if nobody keeps one.
 
     None for a process that was on no terminal. A new one has the settings, the window, and the
@@ -41,6 +41,7 @@ def find_terminal(session: str, document: dict[str, Any]) -> str | None:
             settings=base64.b64decode(entry.get("settings", "")),
             state="waking",
             screen=screen,
+            owner_uid=owner_uid,
         ).device
     found = find_kept(session)
     return found.device if found else None

@@ -40,12 +40,14 @@ def start_keeper(
     state: str = "running",
     screen: bytes | None = None,
     is_awaited: bool = False,
+    owner_uid: int | None = None,
 ) -> Kept:
     """Make a terminal of so many rows and columns for a session, and have it kept.
 
     `command` is started on it, with our environment and directory. `settings` is a struct termios2,
     `screen` what it shows at first (`Screen.save`). `is_awaited`: the caller is about to connect,
-    and wants to see how the program ended even if that takes no time.
+    and wants to see how the program ended even if that takes no time. `owner_uid`: who may connect
+    besides us and root.
 
     Raises NotFound or AccessDenied (there is no such command), Busy (the session has a terminal),
     LzyError.
@@ -56,6 +58,8 @@ def start_keeper(
         "command": command,
         "settings": base64.b64encode(settings).decode(),
     }
+    if owner_uid is not None:
+        plan["owner_uid"] = owner_uid
     folder = kept_folder()
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -347,6 +347,29 @@ def test_shell_with_jobs(terminals: Terminals, service: Service) -> None:
     assert person.exit_status() == 6
 
 
+def test_wake_that_fails(terminals: Terminals, service: Service) -> None:
+    """A key wakes it in vain: the console says why, the key is forgotten, another tries again."""
+    folder = terminals.lzy.home.parent
+    (folder / "open").write_text("as it was")
+    service.begin().set()
+    person = terminals.run(f"kept = open({str(folder / 'open')!r})\n{ECHO}")
+    person.sees("ready")
+    service.do("hibernate")
+    person.sees("hibernates; a key wakes it")
+    (folder / "open").write_text("another")
+    person.types("in vain\r")
+    person.sees("calm cannot be woken: ")
+    assert terminals.look()["unread_input_bytes"] == 0
+    (folder / "open").unlink()
+    (folder / "open").write_text("as it was")
+    os.utime(folder / "open", (1, 1))
+    service.await_state("hibernated")
+    person.types("again\r")
+    person.sees("calm cannot be woken: ")
+    service.do("detach")
+    assert person.exit_status() == 0
+
+
 def test_detached_session_gives_its_terminal_up(terminals: Terminals, service: Service) -> None:
     """Nobody looks after it: if it hibernates its keeper goes; if it runs, its console stays."""
     service.begin().set()

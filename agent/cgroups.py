@@ -1,7 +1,8 @@
 """Cgroups: what a node and each of its sessions may use, where the kernel lets us (v2, else v1).
 
-All of it lies under `lzy-KEY`, where KEY tells this home from others. Where a controller is missing
-or not ours to use, that limit is left out, and `missing` says so.
+A node's lies under `lzy-KEY`, where KEY tells this home from others; sessions' inside the group
+that their agent is in, so that they are held to their node's limits, too. Where a controller is
+missing or not ours to use, that limit is left out, and `missing` says so.
 """
 
 from __future__ import annotations
@@ -39,13 +40,28 @@ class Cgroup:
                 continue
         return cls(folders)
 
+    @classmethod
+    def inside(cls, *names: str) -> Cgroup:
+        """A group within the one that this process is in."""
+        folders: dict[str, Path] = {}
+        own = _own_groups()
+        for controller, base in _hierarchies().items():
+            folder = base / own.get(controller, "").lstrip("/")
+            with contextlib.suppress(OSError):
+                for name in names:
+                    _delegate(folder)
+                    folder = folder / name
+                    folder.mkdir(exist_ok=True)
+                folders[controller] = folder
+        return cls(folders)
+
     @property
     def missing(self) -> list[str]:
         """Controllers that are not there to be used."""
         return [name for name in ("cpu", "memory") if name not in self.folders]
 
-    def limit(self, *, cpus: float = 0.0, memory_bytes: int = 0) -> None:
-        """At most so many cores and so much memory; 0: leave it as it is."""
+    def limit(self, *, cpus: float = 0.0, memory_bytes: int = 0) -> bool:
+        """At most so many cores and so much memory; 0: leave it. Whether the memory is bounded."""
         with contextlib.suppress(OSError, KeyError):
             if cpus:
                 folder, quota_us = self.folders["cpu"], int(cpus * _PERIOD_US)
@@ -59,6 +75,8 @@ class Cgroup:
                 v2 = (folder / "memory.max").exists()
                 name = "memory.max" if v2 else "memory.limit_in_bytes"
                 (folder / name).write_text(str(memory_bytes))
+                return True
+        return False
 
     def share(self, cpus: float) -> None:
         """Of a busy node, cores in proportion to others' `cpus`."""
@@ -96,6 +114,17 @@ def _hierarchies() -> dict[str, Path]:
     for name in ("cpu", "memory"):
         if name not in found and (_ROOT / name / "cgroup.procs").exists():
             found[name] = _ROOT / name
+    return found
+
+
+def _own_groups() -> dict[str, str]:
+    """The group that this process is in, by controller; /proc/self/cgroup, cgroups(7)."""
+    found: dict[str, str] = {}
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        _, names, path = line.split(":", 2)
+        for name in names.split(",") if names else ("cpu", "memory"):
+            if names or name not in found:
+                found[name] = path
     return found
 
 

@@ -32,6 +32,7 @@ def describe_session(agent: Agent, session: Session) -> dict[str, Any]:
         "image_bytes": record.image_bytes,
         "memory_bytes": session.memory_bytes,
         "peak_memory_bytes": session.peak_memory_bytes,
+        "memory_limit_bytes": session.memory_limit_bytes if living else 0,
         "cpu_share": round(session.cpu_share, 4),
         "gpu_count": record.gpu_count if living else 0,
         "declared_gpu": bool(record.gpu_count) and agent.identity.declared_gpus,

@@ -37,6 +37,8 @@ class Session:
         self._reading: Reading | None = None
         self._idle_since_s: float | None = None
         self._is_forgiven = False
+        self.memory_limit_bytes = 0
+        """Where the kernel would kill it: its cgroup's limit; 0: it has none."""
         self.is_known = False
         """Whether it has been looked at twice, so that there is something to compare."""
 

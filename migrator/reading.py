@@ -41,6 +41,7 @@ def read_session(document: Mapping[str, Any], slack: Slack | None = None) -> Ses
         since_s=document["since_unix_s"],
         memory_bytes=document["memory_bytes"],
         peak_memory_bytes=document["peak_memory_bytes"],
+        memory_limit_bytes=document["memory_limit_bytes"],
         image_bytes=document["image_bytes"],
         cpu_share=document["cpu_share"],
         gpu_count=document["gpu_count"],

@@ -19,6 +19,7 @@ from living import PATIENCE_S, PROGRAMS, CommandLine, await_end, wait_readable
 from pair import free_port
 from service import Service
 
+from lzy.agent.cgroups import Cgroup
 from lzy.agent.client import Client
 from lzy.agent.network import fabric_path, read_holder, set_link
 from lzy.agent.trial import holder_path
@@ -231,3 +232,31 @@ def wait_until_it_listens(port: int) -> None:
             return
         time.sleep(0.02)
     raise AssertionError("nobody listens")
+
+
+def test_session_waits_for_a_gpu_and_is_held_to_its_share(trial: Trial) -> None:
+    """It goes when there is one, with the memory that it asked for as its bound."""
+    trial.up()
+    trial.ledger()
+    trial.lzy.succeed("drain", "two")
+    refused = trial.lzy.fail("migrate", "ledger", "--gpu")
+    assert "no other node has a free GPU" in refused["message"]
+    waits = trial.lzy.succeed("migrate", "ledger", "--gpu", "--memory", "256M", "--wait")
+    assert waits["queued"]
+    shown = trial.lzy.run("ps").stdout.decode()
+    assert "waits for a GPU, 256 MiB" in shown
+    trial.lzy.succeed("drain", "--undo", "two")
+    trial.wait_until(lambda: (trial.look()["node"], trial.look()["state"]) == ("two", "running"))
+    session = trial.look()
+    assert (session["gpu_count"], session["waiting_since_unix_s"]) == (1, None)
+    assert session["memory_limit_bytes"] in (256 << 20, 0 if not has_cgroups() else 256 << 20)
+    assert "gpu 1/1 declared" in trial.lzy.run("top").stdout.decode()
+
+
+def has_cgroups() -> bool:
+    """Whether limits of memory can be made here."""
+    group = Cgroup.inside(f"lzy-test-{os.getpid()}")
+    try:
+        return group.limit(memory_bytes=1 << 30)
+    finally:
+        group.remove()

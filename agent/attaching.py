@@ -175,5 +175,5 @@ def _why_it_stays(pid: int, environment: dict[str, str]) -> str:
         if watching:
             return f"the notebook server that started it (process {server}) would start another"
     if has_terminal(pid) and not find_by_device(os.readlink(f"/proc/{pid}/fd/0")):
-        return "it is on a terminal, which is not kept yet"
+        return "it is on somebody's terminal; when it wakes it is on one that lzy console reaches"
     return ""

@@ -152,3 +152,19 @@ def test_mutated_frames_never_crash(data: st.DataObject) -> None:
     mutated = mutated[: data.draw(st.integers(0, len(mutated)))] + data.draw(st.binary(max_size=8))
     with contextlib.suppress(Damaged):
         decoded(data.draw(st.sampled_from([encoding, *codec.ENCODINGS])), bytes(mutated), 8192)
+
+
+def test_trials_are_not_made_at_each_of_many_small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of a page, each unlike the one before: what they are is tried now and then."""
+    tried = []
+    real = Encoder._try_all
+    monkeypatch.setattr(
+        Encoder, "_try_all", lambda self, content: (tried.append(1), real(self, content))[1]
+    )
+    encoder = Encoder()
+    kinds = [content_of(kind, 4096) for kind in ("text", "categories", "cents", "noise")]
+    for number in range(256):
+        content = kinds[number % 4]
+        encoding, stored = encoder.encode(content)
+        assert decoded(encoding, stored, 4096) == content
+    assert 1 <= len(tried) <= 256 * 4096 // (64 << 10)

@@ -119,6 +119,44 @@ def test_an_idle_checkpoint_stores_nothing(store: Store) -> None:
         assert image.patchwork_count == 0
 
 
+def test_what_was_not_written_is_not_looked_at(store: Store) -> None:
+    """Windows between those that were written are rows of the base's table, and stay its chunks."""
+    content = bytearray(random.Random(4).randbytes(PAGES * PAGE_BYTES))
+    everything = set(range(PAGES))
+    with store.writer("a", window_pages=WINDOW_PAGES) as writer:
+        writer.add_space(Memory(content), masks(everything), space=0)
+        writer.commit({})
+    with store.load("a") as image:
+        assert plan_checkpoint(image, ranges(everything), []) == (
+            ([(0, PAGES // WINDOW_PAGES)], {}, PAGES),
+            [],
+        )
+        plan = plan_checkpoint(image, ranges(everything), ranges({2 * WINDOW_PAGES + 1}))
+        assert plan.kept.rows == [(0, 2), (3, PAGES // WINDOW_PAGES)]
+        assert list(plan.kept.pieces) == [2 * WINDOW_PAGES * PAGE_BYTES]
+        assert plan.fresh == [(2 * WINDOW_PAGES * PAGE_BYTES, 2)]
+    checkpoint(store, "b", "a", content, everything, set())
+    with store.load("a") as first, store.load("b") as second:
+        assert bytes(second.run_records) == bytes(first.run_records)
+        assert bytes(second.chunk_records) == bytes(first.chunk_records)
+
+
+def test_content_that_comes_back_is_known(store: Store) -> None:
+    """A window is given what another one that was not written holds: nothing is stored for it."""
+    content = bytearray(random.Random(5).randbytes(PAGES * PAGE_BYTES))
+    everything = set(range(PAGES))
+    with store.writer("a", window_pages=WINDOW_PAGES) as writer:
+        writer.add_space(Memory(content), masks(everything), space=0)
+        writer.commit({})
+    size = WINDOW_PAGES * PAGE_BYTES
+    content[:size] = content[3 * size : 4 * size]
+    summary = checkpoint(store, "b", "a", content, everything, set(range(WINDOW_PAGES)))
+    assert summary.stored_bytes == 0
+    with store.load("b") as image:
+        assert image.run(0)[2] == image.run(3)[2]
+        assert read_space(image, len(content)) == content
+
+
 def test_scattered_pages_are_stored_alone(store: Store) -> None:
     """One page of each window was written: that many pages are stored, not the windows."""
     content = bytearray(random.Random(1).randbytes(PAGES * PAGE_BYTES))

@@ -73,6 +73,35 @@ def test_odd_names_of_files(tmp_path: Path) -> None:
             assert mapped[0].length == 4096
 
 
+def test_what_smaps_says_besides(tmp_path: Path) -> None:
+    """The words of maps stand in smaps, whatever files are called, and so do each start's flags."""
+    paths = [os.fsencode(tmp_path) + b"/" + name for name in (b"a", b"new\nline", b"VmFlags: rd")]
+    for path in paths:
+        with open(path, "wb") as file:
+            file.write(bytes(4096))
+    with living(MAPPING, *map(os.fsdecode, paths)) as subject:
+        assert subject.ask("unlink") == "unlinked"
+        details = proc.read_bytes(subject.pid, "smaps")
+        assert proc.places_in(details) == proc.read_bytes(subject.pid, "maps")
+        vmas = proc.mappings(subject.pid)
+        assert proc.parse_flags(details) == {vma.start: vma.flags for vma in vmas}
+        assert any(vma.flags for vma in vmas)
+
+
+def test_what_is_longer_than_one_call_gives(tmp_path: Path) -> None:
+    """Of whatever length: it is read to the end, and is what read(2) gives."""
+    content = os.urandom(proc._PIECES * proc._PIECE_BYTES + 12345)
+    for length_bytes in (0, 1, proc._PIECE_BYTES, len(content)):
+        (tmp_path / "file").write_bytes(content[:length_bytes])
+        assert proc.read_at_once(str(tmp_path / "file")) == content[:length_bytes]
+    many = "places = [allocate(4096, 1 + 2 * (n % 2)) for n in range(2000)]; say('ready'); hear()"
+    with living(many) as subject:
+        path = f"/proc/{subject.pid}/smaps"
+        at_once, piecewise = proc.read_at_once(path), proc.read_file(path)
+        assert proc.parse_mappings(at_once) == proc.parse_mappings(piecewise)
+        assert min(len(at_once), len(piecewise)) > 2 * proc._PIECES * proc._PIECE_BYTES
+
+
 def test_kinds_and_flags_of_mappings() -> None:
     """Anonymous, heap, stack, shared, memfd, vDSO and what smaps' VmFlags add to them."""
     code = """

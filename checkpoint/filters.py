@@ -3,7 +3,8 @@
 A filter would refuse injected calls, or end the thread that makes them; its tracer may suspend it
 (PTRACE_O_SUSPEND_SECCOMP, Linux 4.3) if it has CAP_SYS_ADMIN and no filter of its own. Where lzy
 runs under the very filters of the process, as inside one container, they are left in force: what
-they refuse lzy is refused anyway, and whoever restores it there has them too.
+they refuse lzy is refused anyway, and whoever restores it there has them too. That they are the
+same is judged by their number, for who is filtered may not read filters.
 
 Should lzy die while it works in a process, the filters are in force again at once; one that does
 not let it unmap, or set its signal mask, then leaves the traces that `machine` would have removed.

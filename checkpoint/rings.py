@@ -58,17 +58,20 @@ def _create(tracee: Tracee, entry: dict[str, Any]) -> int:
     parameters = batch.put(
         kernel.pack_parameters(entry["setup_flags"], entry["cq_entries"], _IDLE_MS)
     )
-    made = batch.call(
-        kernel.SYS_IO_URING_SETUP, entry["sq_entries"], parameters, what="make an io_uring"
-    )
-    tracee.run(leader, batch)
+    made = batch.call(kernel.SYS_IO_URING_SETUP, entry["sq_entries"], parameters, tolerate=True)
+    if (number := tracee.run(leader, batch).results[made]) < 0:
+        raise Incompatible(
+            f"the process has an io_uring, which cannot be made here: {os.strerror(-number)}",
+            remedy="allow it (`sysctl kernel.io_uring_disabled=0`, the seccomp profile of a "
+            "container), or restore elsewhere",
+        )
     layout = kernel.unpack_layout(batch.read(parameters, kernel.PARAMETER_BYTES))
     if list(layout) != entry["layout"]:
         raise Incompatible(
             "this kernel lays io_urings out otherwise than the one the process was started under",
             remedy="restore under that kernel",
         )
-    return batch.results[made]
+    return number
 
 
 def _fill(tracee: Tracee, entry: dict[str, Any], number: int) -> None:

@@ -356,6 +356,17 @@ def test_shell(start: Start, lzy: CommandLine, way: tuple[str, ...]) -> None:
     assert program.ask("cat /proc/$$/comm") == "bash"
 
 
+@pytest.mark.shows("survives", "io_urings, filters and locked memory of a descendant")
+@pytest.mark.parametrize("name", ["filters", "io_uring", "locked_memory"])
+def test_what_a_descendant_has(start: Start, lzy: CommandLine, name: str) -> None:
+    """The child of a shell has what few processes have; shell and child are one tree."""
+    words = f"{sys.executable} {PROGRAMS / name}.py; true"
+    program = start(command=["bash", "-c", words]).await_ready()
+    lzy.dump(program)
+    lzy.restore(program)
+    program.prove()
+
+
 @pytest.mark.shows("survives", "a sleep in the kernel: as long as it would have been")
 def test_sleep(start: Start, lzy: CommandLine) -> None:
     """sleep(1), which is nothing but one system call: it sleeps as long as it would have."""

@@ -20,6 +20,7 @@ another, the journal of the first stands until that of the second takes its plac
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -30,7 +31,7 @@ from . import proc, tracking
 from .away import NotAsItIs, end_pager, find_doze, hold_pager, is_unroused, read_away, read_moved
 from .content import intersect, join_ranges, own_page_ranges, subtract, windows_of
 from .dump import dump
-from .errors import Busy, KernelError, LzyError, NotFound, Unsupported
+from .errors import AccessDenied, Busy, KernelError, LzyError, NotFound, Unsupported
 from .fitness import look_at_mappings
 from .home import run_directory
 from .inject import close_descriptor
@@ -350,7 +351,17 @@ def _open_descriptors(tracee: Tracee) -> tuple[int, tuple[int, int]]:
     pair = batch.room(8)
     kind = process.SOCK_SEQPACKET | process.SOCK_CLOEXEC
     batch.call(process.SYS_SOCKETPAIR, process.AF_UNIX, kind, 0, pair)
-    tracee.run(leader, batch)
+    try:
+        tracee.run(leader, batch)
+    except KernelError as error:
+        if error.errno != errno.EPERM:
+            raise
+        raise AccessDenied(
+            f"pid {tracee.pid} cannot doze: only for root's processes does the kernel have memory "
+            "brought in as it is touched (userfaultfd)",
+            remedy="set vm.unprivileged_userfaultfd to 1, or hibernate it (lzy dump)",
+            pid=tracee.pid,
+        ) from error
     ends = memoryview(batch.read(pair, 8)).cast("i")
     return batch.results[made], (ends[0], ends[1])
 

@@ -11,15 +11,6 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from .carried import (
-    ASKED,
-    compare_asked,
-    find_carried,
-    find_copy,
-    open_copy,
-    put_back,
-    refuse_others,
-)
 from .elf import build_id
 from .errors import Incompatible
 from .lacking import refuse_lacking
@@ -44,7 +35,7 @@ class Needs:
         self.problems: list[Incompatible] = []
         self.notes: list[str] = []
         self._carried = [
-            entry for entry in image.document.get("carried", ()) if entry["purpose"] == ASKED
+            entry for entry in image.document.get("carried", ()) if entry["purpose"] == "asked"
         ]
         self._missing: list[dict[str, Any]] = []
         self._same: set[str] = set()
@@ -92,6 +83,8 @@ class Needs:
             others = find_others(self.coming_files)
         refuse_lacking([*self.problems, *others])
         if self._missing:
+            from .carried import put_back
+
             put_back(self.image, self._missing)
             count = sum(entry["type"] == "file" for entry in self._missing)
             self.notes.append(f"{count} files were put back, which the image carries")
@@ -111,9 +104,11 @@ class Needs:
         return frozenset(entry["path"] for entry in self._missing)
 
     def _look_at_asked(self) -> None:
-        if self._looked:
+        if self._looked or not self._carried:
             return
         self._looked = True
+        from .carried import compare_asked, refuse_others
+
         others = []
         for entry in self._carried:
             how = compare_asked(entry)
@@ -159,6 +154,8 @@ class Needs:
         return descriptor, False
 
     def _find_copy(self, path: str, expected: dict[str, Any] | None) -> int:
+        from .carried import find_carried, find_copy, open_copy
+
         if entry := find_carried(self.image, path):
             return open_copy(self.image, entry)
         if expected and expected["build_id"]:

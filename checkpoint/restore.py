@@ -28,14 +28,13 @@ from .history import remember_restored
 from .host import check_host
 from .image import MEMBER_MARK, Image
 from .interrupts import Deferred
-from .linux import PAGE_BYTES, ptrace
+from .linux import PAGE_BYTES, process, ptrace
 from .member import Member
 from .member_memory import HOLE_BYTES, Brought, is_readonly
 from .needed import Needs
 from .pages import page_runs
 from .segments import Segments
 from .stages import reach
-from .unprivileged import SAID, enter_if_needed
 from .vdso import bridge
 
 Progress = Callable[[str, int, int], None]
@@ -81,12 +80,14 @@ def restore(
     options = resources.RestoreOptions(
         stdin=stdin, stdout=stdout, stderr=stderr, accept_changed_files=accept_changed_files
     )
-    without_root = enter_if_needed(image.document, image.name, pid_namespace)
-    if without_root:
-        eager, pid_namespace = True, "new"
+    notes: list[str] = []
+    if not process.may_choose_pids():
+        from . import unprivileged
+
+        unprivileged.enter_if_needed(image.document, image.name, pid_namespace)
+        eager, pid_namespace, notes = True, "new", [unprivileged.SAID]
     report = Restorer(image, eager, session, progress).restore(pid_namespace, options)
-    if without_root:
-        report.notes.insert(0, SAID)
+    report.notes[:0] = notes
     return report
 
 

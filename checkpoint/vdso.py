@@ -11,7 +11,6 @@ again).
 
 from __future__ import annotations
 
-import base64
 import os
 import struct
 from typing import Any, Final
@@ -64,11 +63,15 @@ def file_bytes(content: bytes | bytearray) -> int:
 
 def pack(content: bytes) -> str:
     """A vDSO as text for an image's document."""
+    import base64  # here, as a restore seldom needs it
+
     return base64.b64encode(zstandard.ZstdCompressor(level=9).compress(content)).decode()
 
 
 def unpack(text: str) -> bytes:
     """The reverse of `pack`. Raises Damaged."""
+    import base64
+
     try:
         packed = base64.b64decode(text, validate=True)
         return zstandard.ZstdDecompressor().decompress(packed, max_output_size=1 << 20)

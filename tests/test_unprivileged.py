@@ -185,6 +185,9 @@ def test_what_needs_root_is_said(user: User, start: Start) -> None:
     assert error["kind"] == "access_denied"
     assert error["remedy"]
     program = user.start()
+    error = user.lzy.fail("doze", str(program.pid), *where)
+    assert error["kind"] == "access_denied"
+    assert "lzy dump" in error["remedy"]
     user.lzy.dump(program, "image")
     error = user.lzy.fail("restore", "image", *where[:2], "--pid-namespace", "host")
     assert error["kind"] == "access_denied"

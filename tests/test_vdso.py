@@ -160,7 +160,7 @@ def test_a_thread_in_the_midst_of_the_old_code_gets_out_of_it(
     other = code[:-1] + bytes([code[-1] ^ 1])
     for number in range(3):
         lzy.dump(program, f"image{number}")
-        restore_from_elsewhere(lzy, program, f"image{number}", other)
+        restore_from_elsewhere(lzy, program, f"image{number}", other, "eager")
         assert program.is_alive
         before = Path(f"/proc/{program.pid}/stat").read_text().split()[13]
         while Path(f"/proc/{program.pid}/stat").read_text().split()[13] == before:

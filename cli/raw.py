@@ -54,8 +54,8 @@ class Borrowed:
     """Our terminal while it is somebody else's."""
 
     def leave(self, how: bytes) -> None:
-        """Take the program's modes off, and go below what is shown."""
-        write((how or _PLAIN) + b"\x1b[999;1H\r\n")
+        """Take the program's modes off (`how`, if that is known), and go below what is shown."""
+        write(how or _PLAIN + b"\x1b[999;1H\r\n")
 
 
 _PLAIN = (

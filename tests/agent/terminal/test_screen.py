@@ -66,6 +66,16 @@ def test_colours_and_modes_are_painted_again() -> None:
     assert after.text()[:2] == ["bold", "plain"]
 
 
+def test_terminal_is_given_back_below_what_is_shown() -> None:
+    """Modes are off, the second screen is left, and a shell's prompt comes under the last row."""
+    for output in (b"one\r\ntwo", b"one\r\ntwo\r\n", b"one\r\ntwo\x1b[?1049h\x1b[?1000hedit"):
+        screen = shown(output)
+        given_back = shown(screen.paint() + screen.unpaint() + b"$")
+        assert given_back.text() == ["one", "two", "$", ""]
+        assert not given_back.is_alternate
+        assert 1000 not in given_back.modes
+
+
 def test_what_scrolls_off_is_kept_within_bounds() -> None:
     """The newest two thousand rows are there; the second screen adds none."""
     screen = shown(b"".join(b"row %d\r\n" % number for number in range(3000)))

@@ -40,9 +40,13 @@ class _Held:
 
 @dataclass
 class Object(_Held):
-    """A memory object (memfd, shared memory, deleted file) by its space's number."""
+    """A memory object (memfd, shared memory, deleted file) by its space's number; a carried file.
+
+    Only the latter has a path.
+    """
 
     space: int
+    path: str = ""
 
 
 @dataclass
@@ -113,6 +117,11 @@ def weigh(image: Image) -> tuple[list[Mapping], list[Object]]:
     window_bytes = image.window_pages * _PAGE_BYTES
     first, last = image.space_extent(0)
     members = {member["space"] for member in image.document.get("members", ())}
+    carried = {
+        entry["space"]: entry["path"]
+        for entry in image.document.get("carried", ())
+        if "space" in entry
+    }
     here = 0  # the first mapping that ends behind the window at hand; both are sorted
     for index in range(image.run_count):
         address, mask, chunk = image.run(index)
@@ -120,7 +129,7 @@ def weigh(image: Image) -> tuple[list[Mapping], list[Object]]:
             space = image.runs[3 * index + 2] >> 32
             if space in members:
                 continue
-            held = objects.setdefault(space, Object(space))
+            held = objects.setdefault(space, Object(space, carried.get(space, "")))
             held.hold(mask.bit_count(), _stored(image, chunk, mask, mask, stored_per_page))
             continue
         while here < len(mappings) and mappings[here].end <= address:
@@ -170,7 +179,7 @@ def _read_mapping(vma: dict[str, Any]) -> Mapping:
 def _name(held: Mapping | Object) -> str:
     """What a person calls it: its file, else its kind."""
     if isinstance(held, Object):
-        return f"memory object {held.space}"
+        return f"{held.path} (carried)" if held.path else f"memory object {held.space}"
     return held.path or held.kind or "anonymous"
 
 
@@ -207,6 +216,7 @@ def as_document(image: Image, mappings: list[Mapping], objects: list[Object]) ->
         "objects": [
             {
                 "object": held.space,
+                "path": held.path or None,
                 "raw_bytes": held.raw_bytes,
                 "stored_bytes": round(held.stored_bytes),
             }

@@ -116,6 +116,8 @@ def test_carried_files_are_stored_once(lzy: CommandLine, land: Land) -> None:
     assert first["raw_bytes"] > carried
     assert second["stored_bytes"] < 1 << 20 < first["stored_bytes"]
     lzy.succeed("verify", "two", "--store", str(lzy.store))
+    objects = lzy.succeed("show", "two", "--store", str(lzy.store))["objects"]
+    assert str(land.library) in {held["path"] for held in objects}
 
 
 def test_all_that_is_missing_is_named_at_once(lzy: CommandLine, land: Land) -> None:

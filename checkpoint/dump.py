@@ -58,7 +58,14 @@ from .resources.kind import load_kinds
 from .stages import reach
 from .subject import Subject, why_no_snapshot
 from .tracee import Tracee
-from .tree import Ended, describe_ended, look_at_descendants, refuse_ourselves, stop_tree
+from .tree import (
+    Ended,
+    describe_ended,
+    find_names,
+    look_at_descendants,
+    refuse_ourselves,
+    stop_tree,
+)
 from .unfinished import close_unfinished
 from .working_set import inherit_order, order_windows, read_order, seed_order
 
@@ -292,6 +299,7 @@ def _dump(
                         root.ranges = own_page_ranges(pid, root.vmas)
                         away = read_away(doze, root.ranges)
                     written = [*(root.ranges if written is None else written), *away.moved]
+                find_names(tree)
                 for subject in tree:
                     subject.map(objects)
                 if not obstacle and objects.total_bytes > SNAPSHOT_OBJECT_LIMIT_BYTES:

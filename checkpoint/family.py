@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from .linux import layouts, process, ptrace
+from .linux.descriptors import EPOLL_CTL_ADD, pack_epoll_event
 from .linux.detached import forget_signals
 from .member import Member, fork_stub
 from .tracee import Tracee
@@ -30,9 +31,12 @@ def settle_family(members: Sequence[Member], ended: Iterable[dict[str, Any]]) ->
                 os.kill(tracee.pid, signal.SIGKILL)
                 os.waitpid(tracee.pid, ptrace.WALL)
         raise
+    made: dict[int, tuple[Member, int]] = {}
     for member in members:
-        _add_process_descriptors(member)
+        _add_process_descriptors(member, made)
         _take_terminals(member)
+    for member in members:
+        _watch_processes(member)
 
 
 def _settle_groups(
@@ -137,23 +141,74 @@ def _forget_child_signal(tracee: Tracee) -> None:
     tracee.run(tracee.threads[tracee.pid], batch)
 
 
-def _add_process_descriptors(member: Member) -> None:
-    """Descriptors of processes of the tree (pidfd), which exist only now."""
+def _add_process_descriptors(member: Member, made: dict[int, tuple[Member, int]]) -> None:
+    """Descriptors of processes of the tree (pidfd), which exist only now; epolls watch them.
+
+    `made`: description to the member that has it, and its number there.
+    """
     leader = member.tracee.threads[member.pid]
     for text, place in member.table["descriptors"].items():
-        entry = member.table_of_all["descriptions"][place["description"]]
-        if entry["kind"] != "pidfd" or not (
-            entry["form"] == "member" or (entry["form"] == "own" and member.parent)
-        ):
+        index, number = place["description"], int(text)
+        entry = member.table_of_all["descriptions"][index]
+        if not _is_of_the_tree(entry):
             continue
+        temporary = -1
+        if index in made:
+            temporary = _borrow(member, *made[index])
+        if temporary < 0:
+            target = entry["target"] if entry["form"] == "member" else entry["holder"]
+            flags = entry["flags"] & os.O_NONBLOCK
+            batch = member.tracee.batch()
+            asked = batch.call(process.SYS_PIDFD_OPEN, target, flags, what=f"a pidfd of {target}")
+            member.tracee.run(leader, batch)
+            temporary = batch.results[asked]
         batch = member.tracee.batch()
-        target = entry.get("target", member.number)
-        made = batch.call(process.SYS_PIDFD_OPEN, target, 0, what=f"a pidfd of {target}")
-        member.tracee.run(leader, batch)
-        temporary, batch = batch.results[made], member.tracee.batch()
-        batch.call(process.SYS_DUP3, temporary, int(text), 0)
+        batch.call(process.SYS_DUP3, temporary, number, 0)
         batch.call(process.SYS_CLOSE, temporary)
         member.tracee.run(leader, batch)
+        made.setdefault(index, (member, number))
+
+
+def _is_of_the_tree(entry: dict[str, Any]) -> bool:
+    """Whether it is a descriptor of a process; the first one makes that of itself by itself."""
+    return entry["kind"] == "pidfd" and (
+        bool(entry["form"] == "member") or (entry["form"] == "own" and "holder" in entry)
+    )
+
+
+def _borrow(member: Member, other: Member, number: int) -> int:
+    """Have a member open what another has as `number`, the same description; -1 if it may not."""
+    leader = member.tracee.threads[member.pid]
+    batch = member.tracee.batch()
+    asked = batch.call(process.SYS_PIDFD_OPEN, other.number, 0, what=f"a pidfd of {other.number}")
+    member.tracee.run(leader, batch)
+    pidfd, batch = batch.results[asked], member.tracee.batch()
+    asked = batch.call(process.SYS_PIDFD_GETFD, pidfd, number, 0, tolerate=True)
+    batch.call(process.SYS_CLOSE, pidfd)
+    member.tracee.run(leader, batch)
+    return batch.results[asked]
+
+
+def _watch_processes(member: Member) -> None:
+    """Have epolls watch descriptors of processes, in whose place there was nothing to watch yet."""
+    descriptions = member.table_of_all["descriptions"]
+    leader = member.tracee.threads[member.pid]
+    numbers = {place["description"]: int(n) for n, place in member.table["descriptors"].items()}
+    for index, entry in enumerate(descriptions):
+        for target in entry.get("targets", ()):
+            if (
+                index in numbers
+                and not target["stale"]
+                and target.get("holder", 0) == member.holder
+                and _is_of_the_tree(descriptions[target["description"]])
+            ):
+                batch = member.tracee.batch()
+                event = batch.put(pack_epoll_event(target["events"], target["data"]))
+                batch.call(
+                    process.SYS_EPOLL_CTL, numbers[index], EPOLL_CTL_ADD, target["number"], event,
+                    what="watch a process",
+                )  # fmt: skip
+                member.tracee.run(leader, batch)
 
 
 def _take_terminals(member: Member) -> None:

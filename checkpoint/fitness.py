@@ -42,6 +42,8 @@ def refuse_unfit(pid: int) -> None:
         )
     if status["State"].startswith(("Z", "X")):
         raise NotFound(f"process {pid} has ended (a zombie is left of it)", pid=pid)
+    if proc.is_ending(pid):
+        raise NotFound(f"process {pid} is ending", pid=pid)
     if not proc.read_bytes(pid, "cmdline") and "VmSize" not in status:
         raise Unsupported(f"pid {pid} is a kernel thread", remedy="choose a program", pid=pid)
     if (tracer := int(status["TracerPid"])) and not _is_pager(tracer):
@@ -52,6 +54,8 @@ def refuse_unfit(pid: int) -> None:
             theirs = os.stat(f"/proc/{pid}/ns/{namespace}").st_ino
         except PermissionError:
             continue
+        except (FileNotFoundError, ProcessLookupError) as error:
+            raise NotFound(f"process {pid} has ended", pid=pid) from error
         if theirs != os.stat(f"/proc/self/ns/{namespace}").st_ino:
             raise Unsupported(
                 f"pid {pid} lives in another {namespace} namespace (a container?)",

@@ -19,7 +19,7 @@ _HEADER = re.compile(
 _KEYED = re.compile(rb"\nProtectionKey: +[1-9]")
 _PIECE_BYTES = 512  # less than smaps says of any mapping
 _PIECES = 512
-_PF_IO_WORKER = 0x10  # linux/sched.h
+_PF_EXITING, _PF_IO_WORKER = 0x4, 0x10  # linux/sched.h
 _SPECIAL = {
     b"[vdso]": "vdso",
     b"[vvar]": "vvar",
@@ -225,6 +225,12 @@ def status(pid: int, tid: int | None = None) -> dict[str, str]:
         "utf-8", "surrogateescape"
     )
     return dict(line.split(":\t", 1) for line in text.splitlines() if ":\t" in line)
+
+
+def is_ending(pid: int) -> bool:
+    """Whether its main thread is on the way out, and its memory perhaps gone, but no zombie yet."""
+    fields = stat(pid)
+    return fields[2] not in "ZX" and bool(int(fields[8]) & _PF_EXITING)
 
 
 def stat(pid: int, tid: int | None = None) -> list[str]:

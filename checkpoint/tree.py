@@ -123,8 +123,11 @@ def _stop_child(
         subject.close()
         subject = None
     if subject is None:
-        refuse_unfit(pid)
-        subject = Subject(pid)
+        try:
+            refuse_unfit(pid)
+            subject = Subject(pid)
+        except NotFound:  # it ends just now: a zombie in a moment
+            return False
     subject.parent = parent
     tree.append(subject)
     try:
@@ -156,6 +159,26 @@ def _describe_ended(pid: int, stat: list[str], parent: Subject) -> Ended:
         exit_signal=int(stat[_EXIT_SIGNAL]),
         status=int(stat[_EXIT_CODE]),
     )
+
+
+def find_names(tree: list[Subject]) -> None:
+    """Have all who map a file shared know it by its name, if one of them does.
+
+    sem_open(3) makes a semaphore under another name than the one by which others open it.
+    """
+    names = {
+        (vma.device, vma.inode): vma.path
+        for subject in tree
+        for vma in subject.vmas
+        if vma.kind == "file" and vma.shared
+    }
+    for subject in tree:
+        subject.vmas = [
+            vma._replace(kind="file", path=names[vma.device, vma.inode])
+            if vma.kind == "memory" and (vma.device, vma.inode) in names
+            else vma
+            for vma in subject.vmas
+        ]
 
 
 def describe_ended(ended: list[Ended]) -> list[dict[str, Any]]:

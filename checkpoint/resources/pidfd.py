@@ -6,6 +6,8 @@ import contextlib
 import os
 from typing import TYPE_CHECKING
 
+from .. import proc
+from ..errors import NotFound
 from .kind import Entry, Kind
 
 if TYPE_CHECKING:
@@ -30,6 +32,11 @@ class ProcessDescriptor(Kind):
                 return {"form": "member", "target": survey.number_of(holder)}
         if target <= 0:
             return {"form": "ended"}
+        with contextlib.suppress(NotFound):
+            if proc.stat(target)[2] == "Z" and int(proc.stat(target)[3]) in (
+                holder.pid for holder in survey.holders
+            ):  # it has ended, and one of them has yet to wait for it
+                return {"form": "member", "target": proc.innermost(proc.status(target)["NSpid"])}
         return {"form": "other", "target": target, "started": _start(target)}
 
     def make(self, index: int, entry: Entry, assembly: Assembly) -> int:

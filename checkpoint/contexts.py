@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import select
 from collections.abc import Sequence
 
 from .course import Course
@@ -28,7 +29,7 @@ class Context:
     `moved`: where memory has been moved to; as in a map of what is missing, but without shifts.
     """
 
-    __slots__ = ("course", "missing", "moved", "token", "uffd")
+    __slots__ = ("_messages", "course", "missing", "moved", "token", "uffd")
 
     def __init__(
         self,
@@ -44,6 +45,12 @@ class Context:
         self.missing = missing
         self.moved = MissingPages()
         self.course = Course(missing, order)
+        self._messages = select.poll()
+        self._messages.register(fd, select.POLLIN)
+
+    def has_message(self) -> bool:
+        """Whether the kernel has something to say. Precondition: it was made pollable."""
+        return bool(self._messages.poll(0))
 
     def install(self, target: int, source: int, length_bytes: int, *, forgets: bool = False) -> int:
         """Copy pages to `target`; pages that are there or have no place any more are passed over.

@@ -20,7 +20,7 @@ _HELD_BACK_ONE_IN = 32
 
 
 class Step(NamedTuple):
-    """Load what window `number` has for [address, end).
+    """Load what window `number` has for [address, end), which the image has at + `shift`.
 
     `place`: how many windows of the order are in by then; -1 for a step that is not part of it.
     `likely`: that it will be asked for soon.
@@ -31,6 +31,7 @@ class Step(NamedTuple):
     number: int
     place: int
     likely: bool
+    shift: int = 0
 
 
 class Walk:
@@ -122,10 +123,10 @@ class Course:
                 yield from self._find_window(windows, window, place + 1)
         self._known = frozenset()
         address = 0
-        while (step := self._find(windows, address, END_OF_ADDRESSES)) is not None:
+        while step := self._find(windows, address, END_OF_ADDRESSES, known, likely=False):
             address = step.end
-            if windows.address(step.number) not in held_back:
-                yield step._replace(place=known, likely=False)
+            if not held_back or windows.address(step.number) not in held_back:
+                yield step
         for window in self._order:
             if window in held_back:
                 yield from self._find_window(windows, window, known)
@@ -148,7 +149,9 @@ class Course:
             if shift == 0:
                 yield Step(low, address, number, place, True)
 
-    def _find(self, windows: Windows, low: int, high: int) -> Step | None:
+    def _find(
+        self, windows: Windows, low: int, high: int, place: int = -1, *, likely: bool = True
+    ) -> Step | None:
         """The first that is missing and stored in [low, high).
 
         What is missing before it and was never stored is zeros, so it is not missing any more.
@@ -166,5 +169,6 @@ class Course:
                 if stored_at >= high:
                     return None
                 base = windows.address(number) - shift
-                return Step(max(position, base), min(end, base + windows.length), number, -1, True)
+                low, high = max(position, base), min(end, base + windows.length)
+                return Step(low, high, number, place, likely, shift)
         return None

@@ -1,7 +1,8 @@
 """Answers the page faults of a lazily restored process, and loads the rest behind them.
 
-One thread reads the messages, keeps the map of what is missing and installs the pages. That order
-is what makes it right:
+One thread reads the messages, keeps the map of what is missing and installs what is asked for; what
+comes behind the faults is installed by those who read it ahead, as that thread has told them. What
+makes it right:
 
 - Messages are read into the journal, and events among them applied, before any fault is answered.
 - While an event is on its way the kernel refuses to install anything (EAGAIN). So what we look up
@@ -11,12 +12,15 @@ is what makes it right:
   registered VMA is there. A page that is in no map is zero (or there already: EEXIST). Of a process
   that goes to doze the map says more than is missing: what is there, or not heard of, may go yet.
   So what is asked for one by one is forgotten only if it was really installed.
+- A reader installs only as long as no event has been read since it was told where
+  (`lzy.checkpoint.fence`); and what it has installed is forgotten before such an event is applied.
 - Bytes that do not authenticate are never installed, and neither are zeros in their place: that
   fault stays open, is tried again later, and all others go on.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import mmap
 import os
@@ -24,25 +28,33 @@ import select
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from itertools import islice
 
 from .contexts import Context, LayoutChanged, MemoryGone
 from .course import Step
 from .errors import LzyError
+from .fence import Fence
 from .harbour import Harbour
 from .journal import CLOSING, CONTEXT, GONE, MAIN, MOVED, PIECE, SOURCE, Journal, Record
 from .linux import PAGE_BYTES, address_of
 from .linux import uffd as kernel
 from .linux.uffd import MESSAGE_BYTES
 from .missing import MissingPages, follow
-from .readahead import Readahead
+from .readahead import MOST_PARTS, Goal, Readahead, Slot
 from .windows import ChunkSource, Windows
-from .working_set import merge_order
+from .working_set import MOST_WINDOWS, merge_order
 
 _PAGE_MASK = -PAGE_BYTES
 _BATCH_BYTES = 16 * MESSAGE_BYTES
 _SPARE_RECORDS = 128  # kept free in the journal for records of our own
-_NEAR_READS = 4
+_NEAR_READS = 4  # a fault on what comes so soon waits for the reader
 _READ_PATIENCE_S = 0.002
+_FENCE_PATIENCE_S = 0.5
+_PATIENCE_S = 0.005  # so long a fault is left to a reader
+_HOT_S = 0.001  # so long after a fault others are expected
+_TRUSTED = 3  # faults in a row that readers were about to answer
+_TRUST_S = 0.001
+_AT_ONCE = 6  # steps that readers end before we look after them
 _MOST_QUEUED = 64  # steps behind the faults that are decided on
 _FIRST_RETRY_S = 0.05
 _LAST_RETRY_S = 5.0
@@ -110,10 +122,16 @@ class FaultServer:
         self._poll: select.poll | None = None
         self._windows: Windows | None = None
         self._readahead: Readahead | None = None
+        self._fence: Fence | None = None
         self._queue: deque[tuple[Context, Step]] = deque()
         self._order = order
         self._keep_order = keep_order
         self._on_demand: bool = journal.facts.get("on_demand", False)
+        self._awaited: list[tuple[Context, int, int, float]] = []
+        self._put_off: tuple[Context, Step] | None = None
+        self._hot_until = 0.0
+        self._due_in_a_row = 0  # faults that readers were about to answer
+        self._spare_cores = max(0, (os.cpu_count() or 1) - 2)
         self._place = 0  # how many windows of the order are in
         self._needed: dict[int, int] = {}  # see `merge_order`
         self._unneeded: dict[int, None] = {}
@@ -127,6 +145,7 @@ class FaultServer:
         """Serve from `image` from now on; the one before is closed."""
         self._end_readahead()
         self._queue.clear()
+        self._put_off = None
         if self._windows is not None:
             self._windows.image.close()
         self._windows = Windows(image)
@@ -134,13 +153,22 @@ class FaultServer:
             context.course.restart()
 
     def _begin_readahead(self, windows: Windows) -> Readahead:
+        main = self._contexts.get(MAIN)
         inside = {ours for _, ours in self._inside}
-        private = {self._journal.fd, self._pidfd, self._watched, *inside, *self.descriptors}
-        private.discard(-1)
-        depth = max(4, _AHEAD_BYTES // windows.length)
-        readers = min(os.cpu_count() or 1, _MOST_READERS)
+        private = {self._pidfd, self._watched, *inside, *self.descriptors}
+        private -= {-1, self._uffd}
+        if main is None or self._fence is None:  # else the readers install
+            private |= {self._journal.fd, self._uffd}
         self._poll = None
-        self._readahead = Readahead(windows.image, depth, windows.length, private, readers=readers)
+        self._readahead = Readahead(
+            windows.image,
+            max(4, _AHEAD_BYTES // windows.length),
+            windows.length,
+            private,
+            readers=min(os.cpu_count() or 1, _MOST_READERS),
+            fence=self._fence,
+            uffd=main.uffd if main is not None else None,
+        )
         return self._readahead
 
     def _end_readahead(self) -> None:
@@ -213,12 +241,24 @@ class FaultServer:
             self._compact()
         if journal.source != context.token:
             journal.name_source(context.token)
-        length = context.uffd.read(journal.address, _BATCH_BYTES)
-        if not length:
-            return False
         faults: list[int] = []
         events: list[Record] = []
-        journal.take(length, faults, events)
+        fence = None
+        if self._readahead is not None and self._readahead.installs:
+            if not context.has_message():
+                return False
+            fence = self._close_fence()
+        try:
+            length = context.uffd.read(journal.address, _BATCH_BYTES)
+            journal.take(length, faults, events)
+            if events:
+                self._note_installed()
+        finally:
+            # Whoever is killed before this leaves readers that install nothing any more.
+            if fence is not None:
+                fence.open(calls_off=bool(events))
+        if not length:
+            return False
         for event in events:
             if event[0] == kernel.EVENT_FORK:
                 self._stow(event[1] & 0xFFFFFFFF)
@@ -230,6 +270,31 @@ class FaultServer:
             self._asked.append((context, address & _PAGE_MASK))
         self._faults += len(faults)
         return True
+
+    def _close_fence(self) -> Fence | None:
+        """Keep readers from installing anything: what is read next may change what goes where."""
+        fence = self._fence
+        try:
+            if fence is None or fence.close(_FENCE_PATIENCE_S):
+                return fence
+            self._log("a reader does not go on; starting others")
+        except OSError as error:
+            self._log(f"readers install nothing any more: {error}")
+            self._fence = None
+        self._end_readahead()
+        return None
+
+    def _note_installed(self) -> None:
+        """Take note of all that readers have installed. Precondition: the fence is closed."""
+        if self._readahead is not None:
+            for goal in self._readahead.installed():
+                self._reached(goal)
+
+    def _reached(self, goal: Goal) -> None:
+        """A reader has installed this, and no event was read since it was told to."""
+        self._installed_bytes += sum(length for _, _, length in goal.parts)
+        if (main := self._contexts.get(MAIN)) is not None:
+            main.missing.forget(goal.low, goal.high)
 
     def _settle_harbour(self) -> None:
         """Bring the harbour into line with the journal, between which our forerunner was killed."""
@@ -255,6 +320,8 @@ class FaultServer:
 
     def prepare(self) -> None:
         """Open the image if it was not handed to us; if that fails, `serve` goes on trying."""
+        with contextlib.suppress(OSError):  # then readers only read
+            self._fence = Fence(self._journal.fd)
         self._settle_harbour()
         if self._windows is None:
             self._reopen()
@@ -264,21 +331,26 @@ class FaultServer:
         for context in self._contexts.values():
             context.uffd.make_pollable()
             context.uffd.wake_all()
+        self._keep_readers_busy()  # at once: faults, one after the other, might keep us from it
         look_at = linger_until = 0.0
         clock = time.monotonic
         while self._contexts:
             heard = False
             for context in list(self._contexts.values()):
                 heard |= self._attend(context)
+            if self._awaited:
+                self._see_to_awaited()
             # Also what was noted elsewhere: a fault heard of while the end was being prepared.
             if heard or self._asked:
+                self._settle()
                 while self._asked:
                     self._answer(*self._asked.popleft())
-                    self._keep_readers_busy()
-                linger_until = clock() + _LINGER_S
+                now = clock()
+                linger_until, self._hot_until = now + _LINGER_S, now + _HOT_S
+                self._keep_readers_busy()
                 continue
             now = clock()
-            if now < linger_until and not self._is_hurried():
+            if now < linger_until and not self._has_helpers() and not self._is_hurried():
                 continue
             if now >= look_at:
                 look_at = now + _LOOK_AROUND_S
@@ -311,6 +383,10 @@ class FaultServer:
         return (
             step.likely and step.number in self._readahead and self._readahead.is_ready(step.number)
         )
+
+    def _has_helpers(self) -> bool:
+        """Whether readers are at work that install: they want the core that we would wait on."""
+        return bool(self._queue) and self._readahead is not None and self._readahead.installs
 
     def _rests(self) -> bool:
         """Whether only what is touched is wanted, and something is missing still.
@@ -349,7 +425,8 @@ class FaultServer:
                     poll.register(fd, select.POLLIN)
         poll.poll(timeout_s * 1000)
 
-    def _answer(self, context: Context, page: int) -> None:
+    def _answer(self, context: Context, page: int, *, patient: bool = True) -> None:
+        """Install what is wanted; or leave it, if `patient`, to a reader that is just about to."""
         if not self._is_served(context):
             return
         try:
@@ -366,13 +443,21 @@ class FaultServer:
             if absent_until:
                 context.zero(page, min(end, absent_until - shift))
                 return
-            high = self._load(context, windows, number, piece, page)
+            is_known = context.course.is_known(windows.address(number))
+            is_due = is_known and self._is_due(number)
             low = windows.address(number) - shift
+            if patient and self._is_near(context, page, number):
+                self._due_in_a_row += is_due
+                high = min(low + windows.length, end)
+                self._awaited.append((context, page, number, time.monotonic() + _PATIENCE_S))
+            else:
+                self._due_in_a_row = 0
+                high = self._load(context, windows, number, piece, page)
             walked = (high, high)
-            if not self._on_demand and not context.course.is_known(windows.address(number)):
+            if not self._on_demand and not is_known:
                 walked = context.course.follow(page, low, high, windows.length)
             if context.token == MAIN:
-                self._note_need(context, windows, number, walked, shift)
+                self._note_need(context, windows, number, walked, shift, is_due=is_due)
         except LayoutChanged:
             self._asked.append((context, page))
             self._attend_now(context)
@@ -380,6 +465,33 @@ class FaultServer:
             self._drop(context)
         except (LzyError, OSError) as error:
             self._stall(context, page, error)
+
+    def _is_near(self, context: Context, page: int, number: int) -> bool:
+        """Whether a reader will have installed this page, of window `number`, before we could."""
+        readahead = self._readahead
+        if readahead is None or context.token != MAIN or not readahead.is_coming(number, page):
+            return False
+        before = 0  # reads that must end first
+        for _, step in self._queue:
+            if step.number == number:
+                return True
+            if step.number in readahead and not readahead.is_ready(step.number):
+                before += 1
+                if before == _NEAR_READS:
+                    break
+        return False
+
+    def _see_to_awaited(self) -> None:
+        """Answer the faults that were left to readers which have not installed what they asked."""
+        awaited, self._awaited = self._awaited, []
+        now = time.monotonic()
+        for context, page, number, until in awaited:
+            readahead = self._readahead
+            if readahead is not None and now < until and readahead.is_coming(number, page):
+                self._awaited.append((context, page, number, until))
+            elif readahead is None or not readahead.is_installed(number, page):
+                self._answer(context, page, patient=False)
+            # else it is there, and who waits for it was woken
 
     def _load(
         self,
@@ -405,8 +517,12 @@ class FaultServer:
             readahead = self._readahead
             if page >= 0:
                 self._await_reader(number)
-            slot = readahead.take(number) if readahead is not None else None
+            slot = self._take(number)
+            if slot is None and self._is_all_in(context, low, high):
+                return high
             if slot is None or readahead is None:
+                if readahead is not None and number in readahead:
+                    readahead.spare(number)
                 windows.read(number, self._buffer)
                 self._install(context, parts, self._buffer_address, forgets=may_go_yet)
             else:
@@ -418,6 +534,23 @@ class FaultServer:
         if not may_go_yet:
             context.missing.forget(low, high)
         return high
+
+    def _take(self, number: int) -> Slot | None:
+        """What was read ahead for window `number`, to be given back; None if it is not there.
+
+        A reader that has installed it leaves none: then less is missing now.
+        """
+        slot = self._readahead.take(number) if self._readahead is not None else None
+        if slot is not None and self._readahead is not None and slot.installed is not None:
+            self._reached(slot.installed)
+            self._readahead.give_back(slot)
+            return None
+        return slot
+
+    def _is_all_in(self, context: Context, low: int, high: int) -> bool:
+        """Whether nothing of [low, high) is missing any more."""
+        piece = context.missing.find_from(low)
+        return piece is None or piece[0] >= high
 
     def _await_reader(self, number: int) -> None:
         """Let a reader end that is reading window `number` or is about to: sooner than anew."""
@@ -433,6 +566,7 @@ class FaultServer:
                 if before == _NEAR_READS:
                     return
         deadline = time.monotonic() + _READ_PATIENCE_S
+        readahead.call_when_done(number)
         while not readahead.is_ready(number) and time.monotonic() < deadline:
             readahead.clear_done()
             if not readahead.is_ready(number):
@@ -454,17 +588,31 @@ class FaultServer:
         number: int,
         walked: tuple[int, int],
         shift: int,
+        *,
+        is_due: bool,
     ) -> None:
-        """Remember that window `number` was asked for, and first what a walk came through."""
+        """Remember that window `number` was asked for, and first what a walk came through.
+
+        `is_due`: it is known and was about to come, so it may keep its place in the order.
+        """
         low, high = walked
         if low < high:
             for passed in range(windows.find_from(low + shift), number):
                 address = windows.address(passed)
                 if address - shift >= high:
                     break
-                if context.missing.find(address - shift) is None:  # else it would have asked
+                if context.missing.find(address - shift) is None or self._is_in(passed):
+                    # else it would have asked
                     self._needed.setdefault(address, self._place)
-        self._needed.setdefault(windows.address(number), self._place)
+        place = MOST_WINDOWS if is_due else self._place  # then its own is earlier
+        self._needed.setdefault(windows.address(number), place)
+
+    def _is_in(self, number: int) -> bool:
+        """Whether a reader has installed window `number`, though we have not taken note yet."""
+        return self._readahead is not None and self._readahead.is_installed(number)
+
+    def _is_due(self, number: int) -> bool:
+        return self._readahead is not None and number in self._readahead
 
     def _hand_over_order(self) -> None:
         """Say in which order memory was needed, if this wake has taught anything; once."""
@@ -494,22 +642,30 @@ class FaultServer:
                 self._let_go(context)
             return
         readahead = self._readahead or self._begin_readahead(windows)
+        self._settle()
         self._read_ahead(context, windows, readahead)
         if not self._queue:
+            if self._put_off is not None:
+                self._wait(_HOT_S)
             return  # the course begins anew
         context, step = self._queue[0]
         number = step.number
         if number in readahead and not readahead.is_ready(number):
+            readahead.call_when_done(self._last_of_some(readahead))
             readahead.clear_done()
             if not readahead.is_ready(number):
-                self._wait(_LOOK_AROUND_S)
+                if self._due_in_a_row >= _TRUSTED and step.likely and now < self._hot_until:
+                    # The order is followed: who installs what comes next wakes who waits for it.
+                    readahead.wait_done(_TRUST_S)
+                    return
+                self._wait(_PATIENCE_S if self._awaited else _LOOK_AROUND_S)
                 if not readahead.is_whole():
                     self._log("a reader has died; starting others")
                     self._end_readahead()
             return
         self._queue.popleft()
         try:
-            self._take_step(context, windows, step)
+            self._take_step(context, step, windows)
             self._background_s = _FIRST_RETRY_S
         except LayoutChanged:
             self._queue.appendleft((context, step))
@@ -522,56 +678,106 @@ class FaultServer:
             self._background_at = now + self._background_s
             self._background_s = min(self._background_s * 2, _LAST_RETRY_S)
 
-    def _keep_readers_busy(self) -> None:
-        """Have more read while faults come one after the other; they may have used what was."""
-        readahead, windows = self._readahead, self._windows
+    def _settle(self) -> None:
+        """Take note of what readers have installed of what comes next, and of what faults had."""
+        readahead, windows, queue = self._readahead, self._windows, self._queue
         if readahead is None or windows is None:
             return
-        while self._queue:
-            context, step = self._queue[0]
-            if step.number in readahead:
-                break
-            piece = context.missing.find_from(step.address)
-            if piece is not None and piece[0] < step.end:
-                break
-            self._queue.popleft()  # a fault has had it
-            if step.place >= 0 and context.token == MAIN:
-                self._place = step.place
+        while queue:
+            context, step = queue[0]
+            number = step.number
+            if not readahead.is_installed(number):
+                if number in readahead and not readahead.is_ready(number):
+                    break
+                piece = context.missing.find_from(step.address)
+                if piece is not None and piece[0] < step.end:
+                    break
+            queue.popleft()
+            self._pass_by(context, windows, step)
+            slot = self._take(number)
+            if slot is not None:
+                readahead.give_back(slot)
+
+    def _last_of_some(self, readahead: Readahead) -> int:
+        """Which of the next steps to wait for, so that we are not woken for each of them."""
+        last = self._queue[0][1].number
+        for _, step in islice(self._queue, 1, _AT_ONCE):
+            if step.number in readahead and not readahead.is_ready(step.number):
+                last = step.number
+        return last
+
+    def _keep_readers_busy(self) -> None:
+        """Have more read while faults come one after the other; they may have used what was."""
+        windows = self._windows
+        if windows is None or self._rests():
+            return
         for context in reversed(self._contexts.values()):
             if context.missing:
+                readahead = self._readahead or self._begin_readahead(windows)
+                self._settle()
                 self._read_ahead(context, windows, readahead)
                 break
 
     def _read_ahead(self, context: Context, windows: Windows, readahead: Readahead) -> None:
         """Have read what comes next, as far as there is room."""
         while readahead.room and len(self._queue) < _MOST_QUEUED:
-            step = context.course.next(windows)
+            put_off, self._put_off = self._put_off, None
+            if put_off is not None and put_off[0] is context:
+                step: Step | None = put_off[1]
+            else:
+                step = context.course.next(windows)
             if step is None:
-                return
+                break
+            if not step.likely and self._wants_cores():
+                self._put_off = context, step
+                break
             if step.number not in readahead:
-                readahead.ask(step.number, windows.chunk(step.number))
+                goal = self._goal(context, windows, step) if readahead.installs else None
+                readahead.ask(step.number, windows.chunk(step.number), goal)
             self._queue.append((context, step))
+        readahead.begin()
 
-    def _take_step(self, context: Context, windows: Windows, step: Step) -> None:
+    def _wants_cores(self) -> bool:
+        """Whether faults come that would be answered later if more was read behind them."""
+        return len(self._queue) >= self._spare_cores and time.monotonic() < self._hot_until
+
+    def _goal(self, context: Context, windows: Windows, step: Step) -> Goal | None:
+        """Where a reader may install a step that was just proposed; None if we do that."""
+        if context.token != MAIN or self._on_demand:
+            return None
+        piece = context.missing.find(step.address)
+        if piece is None or piece[1] < step.end or piece[2] != step.shift:
+            return None
+        parts = windows.parts(step.number, step.address, step.end, step.shift, -1)
+        if not 0 < len(parts) <= MOST_PARTS:
+            return None
+        return Goal(step.address, step.end, parts, windows.stored_bytes(step.number))
+
+    def _take_step(self, context: Context, step: Step, windows: Windows) -> None:
         """Install what a course has proposed, if it still is what is missing there."""
         number = step.number
-        if step.place >= 0 and context.token == MAIN:
-            self._place = step.place
         piece = context.missing.find_from(step.address)
         current = self._is_served(context) and piece is not None and piece[0] < step.end
         if current and piece is not None:
             base = windows.address(number) - piece[2]
             current = base <= max(step.address, piece[0]) < base + windows.length
+        self._pass_by(context, windows, step)
         if current and piece is not None:
             self._load(context, windows, number, piece)
-            window = windows.address(number)
-            held_back = context.token == MAIN and context.course.is_held_back(window)
-            if held_back and window not in self._needed:
-                self._unneeded[window] = None
         # A fault or an event may have come first: then what was read for it is not needed any more.
-        slot = self._readahead.take(number) if self._readahead is not None else None
+        slot = self._take(number)
         if slot is not None and self._readahead is not None:
             self._readahead.give_back(slot)
+
+    def _pass_by(self, context: Context, windows: Windows, step: Step) -> None:
+        """The stream of the order of need, or of what comes behind it, has come to a step."""
+        if context.token != MAIN:
+            return
+        if step.place >= 0:
+            self._place = step.place
+        window = windows.address(step.number)
+        if context.course.is_held_back(window) and window not in self._needed:
+            self._unneeded[window] = None
 
     def _attend_now(self, context: Context) -> None:
         """The kernel says that an event waits, or that one is about to."""
@@ -657,6 +863,7 @@ class FaultServer:
             # Nobody else holds this one: closing it unregisters everything.
             self._drop(context)
             return
+        self._end_readahead()  # and with it whoever could install anything
         self._reach("pager.loaded")
         try:
             if not self._unregister_all(context):

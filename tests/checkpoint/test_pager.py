@@ -309,6 +309,16 @@ class Paged:
             resumed = resume_pager(self.pid, open_image=open_file_image)
             assert list(resumed) == [self.pid]
 
+    def kill_a_reader(self) -> None:
+        """kill -9 one of those who read ahead, if there is one."""
+        pager = self.lzy_pids()[0] if self.lzy_pids() else 0
+        with contextlib.suppress(OSError):
+            children = Path(f"/proc/{pager}/task/{pager}/children").read_text().split()
+            names = {int(pid): Path(f"/proc/{pid}/comm").read_text() for pid in children}
+            victims = [pid for pid, name in names.items() if name == "lzy-reader\n"]
+            if victims:
+                os.kill(victims[0], signal.SIGKILL)
+
     def hear(self) -> bytes:
         """What the script says next; with the pager's log when it says nothing."""
         try:
@@ -710,6 +720,132 @@ def test_kill_9_at_random_moments(
         time.sleep(moments.random() * 0.04)
         try:
             process.kill(victim)
+        except (NotFound, ValueError):
+            break  # it was done before we came
+    process.expect_done()
+    process.expect_pager_gone()
+
+
+_RUN_PAGES = 24  # no multiple of a window
+
+
+class Shuffle:
+    """What a process sees that moves its memory about: runs of pages, each with what it holds.
+
+    Every page of a run is one of the image (its number), zeros (-1) or as it was written (-2).
+    """
+
+    def __init__(self, memory: Memory, seed: int) -> None:
+        self.memory, self.chance = memory, random.Random(seed)
+        pages = range(memory.pages // _RUN_PAGES * _RUN_PAGES)
+        self.runs = [list(pages[at : at + _RUN_PAGES]) for at in pages[::_RUN_PAGES]]
+        self.length = _RUN_PAGES * PAGE_BYTES
+
+    def at(self, run: int, page: int = 0) -> int:
+        return BASE + run * self.length + page * PAGE_BYTES
+
+    def swap(self) -> None:
+        """Two runs change places by mremap(2)."""
+        one, other = self.chance.sample(range(len(self.runs)), 2)
+        ways = (
+            (self.at(one), ELSEWHERE),
+            (self.at(other), self.at(one)),
+            (ELSEWHERE, self.at(other)),
+        )
+        for source, target in ways:
+            moved = libc.mremap(source, self.length, self.length, FIXED | MAYMOVE, target)
+            assert moved == target, os.strerror(ctypes.get_errno())
+        self.runs[one], self.runs[other] = self.runs[other], self.runs[one]
+
+    def remove(self) -> None:
+        run = self.chance.randrange(len(self.runs))
+        first = self.chance.randrange(_RUN_PAGES)
+        last = self.chance.randint(first + 1, _RUN_PAGES)
+        length = (last - first) * PAGE_BYTES
+        assert libc.madvise(self.at(run, first), length, mmap.MADV_DONTNEED) == 0
+        self.runs[run][first:last] = [-1] * (last - first)
+
+    def replace(self) -> None:
+        """munmap(2), and new memory in its place."""
+        run = self.chance.randrange(len(self.runs))
+        assert libc.munmap(self.at(run), self.length) == 0
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x100000
+        protection = mmap.PROT_READ | mmap.PROT_WRITE
+        assert libc.mmap(self.at(run), self.length, protection, flags, -1, 0) == self.at(run)
+        self.runs[run] = [-1] * _RUN_PAGES
+
+    def write(self) -> None:
+        run, page = self.chance.randrange(len(self.runs)), self.chance.randrange(_RUN_PAGES)
+        ctypes.memset(self.at(run, page), 0xAB, PAGE_BYTES)
+        self.runs[run][page] = -2
+
+    def fork(self) -> None:
+        """A child that looks at some of it, and goes."""
+        child = os.fork()
+        if child == 0:
+            try:
+                self.look(200)
+                os._exit(0)
+            finally:
+                traceback.print_exc()
+                os._exit(1)
+        assert os.waitpid(child, 0)[1] == 0, "the forked child saw something else"
+
+    def look(self, pages: int) -> None:
+        for _ in range(pages):
+            self.check(self.chance.randrange(len(self.runs)), self.chance.randrange(_RUN_PAGES))
+
+    def check(self, run: int, page: int) -> None:
+        held, at = self.runs[run][page], self.at(run, page)
+        if held >= 0:
+            self.memory.check(held, at)
+        else:
+            expected = ZERO_PAGE if held == -1 else b"\xab" * PAGE_BYTES
+            seen = ctypes.string_at(at, PAGE_BYTES)
+            assert seen == expected, f"{at:#x} reads {seen[:16].hex()} instead of {held}"
+
+
+def move_about(seed: int, deeds: int, *, forks: bool) -> Script:
+    """Change the layout so often, look at some pages in between and at all of them at the end."""
+
+    def script(memory: Memory, channel: Channel) -> None:
+        shuffle = Shuffle(memory, seed)
+        ways = [shuffle.swap, shuffle.remove, shuffle.replace, shuffle.write]
+        for number in range(deeds):
+            shuffle.chance.choices(ways, [6, 1, 1, 1])[0]()
+            shuffle.look(3)
+            if forks and number % 40 == 0:
+                shuffle.fork()
+        for run in range(len(shuffle.runs)):
+            for page in range(_RUN_PAGES):
+                shuffle.check(run, page)
+
+    return script
+
+
+# Forked children whose message was read but not yet kept are lost with both (docs/pager.md).
+@pytest.mark.parametrize(
+    ("victim", "forks"),
+    [(victim, False) for victim in ("none", "reader", "pager", "keeper", "both")]
+    + [(victim, True) for victim in ("none", "reader", "pager", "keeper")],
+)
+def test_memory_that_is_moved_about_while_readers_install_it(
+    paged: MakePaged, victim: str, forks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Moved, dropped, replaced, written, forked while it comes in, and lzy is killed: all right."""
+    monkeypatch.setattr(FileImage, "pause_s", 0.0005)
+    seed = SEED * 31 + forks
+
+    process = paged(move_about(seed, 200, forks=forks), pages=256 * _RUN_PAGES)
+    process.page()
+    moments = random.Random(seed)
+    for _ in range(0 if victim == "none" else 5):
+        time.sleep(moments.random() * 0.04)
+        try:
+            if victim == "reader":
+                process.kill_a_reader()
+            else:
+                process.kill(victim)
         except (NotFound, ValueError):
             break  # it was done before we came
     process.expect_done()

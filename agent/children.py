@@ -40,16 +40,18 @@ class Children:
         started = operations.begin(order)
         reach("operation.begun")
         self._ended[started.pid] = ended = loop.create_future()
-        hearing = _Hearing(started.reading, told)
+        hearing = _Hearing(started.reading, told, loop.create_future())
         loop.add_reader(started.reading, hearing.listen)
         try:
-            status = await ended
+            # What it has said stands; that it takes down its memory afterwards concerns nobody.
+            await asyncio.wait([ended, hearing.said], return_when=asyncio.FIRST_COMPLETED)
         finally:
             loop.remove_reader(started.reading)
             hearing.listen()
             os.close(started.reading)
         if hearing.last is not None:
             return hearing.last
+        status = ended.result()
         what = f"signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else f"status {status}"
         words = f"the {order.verb} of {order.record.name} died ({what})"
         return {"error": errors.describe(LzyError(words, remedy=f"try again; see {self._log}"))}
@@ -87,9 +89,10 @@ class Children:
 class _Hearing:
     """Lines of JSON from an operation: its progress, and its last word, kept as `last`."""
 
-    def __init__(self, descriptor: int, told: Told) -> None:
+    def __init__(self, descriptor: int, told: Told, said: asyncio.Future[None]) -> None:
         self._descriptor = descriptor
         self._told = told
+        self.said = said
         self._rest = b""
         self.last: dict[str, Any] | None = None
 
@@ -105,3 +108,5 @@ class _Hearing:
                 self._told(document["progress"])
             else:
                 self.last = document
+                if not self.said.done():
+                    self.said.set_result(None)

@@ -138,7 +138,8 @@ class Mover:
                           "was_living": living, "wake": living or wake}  # fmt: skip
                 if session.is_living:
                     await self._stop(session, moving, actor_uid, progress, report)
-                agent.update(session, moving={**moving, "step": ASKED})
+                if session.record.moving.get("step") != ASKED:
+                    agent.update(session, moving={**moving, "step": ASKED})
         except BaseException:
             with contextlib.suppress(LzyError):
                 await target.ask("forget", {})

@@ -28,7 +28,7 @@ from .authority import agent_place
 from .cgroups import Cgroup
 from .children import Children
 from .identity import read_identity
-from .moving import BACK, Mover
+from .moving import ASKED, BACK, Mover
 from .operations import CHECKPOINT, DOZE, HIBERNATE, MIGRATE, ROUSE, WAKE, Order
 from .peers import Contacts
 from .ports import Ports
@@ -410,6 +410,8 @@ class Agent:
         elif verb in (HIBERNATE, MIGRATE):
             kind = "hibernated"
             changes["state"] = HIBERNATED
+            if verb == MIGRATE:  # on disk at once, for whoever waits for it stands still
+                changes["moving"] = {**record.moving, "step": ASKED}
             words = f"{report['image']} ({order.why})"
         elif verb == DOZE:
             changes["state"] = DOZING

@@ -16,6 +16,7 @@ emits instructions. Elsewhere, or where memory may not become executable, slices
 from __future__ import annotations
 
 import os
+import threading
 
 from .linux.code import Routine, buffer_address, make_routine
 
@@ -98,13 +99,16 @@ def _make_routines() -> dict[tuple[int, bool], Routine]:
 
 
 _routines: dict[tuple[int, bool], Routine] | None = None
+_making = threading.Lock()
 
 
 def fast() -> bool:
     """Whether taking numbers apart costs next to nothing here."""
     global _routines
     if _routines is None:
-        _routines = _make_routines()
+        with _making:
+            if _routines is None:
+                _routines = _make_routines()
     return bool(_routines)
 
 

@@ -21,7 +21,7 @@ import queue
 import threading
 import time
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from .beside import Beside
@@ -86,6 +86,7 @@ class ImageWriter:
         self._closed = False
         self._plain = False
         self._batch_bytes = _BATCH_BYTES
+        self._little = False
         self._queue: queue.Queue[Batch | None] = queue.Queue(maxsize=2 * workers)
         self._known = store.known_chunks()
         self._shared = Shared(store.keys, self._tables, self._pending, self._known, self._existing)
@@ -115,11 +116,13 @@ class ImageWriter:
         """So little is to be read that it is not looked for among all that the store has.
 
         If it is less than a batch, encodings are not tried either. Small batches spare the workers
-        to make large buffers, and to wait for one another at the end.
+        to make large buffers, and to wait for one another at the end; so does to begin with those
+        of many small windows, which take longest.
         """
         self._known.forgo()
         self._plain = length_bytes <= _BATCH_BYTES
-        if length_bytes <= _LITTLE_BYTES:
+        self._little = length_bytes <= _LITTLE_BYTES
+        if self._little:
             self._batch_bytes = _SMALL_BATCH_BYTES
 
     def keep(self, base: Image, kept: Kept) -> None:
@@ -185,7 +188,12 @@ class ImageWriter:
         if self._closed:
             raise ValueError(f"the writer of image {self.name} is closed")
         try:
-            self._read_all(source, windows, space)
+            batches = self._cut(source, windows, space)
+            if self._little:
+                batches = iter(sorted(batches, key=lambda batch: -len(batch.windows)))
+            for batch in batches:
+                self._raise_failure()
+                self._queue.put(batch)
         except BaseException as error:
             # What is missing now would be missing from the image: nothing can be committed.
             self._failure = self._failure or error
@@ -194,7 +202,10 @@ class ImageWriter:
             self._queue.join()  # nobody reads from `source` after this
         self._raise_failure()
 
-    def _read_all(self, source: PageSource, windows: Iterable[tuple[int, int]], space: int) -> None:
+    def _cut(
+        self, source: PageSource, windows: Iterable[tuple[int, int]], space: int
+    ) -> Iterator[Batch]:
+        """The windows in batches, numbered in their order."""
         if not 0 <= space < 1 << 32:
             raise ValueError(f"a space is a number below 2**32, not {space}")
         window_bytes = self.window_pages * PAGE_BYTES
@@ -212,12 +223,14 @@ class ImageWriter:
                 self._ordered = False
             self._last = (space, address)
             if pages + mask.bit_count() > batch_pages:
-                self._put(Batch(self._batches, space, source, batch, pages * PAGE_BYTES))
+                yield Batch(self._batches, space, source, batch, pages * PAGE_BYTES)
+                self._batches += 1
                 batch, pages = [], 0
             batch.append(window)
             pages += mask.bit_count()
         if batch:
-            self._put(Batch(self._batches, space, source, batch, pages * PAGE_BYTES))
+            yield Batch(self._batches, space, source, batch, pages * PAGE_BYTES)
+            self._batches += 1
 
     def commit(self, document: dict[str, Any], progress: Progress | None = None) -> ImageSummary:
         """Make the image visible, once every byte of it is on disk and verified.
@@ -264,11 +277,6 @@ class ImageWriter:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _put(self, batch: Batch) -> None:
-        self._raise_failure()
-        self._batches += 1
-        self._queue.put(batch)
 
     def _raise_failure(self) -> None:
         if self._failure is not None:

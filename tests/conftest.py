@@ -73,10 +73,12 @@ def nothing_left_behind(_adopt_orphans: None, tmp_path: Path) -> Iterator[None]:
     assert surroundings() == before
 
 
-def remove_ipc(pids: Iterable[int]) -> None:
-    """What outlasts the programs that made it: queues and segments called after their pids."""
+def remove_names(pids: Iterable[int]) -> None:
+    """What outlasts the programs that made it: queues and memory called after their pids."""
     libc = ctypes.CDLL(None, use_errno=True)
     for pid in pids:
+        for path in Path("/dev/shm").glob(f"*lzy-test-{pid}-*"):
+            path.unlink()
         if (segment := libc.shmget(0x6C000000 | pid, 0, 0)) >= 0:
             libc.shmctl(segment, 0, None)  # IPC_RMID
         for name in ("one", "empty"):
@@ -103,7 +105,7 @@ def start(tmp_path: Path, nothing_left_behind: None) -> Iterator[Callable[..., P
     finally:
         for program in reversed(started):  # A tracer before what it traces.
             program.close()
-        remove_ipc(program.child.pid for program in started)
+        remove_names(program.child.pid for program in started)
 
 
 @pytest.fixture

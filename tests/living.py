@@ -58,6 +58,30 @@ def end_process(pid: int, pidfd: int) -> None:
     reap(pid)
 
 
+def end_descendants(pid: int, pidfd: int) -> None:
+    """Kill all below a process, which is stopped first: whoever is stopped makes no children."""
+    with contextlib.suppress(ProcessLookupError):
+        signal.pidfd_send_signal(pidfd, signal.SIGSTOP)
+    stopped: dict[int, int] = {}
+    try:
+        while new := [child for child in list_children(pid) if child not in stopped]:
+            for child in new:
+                with contextlib.suppress(ProcessLookupError):
+                    stopped[child] = os.pidfd_open(child)
+                    signal.pidfd_send_signal(stopped[child], signal.SIGSTOP)
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        for child, descriptor in stopped.items():
+            end_process(child, descriptor)
+        assert wait_readable([pidfd], PATIENCE_S), f"process {pid} does not die"
+        reap(pid)
+        for child in stopped:  # once more: they were others' before, and are ours now
+            reap(child)
+    finally:
+        for descriptor in stopped.values():
+            os.close(descriptor)
+
+
 def await_end(pid: int, timeout_s: float = PATIENCE_S) -> None:
     """Wait until the process `pid`, which may be gone already, has ended."""
     try:
@@ -165,9 +189,11 @@ class Program:
         reap_orphans()
 
     def end(self) -> None:
-        """End whichever process answers now; it may have gone already."""
+        """End whichever process answers now, with its descendants; it may have gone already."""
+        end_descendants(self.pid, self.pidfd)
         end_process(self.pid, self.pidfd)
         self.child.wait(PATIENCE_S)
+        reap_orphans()
 
     def close(self) -> None:
         self.end()

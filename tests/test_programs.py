@@ -456,20 +456,6 @@ def refuses(lzy: CommandLine, program: Program, *options: str) -> dict[str, Any]
     return error
 
 
-@pytest.mark.parametrize("options", [(), ("--leave-running",)], ids=["dump", "checkpoint"])
-def test_living_children_are_refused(
-    start: Start, lzy: CommandLine, options: tuple[str, ...]
-) -> None:
-    """A process with a living child is refused; both are named and unharmed."""
-    program = start("child").await_ready()
-    children = Path(f"/proc/{program.pid}/task/{program.pid}/children").read_text().split()
-    error = refuses(lzy, program, *options)
-    assert error["kind"] == "unsupported"
-    assert children[0] in error["message"]
-    assert str(program.pid) in error["message"]
-    assert error["remedy"]
-
-
 @pytest.mark.shows("refused", "an io_uring with requests in flight")
 def test_uring_with_work_in_flight_is_refused(start: Start, lzy: CommandLine) -> None:
     """An io_uring with a read in flight is refused by name; the read then completes."""

@@ -1,0 +1,135 @@
+"""Trees of processes are dumped in mid-life and restored; then each is asked to prove its state."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from living import list_children
+
+if TYPE_CHECKING:
+    from living import CommandLine, Program
+
+    Start = Callable[..., Program]
+
+
+class Case(NamedTuple):
+    """A program and its arguments (`{folder}` is a folder of its own)."""
+
+    name: str
+    arguments: tuple[str, ...] = ()
+
+    @property
+    def id(self) -> str:
+        words = [word for word in self.arguments if "{" not in word]
+        return "-".join([self.name, *words])
+
+
+QUICK = [
+    Case("tree_commands"),
+    Case("tree_descriptors", ("{folder}",)),
+    Case("tree_events"),
+    Case("tree_groups"),
+    Case("tree_heap", ("16",)),
+    Case("tree_lineage"),
+    Case("tree_locks", ("{folder}",)),
+    Case("tree_memory"),
+    Case("tree_orphans"),
+    Case("tree_pipes"),
+    Case("tree_sockets", ("{folder}",)),
+    Case("tree_storm"),
+    Case("tree_workers", ("executor",)),
+    Case("tree_workers", ("fork",)),
+    Case("tree_workers", ("spawn",)),
+    Case("tree_zombies"),
+]
+# Their imports take seconds.
+HEAVY = [Case("tree_loader"), Case("tree_workers", ("loky",))]
+ALL = [*QUICK, *HEAVY]
+
+#: What these change in files, or in memory that has a name, outlasts their first life.
+SHARED_WITH_FILES = ("tree_descriptors", "tree_memory", "tree_workers")
+
+every_tree = pytest.mark.parametrize("case", ALL, ids=lambda case: case.id)
+quick_trees = pytest.mark.parametrize("case", QUICK, ids=lambda case: case.id)
+both_ways = pytest.mark.parametrize("way", [("--eager",), ()], ids=["eager", "lazy"])
+
+
+@every_tree
+def test_proof_can_fail(start: Start, case: Case) -> None:
+    """Nobody dumps it: its proof holds, twice, and fails once it has spoiled its own state."""
+    program = start(case.name, *case.arguments).await_ready()
+    assert program.ask("spoil") == "spoiled"
+    with pytest.raises(AssertionError):
+        program.prove()
+
+
+@quick_trees
+def test_proof_holds_uninterrupted(start: Start, case: Case) -> None:
+    """A tree that nobody touches proves its state, twice: what fails elsewhere is lzy's."""
+    program = start(case.name, *case.arguments).await_ready()
+    program.prove()
+    program.prove()
+
+
+@both_ways
+@every_tree
+def test_restored_tree_proves_its_state(
+    start: Start, lzy: CommandLine, case: Case, way: tuple[str, ...]
+) -> None:
+    """Dumped in mid-life (which ends all of it) and restored, a tree goes on with its pids."""
+    program = start(case.name, *case.arguments).await_ready()
+    before = program.pid
+    lzy.dump(program)
+    lzy.restore(program, "image", *way)
+    assert program.pid == before
+    program.prove()
+    program.prove()
+
+
+# The ports of the first life stay taken for a minute, as they do for anybody.
+@pytest.mark.parametrize(
+    "case", [case for case in QUICK if case.name != "tree_sockets"], ids=lambda case: case.id
+)
+def test_checkpointed_tree_runs_on_and_its_image_is_whole(
+    start: Start, lzy: CommandLine, case: Case
+) -> None:
+    """Left running a tree proves its state; so does its image, in a PID namespace of its own."""
+    program = start(case.name, *case.arguments).await_ready()
+    before = program.pid
+    lzy.dump(program, "image", "--leave-running")
+    if case.name in SHARED_WITH_FILES:
+        assert program.ask("ping") == "pong"
+    else:
+        program.prove()
+    program.end()
+    report = lzy.restore(program, "image", "--pid-namespace", "new")
+    assert report["pid_in_namespace"] == before != program.pid
+    program.prove()
+
+
+def test_connections_in_a_new_pid_namespace(start: Start, lzy: CommandLine) -> None:
+    """Connections inside a tree are there again also when its processes have other pids."""
+    program = start("tree_sockets", "{folder}").await_ready()
+    lzy.dump(program)
+    lzy.restore(program, "image", "--pid-namespace", "new")
+    program.prove()
+
+
+@pytest.mark.shows("refused", "descriptors in a socket that nobody has received yet (SCM_RIGHTS)")
+def test_descriptors_on_the_way_are_refused(start: Start, lzy: CommandLine) -> None:
+    """Descriptors that nobody has received yet (SCM_RIGHTS) are refused; the tree runs on."""
+    program = start("tree_descriptors", "{folder}", "rights").await_ready()
+    family = [program.pid, *list_children(program.pid)]
+    error = lzy.fail("dump", str(program.pid), "--store", str(lzy.store))
+    assert error["kind"] == "unsupported"
+    assert "SCM_RIGHTS" in error["message"]
+    assert error["remedy"]
+    assert [program.pid, *list_children(program.pid)] == family
+    program.prove()

@@ -4,6 +4,9 @@ While a session has no process its agent listens where that listened (TCP). A co
 the socket's queue; the session is woken with that very socket in the place of its own, so that it
 accepts the connection and finds what was sent. Nothing is read here.
 
+Not for notebook kernels: their clients connect again and again by themselves (ZeroMQ), which is no
+use of the session.
+
 *Guarantee*: a kept socket is closed here when the session lives, moves or is forgotten; if the wake
 fails it goes on being kept, and is listened to again after a while.
 """
@@ -42,7 +45,8 @@ class Ports:
         elif record.state != HIBERNATED or record.moving:
             self.release(record.name)
         elif record.name not in self._kept:
-            self._keep(record)
+            if "ipykernel" not in record.command:
+                self._keep(record)
         else:  # a wake has failed
             self._listen_later(record.name)
 

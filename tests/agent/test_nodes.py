@@ -260,3 +260,17 @@ def has_cgroups() -> bool:
         return group.limit(memory_bytes=1 << 30)
     finally:
         group.remove()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_moved_to_and_fro_under_use(trial: Trial) -> None:
+    """`LZY_SOAK_ROUNDS` times there and back, stores apart: its client has missed nothing."""
+    trial.up("--own-stores")
+    trial.ledger()
+    client = trial.use()
+    for number in range(2 * int(os.environ.get("LZY_SOAK_ROUNDS", "100"))):
+        to = ("two", "one")[number % 2]
+        moved = trial.lzy.succeed("migrate", "ledger", "--node", to)
+        assert (moved["session"]["node"], moved["session"]["state"]) == (to, "running")
+    trial.stop(client)

@@ -187,10 +187,17 @@ def test_ctrl_c_leaves_the_process_running(program: Program, tmp_path: Path, sta
 
 
 def test_a_refused_process_is_unharmed(lzy: Run, tmp_path: Path) -> None:
-    """A process with a living child is refused by name, with a way out, and runs on."""
-    code = "import subprocess as s; c = s.Popen(['cat'], stdin=-1); print(c.pid, flush=True); "
+    """A packet socket, and who has it below the process, are refused by name, with a way out."""
+    watch = (
+        "import socket as s; c = s.socket(s.AF_PACKET, s.SOCK_RAW); print(1, flush=True); input()"
+    )
+    code = (
+        "import subprocess as s, sys\n"
+        f"c = s.Popen([sys.executable, '-c', {watch!r}], stdin=s.PIPE, stdout=s.PIPE)\n"
+        "c.stdout.readline(); print(c.pid, flush=True)\n"
+    )
     parent = subprocess.Popen(
-        [sys.executable, "-c", code + "input(); c.stdin.close(); c.wait(); print('well')"],
+        [sys.executable, "-c", code + "input(); c.communicate(b'1'); print('well')"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -202,6 +209,7 @@ def test_a_refused_process_is_unharmed(lzy: Run, tmp_path: Path) -> None:
         assert answer.returncode == 4
         error, remedy = answer.stderr.splitlines()
         assert child in error
+        assert "packet" in error
         assert remedy.startswith("what to do: ")
         assert parent.communicate("\n", timeout=20)[0] == "well\n"
     finally:

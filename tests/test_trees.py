@@ -11,6 +11,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from family import await_rest, find_family_differences, read_family
 from living import list_children
 
 if TYPE_CHECKING:
@@ -83,12 +84,24 @@ def test_proof_holds_uninterrupted(start: Start, case: Case) -> None:
 def test_restored_tree_proves_its_state(
     start: Start, lzy: CommandLine, case: Case, way: tuple[str, ...]
 ) -> None:
-    """Dumped in mid-life (which ends all of it) and restored, a tree goes on with its pids."""
+    """Dumped in mid-life (which ends all of it) and restored, a tree goes on with its pids.
+
+    Eagerly restored it also looks the same as before, in all that /proc and kcmp(2) show.
+    """
     program = start(case.name, *case.arguments).await_ready()
-    before = program.pid
+    before, family = program.pid, {}
+    compares = way == ("--eager",) and case.name != "tree_storm"  # that is never at rest
+    if compares:
+        assert program.ask("ping") == "pong"
+        await_rest(program.pid)
+        family = read_family(program.pid)
     lzy.dump(program)
     lzy.restore(program, "image", *way)
     assert program.pid == before
+    if compares:
+        await_rest(program.pid)
+        differences = find_family_differences(family, read_family(program.pid))
+        assert not differences, "\n".join(differences)
     program.prove()
     program.prove()
 
@@ -133,3 +146,18 @@ def test_descriptors_on_the_way_are_refused(start: Start, lzy: CommandLine) -> N
     assert error["remedy"]
     assert [program.pid, *list_children(program.pid)] == family
     program.prove()
+
+
+def test_comparison_can_fail(start: Start) -> None:
+    """The comparison sees a process that joins another group, and one descriptor less in common."""
+    program = start("tree_groups").await_ready()
+    await_rest(program.pid)
+    before = read_family(program.pid)
+    again = read_family(program.pid)
+    assert not find_family_differences(before, again)
+    shared = next(n for n, v in again["family"].items() if n.startswith("shares/") and "0)" in v)
+    again["family"][shared] = "(1, 1)"
+    assert find_family_differences(before, again)
+    assert program.ask("spoil") == "spoiled"
+    await_rest(program.pid)
+    assert find_family_differences(before, read_family(program.pid))

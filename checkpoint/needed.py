@@ -1,8 +1,9 @@
 """What an image needs to find on this machine: its files, looked for before anything is made.
 
 A mapped file is the one at its path if that is the same, by build-id and size, or by size and time
-of change; else the copy that the image carries, else one that another image has brought (by
-build-id). All that is missing or different is told at once.
+of change; else the copy that the image carries; else, by build-id, a copy that another image has
+brought, or a file of that name where libraries are. All that is missing or different is told at
+once.
 """
 
 from __future__ import annotations
@@ -20,6 +21,14 @@ if TYPE_CHECKING:
 
 _DELETED = " (deleted)"
 
+_LIBRARIES = (
+    "/usr/lib/x86_64-linux-gnu",
+    "/lib/x86_64-linux-gnu",
+    "/usr/lib64",
+    "/lib64",
+    "/usr/lib",
+    "/usr/local/lib",
+)
 _COMES = -2  # instead of a descriptor: it will be there when `settle` is done
 
 Files = dict[tuple[str, bool], int]
@@ -68,8 +77,8 @@ class Needs:
         if copied:
             shown = ", ".join(sorted(set(copied))[:3]) + (", …" if len(set(copied)) > 3 else "")
             self.notes.append(
-                f"{len(set(copied))} files are not here as they were; they come from the image: "
-                f"{shown}"
+                f"{len(set(copied))} files are not in place as they were; they come from the "
+                f"image, or are found by build-id: {shown}"
             )
         self._look_for_folder(own)
 
@@ -158,9 +167,26 @@ class Needs:
 
         if entry := find_carried(self.image, path):
             return open_copy(self.image, entry)
-        if expected and expected["build_id"]:
-            found = find_copy(expected["build_id"], expected["size_bytes"])
-            return -1 if found is None else found
+        if not expected or not expected["build_id"]:
+            return -1
+        found = find_copy(expected["build_id"], expected["size_bytes"])
+        return self._find_elsewhere(path, expected) if found is None else found
+
+    def _find_elsewhere(self, path: str, expected: dict[str, Any]) -> int:
+        """A file of that name and build-id in another folder of libraries, or -1."""
+        mapped = (vma.get("path", "") for vma in self.image.document["vmas"])
+        folders = dict.fromkeys([*_LIBRARIES, *map(os.path.dirname, mapped)])
+        for folder in folders:
+            place = os.path.join(folder, os.path.basename(path))
+            if not folder.startswith("/") or place == path:
+                continue
+            try:
+                descriptor = os.open(place, os.O_RDONLY | os.O_CLOEXEC)
+            except OSError:
+                continue
+            if _compare(place, descriptor, expected, self.image.name) is None:
+                return descriptor
+            os.close(descriptor)
         return -1
 
     def _look_for_folder(self, own: dict[str, Any]) -> None:

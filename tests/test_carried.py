@@ -34,8 +34,9 @@ class Land:
         self.folder = folder
         folder.mkdir()
         self.library, self.data, self.log = (
-            folder / name for name in ("libanswer.so", "data.bin", "log.txt")
+            folder / name for name in ("libanswer.so", "data/data.bin", "log.txt")
         )
+        self.data.parent.mkdir()
         self.build(7)
         self.data.write_bytes(b"hello" + bytes(range(256)) * 700)
         command = [sys.executable, "-c", PROGRAM, *map(str, (self.library, self.data, self.log))]
@@ -106,6 +107,23 @@ def test_a_copy_of_another_image_is_found_by_build_id(lzy: CommandLine, land: La
     lzy.restore(land.program, "without")
     assert land.proof() == before
     assert land.library.read_bytes() != old
+
+
+def test_a_library_that_was_moved_is_found_by_build_id(lzy: CommandLine, land: Land) -> None:
+    """In a folder of other mapped files, or of libraries; one that is another is not taken."""
+    before = land.proof()
+    lzy.dump(land.program, "image")
+    moved = land.data.parent / land.library.name
+    land.library.rename(moved)
+    report = lzy.restore(land.program, "image")
+    assert land.proof() == before
+    assert str(moved) in mapped_paths(land.program.pid)
+    assert any("build-id" in note for note in report["notes"])
+    land.program.end()
+    land.build(8)
+    land.library.rename(moved)
+    error = lzy.fail("restore", "image", "--store", str(lzy.store))
+    assert error["facts"]["path"] == str(land.library)
 
 
 def test_carried_files_are_stored_once(lzy: CommandLine, land: Land) -> None:

@@ -39,7 +39,8 @@ def attach(
 ) -> Attached:
     """Look after process `pid` from now on, on behalf of user `uid`.
 
-    `checkpoint`: take one at once; of a program that has just been started it is worth nothing.
+    `checkpoint`: take one at once. Not of what has just been started, or is just being moved, on a
+    terminal that lzy keeps; from there nobody would miss it.
 
     Raises NotFound, AccessDenied (it is another's), Unsupported (it could never be dumped), Busy
     (the name is another session's).
@@ -79,7 +80,8 @@ def attach(
             check_free(store, check_session_name(name), pid)
         numbers = list_numbers(store, name)
     notes = []
-    if "hibernate_after_s" not in settings and (why := _why_it_stays(pid, environment)):
+    why = _why_it_stays(pid, environment) if checkpoint else ""
+    if why and "hibernate_after_s" not in settings:
         settings = {**settings, "hibernate_after_s": None}
         notes.append(f"it dozes when idle, but is not hibernated by itself: {why}")
         notes.append("with --hibernate-after TIME it is, all the same")

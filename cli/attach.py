@@ -37,6 +37,7 @@ def _complete(ctx: click.Context, parameter: click.Parameter, typed: str) -> lis
       lzy attach kernel-3f2a.json           the kernel of a Jupyter connection file
       lzy attach Sales.ipynb                the kernel of an open notebook
       lzy attach 4121 --hibernate-after 2h --doze-after 10m
+      lzy attach 4121 --take-terminal       lzy console reaches it; its shell has its prompt again
     """
 )
 @click.argument("process", metavar="PID|FILE", shell_complete=_complete)
@@ -47,10 +48,16 @@ def _complete(ctx: click.Context, parameter: click.Parameter, typed: str) -> lis
 @click.option(
     "--hibernate-after", type=Duration(never=True), help="Idle this long, it is hibernated."
 )
+@click.option(
+    "--take-terminal",
+    is_flag=True,
+    help="Move it, as it runs, to a terminal that lzy keeps.",
+)
 @json_option
 def attach(
     process: str,
     name: str | None,
+    take_terminal: bool,
     doze_after: float | None,
     hibernate_after: float | None,
     as_json: bool,
@@ -66,7 +73,13 @@ def attach(
     settings = {n: None if v == float("inf") else v for n, v in given.items() if v is not None}
     pid = find_process(process)
     body: dict[str, Any] = {"pid": pid, "settings": settings, **find_node(pid)}
-    answer = Client().post("/v1/sessions", body | ({"name": name} if name else {}), timeout_s=60)
+    body |= {"name": name} if name else {}
+    if take_terminal:
+        from .taking import attach_and_take
+
+        answer = attach_and_take(Client(), pid, body)
+    else:
+        answer = Client().post("/v1/sessions", body, timeout_s=60)
     session = answer["session"]
     if as_json:
         say_json({**session, "notes": answer["notes"]})
@@ -146,9 +159,7 @@ def find_node(pid: int) -> dict[str, Any]:
         if first and os.readlink(f"/proc/{first}/ns/pid") == space:
             numbers = re.search(r"^NSpid:(.*)$", _read(pid, "status"), re.MULTILINE)
             return {"node": name, "pid": int(numbers[1].split()[-1]) if numbers else pid}
-    raise click.UsageError(
-        f"Process {pid} is on no node; lzy enter NODE -- COMMAND starts one."
-    )
+    raise click.UsageError(f"Process {pid} is on no node; lzy enter NODE -- COMMAND starts one.")
 
 
 def _kernel_name(asked: str) -> Any:

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,18 @@ class Person:
         return int(self.terminal.exitstatus)
 
 
-def hang_up(keepers: tuple[int, int]) -> None:
+def find_keepers(home: Path) -> Iterator[int]:
+    """Every living process that keeps a terminal of that home."""
+    for name in filter(str.isdecimal, os.listdir("/proc")):
+        with contextlib.suppress(OSError):
+            folder = Path("/proc") / name
+            is_keeper = b"lzy.agent.terminal.keeper" in (folder / "cmdline").read_bytes()
+            environment = (folder / "environ").read_bytes().split(b"\0")
+            if is_keeper and f"LZY_HOME={home}".encode() in environment:
+                yield int(name)
+
+
+def hang_up(keepers: Sequence[int]) -> None:
     """End both keepers of a terminal, so that neither can start the other again."""
     for number in (signal.SIGSTOP, signal.SIGKILL):
         for pid in keepers:
@@ -112,7 +124,5 @@ class Terminals:
     def close(self) -> None:
         for person in self._people:
             person.terminal.close(force=True)
-        for path in (self.lzy.home / "terminals").glob("*.json"):
-            with contextlib.suppress(ValueError, KeyError):
-                told = json.loads(path.read_text())
-                hang_up((told["keeper_pid"], told["host_pid"]))
+        while keepers := list(find_keepers(self.lzy.home)):
+            hang_up(keepers)

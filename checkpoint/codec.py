@@ -35,7 +35,8 @@ _MOST_SHARE = 0.875
 _SAMPLE_BYTES = 32768
 _GLANCE_BYTES = 4096
 _BYTES_PER_TRIAL = 8 << 20
-_LEAST_BYTES_PER_TRIAL = 128 << 10
+_LEAST_BYTES_PER_TRIAL = 512 << 10
+_LARGE_BYTES = 128 << 10
 _BYTES_PER_GLANCE = 256 << 10
 _NEWS = 0.08
 _WORTH_THE_TIME = 0.25
@@ -92,6 +93,8 @@ class Encoder:
         share = len(packed) / length_bytes
         if abs(share - self._expected) > _NEWS:  # try again, but not at each of many small chunks
             soonest = max(0, _LEAST_BYTES_PER_TRIAL - self._since_trial_bytes)
+            if length_bytes >= _LARGE_BYTES:
+                soonest = 0
             self._until_trial_bytes = min(self._until_trial_bytes, soonest)
         self._expected = share
         if share > _MOST_SHARE:

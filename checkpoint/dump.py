@@ -287,7 +287,8 @@ def _dump(
                     begun = _begin_account(root.tracee, number, root.vmas, dense, notes)
                     written = begun.written if begun else None
                     reach("dump.tracked")
-                    if proc.read_bytes(pid, "maps") != now:  # what is new was joined to the old
+                    joined = not begun or begun.registered
+                    if joined and proc.read_bytes(pid, "maps") != now:
                         root.vmas = proc.mappings(pid)
                 elif account:
                     written = tracking.written_ranges(pid, root.vmas)

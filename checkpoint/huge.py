@@ -52,10 +52,12 @@ def restore_huge_pages(
     kernel copies one. Ends early when the kernel refuses again and again. Raises nothing.
     """
     collapsed = refused = 0
+    pause_s = 0.0
     try:
         for start in _whole_ranges(pid, within, vmas):
             if refused > _MOST_REFUSED:
                 break
+            time.sleep(pause_s)
             began = time.monotonic()
             try:
                 collapse(pidfd, start, HUGE_PAGE_BYTES)
@@ -65,7 +67,7 @@ def restore_huge_pages(
                 if error.errno in _GIVE_UP:
                     break
                 refused += 1  # memory that cannot be huge, or not now: leave it to the kernel
-            time.sleep(time.monotonic() - began)
+            pause_s = time.monotonic() - began
     except (LzyError, OSError):
         pass  # the process ended, or a kernel that cannot tell which pages are there
     return collapsed

@@ -76,6 +76,8 @@ class Begun(NamedTuple):
     """What was written densely, in units of huge pages."""
     left_out: list[Range]
     """What of that is not under account, being written densely again and again."""
+    registered: bool
+    """Whether mappings came under account, which may have joined them to others."""
 
 
 def find_account(pid: int) -> Account | None:
@@ -251,13 +253,14 @@ def begin_account(
                 written += _find_written(pagemap, start, end, protect=True)
             found = find_dense(written)
             written += _find_dropped(pagemap, own)
-            for vma in _find_strangers(pagemap, own):
+            strangers = _find_strangers(pagemap, own)
+            for vma in strangers:
                 uffd.register(ours, vma.start, vma.end - vma.start, uffd.REGISTER_MODE_WP)
                 _find_written(pagemap, vma.start, vma.end, protect=True)
                 written.append((vma.start, vma.end))
     finally:
         os.close(ours)
-    return Begun(join_ranges(written), found, left_out)
+    return Begun(join_ranges(written), found, left_out, bool(strangers))
 
 
 def protect(pid: int, ranges: Iterable[Range]) -> None:

@@ -124,6 +124,7 @@ class ImageWriter:
         self._little = length_bytes <= _LITTLE_BYTES
         if self._little:
             self._batch_bytes = _SMALL_BATCH_BYTES
+            self._queue.maxsize = 0  # all at once: the workers need not wake who feeds them
 
     def keep(self, base: Image, kept: Kept) -> None:
         """Take these pages of space 0 from `base` as they are.

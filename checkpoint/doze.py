@@ -33,6 +33,7 @@ from .content import intersect, join_ranges, own_page_ranges, subtract, windows_
 from .dump import dump
 from .errors import AccessDenied, Busy, KernelError, LzyError, NotFound, Unsupported
 from .fitness import look_at_mappings
+from .granted import may_grant, open_granted
 from .home import run_directory
 from .inject import close_descriptor
 from .journal import is_held, journal_path, read_status, rouse
@@ -356,6 +357,8 @@ def _open_descriptors(tracee: Tracee) -> tuple[int, tuple[int, int]]:
     except KernelError as error:
         if error.errno != errno.EPERM:
             raise
+        if may_grant():
+            return open_granted(tracee)
         raise AccessDenied(
             f"pid {tracee.pid} cannot doze: only for root's processes does the kernel have memory "
             "brought in as it is touched (userfaultfd)",

@@ -172,6 +172,24 @@ def test_a_user_without_rights_has_trees_and_copies(user: User) -> None:
     assert prove(program, "two")["lines"] == ["one", "two"]
 
 
+def test_root_has_a_users_process_doze(user: User, lzy: CommandLine) -> None:
+    """That of a user who may not make a userfaultfd, nor hear of the kernel's faults by it."""
+    program = user.start()
+    prove(program, "one")
+    where = ("--store", str(lzy.store))
+    before = sorted(os.listdir(f"/proc/{program.pid}/fd"))
+    report = lzy.succeed("doze", str(program.pid), *where, "--name", "image")
+    assert report["dropped_bytes"] > 2 << 20
+    assert prove(program, "two")["lines"] == ["one", "two"]
+    lzy.succeed("rouse", str(program.pid))
+    assert prove(program, "three")["lines"] == ["one", "two", "three"]
+    links = [os.readlink(f"/proc/{program.pid}/fd/{n}") for n in before]
+    assert "/dev/userfaultfd" not in links
+    lzy.dump(program, "image")
+    lzy.restore(program, "image")
+    assert prove(program, "four")["ids"] == [USER, USER]
+
+
 def test_what_needs_root_is_said(user: User, start: Start) -> None:
     """By the doctor beforehand, and by the commands: another's process, another's image."""
     verdicts = {it["name"]: it for it in user.lzy.succeed("doctor")["checks"]}

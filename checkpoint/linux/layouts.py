@@ -95,6 +95,11 @@ def pack_capabilities(effective: int, permitted: int, inheritable: int) -> bytes
     return struct.pack("<6I", *[s & 0xFFFFFFFF for s in sets], *[s >> 32 for s in sets])
 
 
+def pack_message_header(vector: int, control: int, control_bytes: int) -> bytes:
+    """struct msghdr of recvmsg(2): one iovec at `vector`, room for ancillary data at `control`."""
+    return struct.pack("<QIxxxxQQQQixxxx", 0, 0, vector, 1, control, control_bytes, 0)
+
+
 def pack_nodemask(mask: int) -> bytes:
     """A NUMA node mask of NODEMASK_BITS."""
     return mask.to_bytes(NODEMASK_BITS // 8, "little")

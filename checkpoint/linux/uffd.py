@@ -40,6 +40,9 @@ PAGER_FEATURES = (
 )
 """Every way in which a process can change what lies where: the pager must hear of all of them."""
 
+DEVICE = "/dev/userfaultfd"
+USERFAULTFD_IOC_NEW = 0xAA00  # ioctl on it: a userfaultfd of the calling process, Linux 6.1
+
 UFFD_USER_MODE_ONLY = 1
 """Flag of userfaultfd(2): faults of the kernel's own are not served. Anybody may ask for that."""
 

@@ -100,7 +100,7 @@ def link(fabric: int, node: int, name: str, number: int, speed: dict[str, Any]) 
 
 def shape(where: list[str], device: str, speed: dict[str, Any]) -> None:
     """Bound what goes out of a link. Raises Unsupported where the kernel has no such queue."""
-    words = [*where, "tc", "qdisc", "replace", "dev", device, "root"]
+    words = [*where, "tc", "qdisc", "add", "dev", device, "root"]
     rate, delay_s = int(speed.get("bits_per_s") or 0), float(speed.get("delay_s") or 0)
     try:
         if delay_s:
@@ -114,6 +114,12 @@ def shape(where: list[str], device: str, speed: dict[str, Any]) -> None:
             f"this kernel gives links no {what[2:]}: {error.message}",
             remedy="leave it out, or load the kernel's module",
         ) from error
+
+
+def check_speed(speed: dict[str, Any]) -> None:
+    """Raise Unsupported if this kernel cannot give links that speed; tried where nobody is."""
+    if speed:
+        shape(["unshare", "-n"], "lo", speed)
 
 
 def set_link(fabric: int, number: int, *, up: bool) -> None:

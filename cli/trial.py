@@ -99,7 +99,7 @@ def prepare_trial(
     """Make homes and certificates of nodes that are namespaces of this machine."""
     from ..agent import authority
     from ..agent.identity import write_identity
-    from ..agent.network import address_of
+    from ..agent.network import address_of, check_speed
     from ..agent.settings import Settings, check_settings
     from ..agent.state import State
     from ..agent.trial import node_home
@@ -107,6 +107,7 @@ def prepare_trial(
     from ..migrator.fleet import Member, write_members
 
     _refuse_mixing(folder)
+    check_speed(speed)
     place = authority.fleet_folder(folder)
     authority.make_authority(place)
     authority.issue(place, place, authority.MIGRATOR)

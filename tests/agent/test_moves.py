@@ -82,7 +82,7 @@ def test_hibernated_session_moves_and_sleeps_on(pair: Pair, program: Program) ->
     assert pair.prove(program) == "target"
 
 
-@pytest.mark.parametrize("stage", ["prepared", "stopped", "asked", "answered"])
+@pytest.mark.parametrize("stage", ["prepared", "asked", "answered"])
 def test_source_killed_at_each_stage(pair: Pair, program: Program, stage: str) -> None:
     """The source's next agent finds out where the session is: from its record, and the target."""
     pair.source.end()

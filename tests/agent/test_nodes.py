@@ -165,6 +165,7 @@ def test_migrator_killed_and_link_cut(trial: Trial) -> None:
     trial.stop(client)
 
 
+@pytest.mark.slow
 def test_drained_node_is_left(trial: Trial) -> None:
     """What runs moves, nothing comes, and it can be undone."""
     trial.up()

@@ -78,6 +78,8 @@ class Mappings:
 
     def __init__(self, pid: int, vmas: list[Vma]) -> None:
         self.pid = pid
+        self.reader = pid
+        """Whose root is looked at: that of its snapshot as soon as there is one; it may end."""
         self.vmas = vmas
         self._objects: dict[Vma, int] = {}
         self._statuses: dict[str, os.stat_result] = {}
@@ -176,7 +178,7 @@ class Mappings:
         if key in self._files:
             return self._files[key]
         try:
-            descriptor = os.open(f"/proc/{self.pid}/root{vma.path}", os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = os.open(f"/proc/{self.reader}/root{vma.path}", os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise Unsupported(
                 f"cannot open {vma.path}, which pid {self.pid} has mapped at {vma.start:#x}: "

@@ -112,6 +112,7 @@ class Subject:
         `as_seen`: flags and policies were read a moment ago; `dozes`: the ranges are known.
         """
         self.own |= interrogate.describe_inherited(self.source_pid)
+        self.mappings.reader = self.source_pid
         if not dozes:
             self.ranges = own_page_ranges(self.source_pid, self.mappings.vmas)
         if not as_seen:  # only now: two looks at the same page tables wait for one another

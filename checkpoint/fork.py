@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from . import proc
-from .errors import AccessDenied, Busy, LzyError, NotFound
+from .errors import AccessDenied, Busy, LzyError, NotFound, Unsupported
 from .history import check_free, check_session_name, free_session_name, split_name
 from .home import run_directory
 from .linux import sockets
@@ -135,10 +135,16 @@ def _is_ours(pid: int, namespace: str) -> bool:
 
 def _has_own_init(pid: int) -> bool:
     """Whether the first process of its PID namespace is one that lzy made."""
+    first = _init_of(pid)
+    return bool(first) and os.readlink(f"/proc/{first}/exe") == _INIT
+
+
+def _init_of(pid: int) -> int:
+    """The first process of its PID namespace, as we see it; 0 if we do not."""
     above = pid
     while above and int(proc.status(above)["NSpid"].split()[-1]) != 1:
         above = int(proc.stat(above)[3])
-    return bool(above) and os.readlink(f"/proc/{above}/exe") == _INIT
+    return above
 
 
 def _enter_apart() -> None:
@@ -152,14 +158,25 @@ def _enter_apart() -> None:
 
 
 def _reseed(report: RestoreReport) -> list[str]:
-    """Notes on what was seeded anew. Where nothing can be, the copy is ended, and that raised."""
+    """Notes on what was seeded anew. Where that cannot be done, the copy is ended, and it raised.
+
+    Of its descendants those without Python are passed over.
+    """
     from .reseed import in_words, reseed
 
+    said = []
     try:
-        return in_words(reseed(report.pid))
+        for pid in _with_descendants(report.pid):
+            try:
+                words = in_words(reseed(pid))
+            except (Unsupported, NotFound):
+                if pid == report.pid:
+                    raise
+                continue
+            said += words if pid == report.pid else [f"pid {pid}: {line}" for line in words]
     except BaseException as error:
-        with suppress(ProcessLookupError):
-            os.kill(report.pid, signal.SIGKILL)
+        with suppress(ProcessLookupError, NotFound):
+            os.kill(_init_of(report.pid) or report.pid, signal.SIGKILL)
         if not isinstance(error, LzyError):
             raise
         raise type(error)(
@@ -167,6 +184,15 @@ def _reseed(report: RestoreReport) -> list[str]:
             remedy="restore it without --reseed, or take a checkpoint while it waits",
             **error.facts,
         ) from error
+    return said
+
+
+def _with_descendants(pid: int) -> list[int]:
+    found = [pid]
+    for parent in found:
+        with suppress(NotFound):
+            found += proc.children(parent)
+    return found
 
 
 def shared_things(document: dict[str, Any], *replaced: str | None) -> list[str]:

@@ -8,12 +8,14 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
-from living import PATIENCE_S, PROGRAMS, CommandLine, Program, await_end
+from living import PATIENCE_S, PROGRAMS, CommandLine, Program, await_end, list_children
 
 from lzy.checkpoint.linux.network import join_apart
 
@@ -131,6 +133,49 @@ def test_copies_share_their_random_numbers_until_seeded_anew(
         assert not set(anew) & set(drawn)
         assert any(note.startswith("seeded anew: numpy") for note in other["notes"])
         assert (other["network"], other["session"], other["lazy"]) == ("new", "image-fork2", False)
+
+
+FAMILY = """
+import os, random, signal, subprocess, sys, time
+random.seed(3)
+child = os.fork()
+if child == 0:
+    parent, drawn = os.getppid(), open(sys.argv[1], "a")
+    def draw(*_):
+        print(random.getrandbits(64), file=drawn, flush=True)
+    signal.signal(signal.SIGUSR1, draw)
+    while os.getppid() == parent:
+        time.sleep(0.05)
+    os._exit(0)
+other = subprocess.Popen(["sh", "-c", "while kill -0 $PPID; do sleep 0.2; done"])
+print("ready", flush=True)
+print(child, flush=True)
+while True:
+    time.sleep(0.1)
+"""
+
+
+def test_all_of_a_tree_is_seeded_anew(lzy: CommandLine, start: Start, tmp_path: Path) -> None:
+    """Each of its interpreters; what is no Python is passed over."""
+    drawn = tmp_path / "drawn"
+    program = start(command=[sys.executable, "-c", FAMILY, str(drawn)]).await_ready()
+    child = int(program.hear())
+    lzy.dump(program, "image", "--leave-running")
+    with copied(lzy, "image", *store(lzy), "--reseed") as copy:
+        assert sum("seeded anew: random" in note for note in copy["notes"]) == 2
+        (other,) = [
+            pid
+            for pid in list_children(copy["pid"])
+            if b"python" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        ]
+        for pid, count in ((child, 1), (other, 2)):
+            os.kill(pid, signal.SIGUSR1)
+            deadline = time.monotonic() + PATIENCE_S
+            while not drawn.exists() or len(drawn.read_text().split()) < count:
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+    assert len(set(drawn.read_text().split())) == 2
+    program.end()
 
 
 def test_a_copy_that_cannot_be_seeded_anew_is_ended(lzy: CommandLine, start: Start) -> None:

@@ -419,7 +419,7 @@ class Mover:
     async def cancel(self, name: str, epoch: int, source: str) -> dict[str, Any]:
         """What became of that life: accepted or refused, for ever. Raises Busy while it is made."""
         if making := self._making.get((name, epoch)):
-            with contextlib.suppress(LzyError):
+            with contextlib.suppress(LzyError, TimeoutError):
                 await asyncio.wait_for(asyncio.shield(making), 20)
         arrival = self._agent.state.arrival(name, epoch)
         if arrival and arrival.state in (ACCEPTED, REFUSED):

@@ -60,6 +60,7 @@ class Peer(Client):
         connection = http.client.HTTPSConnection(host, port, timeout=timeout_s)
         try:
             plain = socket.create_connection((host, port), _CONNECTS_WITHIN_S)
+            notice_cuts(plain)
             secure = self._context.wrap_socket(plain, server_hostname=None)
         except OSError as error:
             raise Unreachable(
@@ -72,6 +73,21 @@ class Peer(Client):
         secure.settimeout(timeout_s)
         connection.sock = secure
         return connection
+
+
+def notice_cuts(sock: Any) -> None:
+    """Have a connection fail some ten seconds after the other side can be reached no more; tcp(7).
+
+    Else an answer that takes long to come, and one that never will, would look the same.
+    """
+    for option, value in (
+        (socket.TCP_KEEPIDLE, 4),
+        (socket.TCP_KEEPINTVL, 2),
+        (socket.TCP_KEEPCNT, 3),
+        (socket.TCP_USER_TIMEOUT, 10_000),
+    ):
+        sock.setsockopt(socket.IPPROTO_TCP, option, value)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
 
 
 def split_address(address: str) -> tuple[str, int]:
@@ -115,6 +131,7 @@ class Contacts:
         except (OSError, TimeoutError) as error:
             words = f"{where} does not answer: {error or 'it takes too long'}"
             raise Unreachable(words, remedy="see lzy nodes") from error
+        notice_cuts(writer.get_extra_info("socket"))
         try:
             found = subject_of(writer.get_extra_info("peercert"))
             if found != subject:

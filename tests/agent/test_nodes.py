@@ -275,3 +275,23 @@ def test_moved_to_and_fro_under_use(trial: Trial) -> None:
         moved = trial.lzy.succeed("migrate", "ledger", "--node", to)
         assert (moved["session"]["node"], moved["session"]["state"]) == (to, "running")
     trial.stop(client)
+
+
+@pytest.mark.slow
+def test_link_cut_while_the_image_goes_ahead(trial: Trial) -> None:
+    """A slow link breaks off in the middle: the session runs on, and moves when it is healed."""
+    trial.up("--own-stores", "--link", "30mbit")
+    trial.ledger()
+    client = trial.use()
+    fabric = read_holder(fabric_path(trial.home))
+    asked = trial.lzy.start("migrate", "ledger", "--node", "two")
+    trial.wait_until(lambda: trial.look()["state"] == "migrating")
+    set_link(fabric, 1, up=False)
+    asked.communicate(timeout=60)
+    assert asked.returncode != 0
+    trial.wait_until(lambda: (trial.look()["node"], trial.look()["state"]) == ("one", "running"))
+    set_link(fabric, 1, up=True)
+    trial.wait_until(lambda: all(n["reachable"] for n in trial.lzy.succeed("nodes")))
+    moved = trial.lzy.succeed("migrate", "ledger", "--node", "two")
+    assert moved["session"]["node"] == "two"
+    trial.stop(client)

@@ -262,11 +262,17 @@ def set_buffer_bytes(sock: socket.socket, send: int | None, receive: int | None)
 class Message:
     """One message (or, of a stream, some bytes) in a receive queue."""
 
-    def __init__(self, data: bytes, sender: object, has_descriptors: bool) -> None:
+    def __init__(self, data: bytes, sender: object, descriptors: list[int]) -> None:
         self.data = data
         self.sender = sender
         """The address as Python's socket module writes it; None or empty if there is none."""
-        self.has_descriptors = has_descriptors
+        self.descriptors = descriptors
+        """Duplicates of those that are under way with it (SCM_RIGHTS); ours to close."""
+
+    def close(self) -> None:
+        """Close the duplicates."""
+        while self.descriptors:
+            os.close(self.descriptors.pop())
 
 
 def peek_messages(sock: socket.socket, largest_bytes: int, *, ended: bool) -> list[Message]:
@@ -294,8 +300,14 @@ def peek_messages(sock: socket.socket, largest_bytes: int, *, ended: bool) -> li
         if first is None or (sock.type == socket.SOCK_SEQPACKET and not first.data and ended):
             return []
         # One byte of a TCP stream may be urgent and is left out.
-        if is_stream and (len(first.data) >= unread or sock.proto == _TCP):
+        if (
+            is_stream
+            and not first.descriptors
+            and (len(first.data) >= unread or sock.proto == _TCP)
+        ):
             return [first]
+        if first.data:
+            first.close()  # it is peeked at again
     # An empty message that was peeked at is passed over from now on (__skb_try_recv_from_queue).
     messages = [first] if offset < 0 and first and not first.data else []
     sock.setsockopt(socket.SOL_SOCKET, SO_PEEK_OFF, 0)
@@ -334,15 +346,13 @@ def readiness(sock: socket.socket) -> int:
     return dict(poll.poll(0)).get(sock.fileno(), 0)
 
 
-def _take_descriptors(ancillary: list[tuple[int, int, bytes]]) -> bool:
-    """Close the descriptors that came with a peeked message; tell whether there were any."""
-    found = False
+def _take_descriptors(ancillary: list[tuple[int, int, bytes]]) -> list[int]:
+    """The descriptors that came with a peeked message: duplicates, ours."""
+    found: list[int] = []
     for level, kind, data in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-            found = True
             count = len(data) // 4
-            for fd in struct.unpack(f"={count}i", data[: 4 * count]):
-                os.close(fd)
+            found += struct.unpack(f"={count}i", data[: 4 * count])
     return found
 
 

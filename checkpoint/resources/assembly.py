@@ -76,6 +76,10 @@ class Assembly:
             target["description"] == index
             for entry in self.entries
             for target in entry.get("targets", ())
+        ) or any(
+            index in message.get("descriptors", ())
+            for entry in self.entries
+            for message in entry.get("messages", ())
         )
 
     def _is_repointed(self, holder: int, number: int, index: int) -> bool:

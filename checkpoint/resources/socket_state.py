@@ -104,11 +104,13 @@ def peek(opened: Opened, sock: socket.socket, *, ended: bool = False) -> list[di
     """The receive queue as `[{"data": base64, "from": address}]`; nothing is consumed."""
     largest_bytes = max(1 << 20, 2 * sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF))
     messages = kernel.peek_messages(sock, largest_bytes, ended=ended)
-    if any(message.has_descriptors for message in messages):
-        raise opened.refusal(
-            "descriptors are on their way through it (SCM_RIGHTS)",
-            "let the process receive them, then dump again",
-        )
+    if any(message.descriptors for message in messages):
+        try:
+            is_stream = sock.type == socket.SOCK_STREAM
+            return [_describe_message(opened, message, is_stream) for message in messages]
+        finally:
+            for message in messages:
+                message.close()
     if sock.type == socket.SOCK_STREAM:
         data = b"".join(message.data for message in messages)
         return [{"data": encode(data)}] if data else []
@@ -116,6 +118,36 @@ def peek(opened: Opened, sock: socket.socket, *, ended: bool = False) -> list[di
         {"data": encode(message.data), "from": address_to_json(message.sender)}
         for message in messages
     ]
+
+
+_MAY_TRAVEL = ("file", "memfd", "device", "eventfd", "timerfd", "signalfd")
+
+
+def _describe_message(opened: Opened, message: kernel.Message, is_stream: bool) -> dict[str, Any]:
+    """A message with what is under way in it (SCM_RIGHTS), as indexes of descriptions.
+
+    A look at a stream gives descriptors together with whatever bytes come before (the kernel's
+    unix_stream_read_generic), so only of a single byte is it known that it brings them.
+    """
+    if is_stream and message.descriptors and len(message.data) > 1:
+        raise opened.refusal(
+            "descriptors are on their way through it (SCM_RIGHTS), and nothing tells with which "
+            f"of {len(message.data)} bytes",
+            "let the process receive them, then dump again",
+        )
+    described: dict[str, Any] = {
+        "data": encode(message.data),
+        "from": address_to_json(message.sender),
+    }
+    while message.descriptors:
+        found = opened.survey.find_travelling(message.descriptors.pop(0), _MAY_TRAVEL)
+        if found is None:
+            raise opened.refusal(
+                "a descriptor is on its way through it (SCM_RIGHTS) that no process has open",
+                "let the process receive it, then dump again",
+            )
+        described.setdefault("descriptors", []).append(found)
+    return described
 
 
 def encode(data: bytes) -> str:

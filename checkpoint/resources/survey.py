@@ -117,7 +117,7 @@ class Survey:
     """Everything the processes have open, for kinds that must look at their neighbours."""
 
     def __init__(self, holders: Sequence[Holder], objects: ObjectSink) -> None:
-        self.holders = holders
+        self.holders = list(holders)
         self.pid = holders[0].pid
         self.objects = objects
         self.duplicates: list[int] = []
@@ -150,6 +150,34 @@ class Survey:
             return [opened for opened, kind in pairs if kind.name in names]
 
         return self.once(("of kind", names), find)
+
+    def find_travelling(self, fd: int, kinds: Sequence[str]) -> int | None:
+        """The index of the description behind `fd`, ours from now on, a duplicate of one under way.
+
+        If no process has it open it is taken into account as one of ours, if it is of one of
+        `kinds`, which have no neighbours; else None.
+        """
+        self.duplicates.append(fd)
+        link = os.readlink(f"/proc/self/fd/{fd}")
+        for opened in self.opened:
+            if opened.link == link and not kernel.compare_descriptions(
+                opened.pid, opened.number, fd, os.getpid()
+            ):
+                return opened.index
+        if not any(holder.pid == os.getpid() for holder in self.holders):
+            pidfd = os.pidfd_open(os.getpid())
+            self.duplicates.append(pidfd)
+            self.holders.append(Holder(os.getpid(), pidfd))
+        place = (len(self.holders) - 1, fd)
+        with open(f"/proc/self/fdinfo/{fd}", encoding="ascii") as file:
+            self.links[place], self.information[place] = link, file.read()
+        opened = Opened(self, len(self.opened), [place])
+        kind = _kind_of(opened)
+        if kind.name not in kinds:
+            return None
+        self.opened.append(opened)
+        self.kinds.append(kind)
+        return opened.index
 
     def look(self) -> None:
         """Find descriptors, group them by description, and find who claims each."""

@@ -148,8 +148,8 @@ def _make_connected(index: int, entry: Entry, assembly: Assembly) -> None:
         return
     one, two = _pair(index, other_index, assembly)
     if entry["type"] != socket.SOCK_DGRAM:
-        _queue(one, other["messages"], "a unix socket")
-        _queue(two, entry["messages"], "a unix socket")
+        _queue(one, other["messages"], assembly)
+        _queue(two, entry["messages"], assembly)
     assembly.adopt(index, one.detach())
     assembly.adopt(other_index, two.detach())
 
@@ -212,7 +212,7 @@ def _make_gone(index: int, entry: Entry, assembly: Assembly) -> None:
         assembly.adopt(index, os.open(os.devnull, flags))
         return
     own, gone = socket.socketpair(entry["family"], entry["type"], entry["protocol"])
-    _queue(gone, entry["messages"], "a unix socket")
+    _queue(gone, entry["messages"], assembly)
     if entry["failed"]:
         own.send(b"x")  # to be closed with something unread is what resets the other end
     gone.close()
@@ -242,7 +242,6 @@ def _queue_datagrams(assembly: Assembly) -> bool:
     senders = {repr(entry["name"]): index for index, entry in sockets if entry["name"] is not None}
     for index, entry in sockets:
         with contextlib.ExitStack() as stack:
-            receiver = stack.enter_context(state.borrowed(assembly.local[index]))
             for message in entry["messages"]:
                 name = message.get("from")
                 if repr(name) in senders:
@@ -252,7 +251,7 @@ def _queue_datagrams(assembly: Assembly) -> bool:
                     sender = stack.enter_context(state.borrowed(assembly.local[entry["peer"]]))
                 else:
                     sender = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
-                _send_datagram(sender, receiver, entry, state.decode(message["data"]))
+                _send_datagram(sender, entry, message, assembly)
     for index, entry in sockets:
         with state.borrowed(assembly.local[index]) as sock:
             target = None
@@ -274,17 +273,18 @@ def _is_mutual(index: int, entry: Entry, assembly: Assembly) -> bool:
 
 
 def _send_datagram(
-    sender: socket.socket, receiver: socket.socket, entry: Entry, data: bytes
+    sender: socket.socket, entry: Entry, message: dict[str, Any], assembly: Assembly
 ) -> None:
+    data, rights = state.decode(message["data"]), _rights(message, assembly)
     kernel.set_buffer_bytes(sender, max(len(data) * 2, 1 << 20), None)
     blocking = sender.getblocking()
     sender.setblocking(False)
     try:
         if entry["name"] is not None:
             with _at_folder(entry):
-                sender.sendto(data, state.address_from_json(entry["name"]))
+                sender.sendmsg([data], rights, 0, state.address_from_json(entry["name"]))
         else:
-            sender.send(data)
+            sender.sendmsg([data], rights)
     except BlockingIOError as error:
         raise Incompatible(
             "the queued datagrams are more than this machine lets a socket hold",
@@ -294,17 +294,26 @@ def _send_datagram(
         sender.setblocking(blocking)
 
 
-def _queue(sender: socket.socket, messages: list[dict[str, Any]], what: str) -> None:
+def _queue(sender: socket.socket, messages: list[dict[str, Any]], assembly: Assembly) -> None:
     pieces = [state.decode(message["data"]) for message in messages]
-    if sender.type == socket.SOCK_STREAM:
-        state.fill(sender, b"".join(pieces), what)
+    travelling = [_rights(message, assembly) for message in messages]
+    if sender.type == socket.SOCK_STREAM and not any(travelling):
+        state.fill(sender, b"".join(pieces), "a unix socket")
         return
     room = sum(len(piece) + 4096 for piece in pieces)
     if pieces:
         kernel.set_buffer_bytes(sender, room, None)
     sender.setblocking(False)
-    for piece in pieces:
-        sender.send(piece)
+    for piece, rights in zip(pieces, travelling, strict=True):
+        sender.sendmsg([piece], rights)
+
+
+def _rights(message: dict[str, Any], assembly: Assembly) -> list[tuple[int, int, bytes]]:
+    """The descriptors that are under way with a message, as sendmsg(2) takes them."""
+    ours = [assembly.make(index) for index in message.get("descriptors", ())]
+    return [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack(f"={len(ours)}i", *ours))] * bool(
+        ours
+    )
 
 
 def _shut(sock: socket.socket, bits: int) -> None:

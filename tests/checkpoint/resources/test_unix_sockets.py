@@ -232,10 +232,74 @@ def test_a_name_somebody_serves_by_now_is_busy(cycle: Any, tmp_path: Path) -> No
         assert os.path.exists(path)
 
 
-@pytest.mark.shows("refused", "descriptors under way in a unix socket (SCM_RIGHTS)")
-def test_descriptors_on_their_way_are_refused(cycle: Any) -> None:
-    """SCM_RIGHTS in a queue: refused, nothing of it taken, nothing left open here."""
-    from lzy.checkpoint.errors import Unsupported
+@pytest.mark.shows("survives", "descriptors under way in a unix socket (SCM_RIGHTS)")
+@pytest.mark.parametrize("kind", [socket.SOCK_SEQPACKET, socket.SOCK_DGRAM])
+def test_descriptors_on_their_way_arrive(cycle: Any, kind: int, tmp_path: Path) -> None:
+    """With the very message they were sent with; shared with who has them open, or by nobody."""
+    path = tmp_path / "file"
+    path.write_bytes(b"0123456789")
+
+    def hold() -> Any:
+        one, two = socket.socketpair(socket.AF_UNIX, kind)
+        held, sent = os.open(path, os.O_RDONLY), os.open(path, os.O_RDONLY)
+        memory = os.memfd_create("under way")
+        os.write(memory, b"content")
+        os.lseek(held, 3, os.SEEK_SET)
+        os.lseek(sent, 7, os.SEEK_SET)
+        one.send(b"before")
+        socket.send_fds(one, [b"with"], [held, sent])
+        one.send(b"between")
+        socket.send_fds(one, [b"again"], [memory])
+        one.send(b"after")
+        os.close(sent)
+        os.close(memory)
+        return one.detach(), two.detach(), held
+
+    def prove(state: Any) -> Any:
+        with socket.socket(fileno=state[1]) as two:
+            heard = []
+            for length_bytes in (6, 4, 7, 5, 5):
+                data, fds, _, _ = socket.recv_fds(two, length_bytes, 8)
+                heard.append((data, [os.pread(fd, 99, 0) for fd in fds]))
+                if len(fds) == 2:
+                    heard.append([os.lseek(fd, 0, os.SEEK_CUR) for fd in fds])
+                    os.lseek(fds[0], 5, os.SEEK_SET)
+                    heard.append(os.lseek(state[2], 0, os.SEEK_CUR))
+            return heard
+
+    assert cycle(hold, prove) == [
+        (b"before", []),
+        (b"with", [b"0123456789"] * 2),
+        [3, 7],
+        5,
+        (b"between", []),
+        (b"again", [b"content"]),
+        (b"after", []),
+    ]
+
+
+def test_descriptors_in_a_stream_arrive_with_their_byte(cycle: Any) -> None:
+    """As multiprocessing sends them: one byte, which brings them, again and again."""
+
+    def hold() -> Any:
+        one, two = socket.socketpair()
+        for number in range(3):
+            count = os.eventfd(number + 1)
+            socket.send_fds(one, [b"%d" % number], [count])
+            os.close(count)
+        one.send(b"after")
+        return one.detach(), two.detach()
+
+    def prove(state: Any) -> Any:
+        with socket.socket(fileno=state[1]) as two:
+            heard = [socket.recv_fds(two, 9, 8)[:2] for _ in range(4)]
+            return [(data, [os.eventfd_read(fd) for fd in fds]) for data, fds in heard]
+
+    assert cycle(hold, prove) == [(b"0", [1]), (b"1", [2]), (b"2", [3]), (b"after", [])]
+
+
+def test_looking_at_descriptors_on_their_way_takes_nothing(cycle: Any) -> None:
+    """Twice described, it is the same; nothing is left open here."""
 
     def hold() -> Any:
         one, two = socket.socketpair()
@@ -243,9 +307,41 @@ def test_descriptors_on_their_way_are_refused(cycle: Any) -> None:
         return one.detach(), two.detach()
 
     before = len(os.listdir("/proc/self/fd"))
-    with pytest.raises(Unsupported, match="SCM_RIGHTS"):
-        cycle.describe(hold, end=False)
+    cycle.describe(hold, end=False)
     assert len(os.listdir("/proc/self/fd")) == before + 1  # the pidfd of the child
+
+
+@pytest.mark.shows("refused", "descriptors under way in a unix stream with more than a byte")
+def test_descriptors_with_some_bytes_of_a_stream_are_refused(cycle: Any) -> None:
+    """Nobody can tell which of the bytes brings them."""
+    from lzy.checkpoint.errors import Unsupported
+
+    def hold() -> Any:
+        one, two = socket.socketpair()
+        one.send(b"before")
+        socket.send_fds(one, [b"x"], [0])
+        return one.detach(), two.detach()
+
+    with pytest.raises(Unsupported, match="SCM_RIGHTS") as caught:
+        cycle.describe(hold)
+    assert caught.value.remedy
+
+
+@pytest.mark.shows("refused", "an end of a pipe or socket under way that no process has open")
+def test_an_end_that_only_travels_is_refused(cycle: Any) -> None:
+    """Of a pipe whose end nobody has open, the neighbours cannot be found."""
+    from lzy.checkpoint.errors import Unsupported
+
+    def hold() -> Any:
+        one, two = socket.socketpair()
+        read, write = os.pipe()
+        socket.send_fds(one, [b"x"], [read])
+        os.close(read)
+        return one.detach(), two.detach(), write
+
+    with pytest.raises(Unsupported, match="SCM_RIGHTS") as caught:
+        cycle.describe(hold)
+    assert caught.value.remedy
 
 
 @pytest.mark.shows("refused", "a socket of another network namespace")

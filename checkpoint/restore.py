@@ -18,7 +18,7 @@ import signal
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import birth, machine, proc, resources
 from .buffers import page_aligned
@@ -33,9 +33,11 @@ from .member import Member
 from .member_memory import HOLE_BYTES, Brought, is_readonly
 from .needed import Needs
 from .pages import page_runs
-from .segments import Segments
 from .stages import reach
 from .vdso import bridge
+
+if TYPE_CHECKING:
+    from .segments import Segments
 
 Progress = Callable[[str, int, int], None]
 
@@ -107,7 +109,7 @@ class Restorer:
         self.root = Member(image, self.brought, eager=eager)
         self.members = [self.root]
         self.objects: list[int] = []
-        self.segments = Segments()
+        self.segments: Segments | None = None
         self.files: dict[tuple[str, bool], int] = {}
         self.local: dict[int, int] = {}
         self._find_family(eager)
@@ -152,7 +154,7 @@ class Restorer:
             options = self._open_files(options)
             # 2. Contents of unnamed files, then the descriptors, all in this process.
             self._make_objects()
-            self.segments.make((v for m in self.members for v in m.vmas), self.objects)
+            self._make_segments()
             self.local = resources.make_descriptors(self.table, _Source(self.objects), options)
             reach("restore.checked")
             # 3. A process with the old pid, stopped in our stub.
@@ -169,7 +171,8 @@ class Restorer:
             root.grow(self.progress)
             if len(self.members) > 1 or self.document.get("zombies"):
                 settle_family(self.members, self.document.get("zombies", ()))
-            self.segments.detach()
+            if self.segments:
+                self.segments.detach()
             # 5. All the rest.
             for member in self.members:
                 member.reinstate()
@@ -199,7 +202,8 @@ class Restorer:
                 if member.pager:
                     with contextlib.suppress(LzyError):
                         member.pager.wait()
-            self.segments.remove()
+            if self.segments:
+                self.segments.remove()
             raise
         finally:
             for member in self.members:
@@ -328,6 +332,15 @@ class Restorer:
             with contextlib.suppress(PermissionError):
                 os.fchown(descriptor, *described["owner"])
             os.fchmod(descriptor, described["mode"])
+
+    def _make_segments(self) -> None:
+        """Make or find the System V shared memory that the processes have attached."""
+        vmas = [vma for member in self.members for vma in member.vmas if vma["kind"] == "segment"]
+        if vmas:
+            from .segments import Segments
+
+            self.segments = Segments()
+            self.segments.make(vmas, self.objects)
 
     # -- 3. birth --------------------------------------------------------------------------------
 

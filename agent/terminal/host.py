@@ -88,6 +88,8 @@ class Host:
         self._listen()
         if self._status is not None or (self._pid == 0 and self._state in _LIVING):
             self._look_into_it()
+        elif self._state not in _LIVING:
+            self._soon("ask_or_wake", 1.0)  # should nobody tell us
         while True:
             now = time.monotonic()
             for name in [name for name, due_s in self._due.items() if due_s <= now]:
@@ -317,7 +319,7 @@ class Host:
                 self._ask_again()  # the agent does not know yet that it has gone
                 return
             self._state = state
-            if start != self._start:
+            if start != self._start or self._status is not None:  # another life, maybe its pid
                 self._own.program_pid, self._own.program_status = 0, None
                 self._status = None
                 self._watch_program(pid)

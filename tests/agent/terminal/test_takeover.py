@@ -150,7 +150,7 @@ def test_lzy_is_killed_while_it_takes(
     service.begin().set()
     pid = start(shell, "print('ready')\nwhile True: print('heard', input())", tmp_path)
     old = os.readlink(f"/proc/{pid}/fd/0")
-    for _ in range(6):
+    for _ in range(3):
         taking = lzy.start("attach", str(pid), "--name", "calm", "--take-terminal")
         time.sleep(random.uniform(0.25, 0.9))
         taking.kill()

@@ -74,6 +74,7 @@ class Session:
             assert not self.program.is_alive, self.program.describe()
             self.program.await_end()
             self.lzy.restore(self.program, self.name)
+            self.program.hear()  # the answer of who is there now, else the next one would get it
 
     def kill_a_pager(self) -> None:
         journal = self.lzy.home / "run" / f"{self.program.pid}.pager"

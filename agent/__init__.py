@@ -11,6 +11,8 @@ intent      an operation's name in the record from before it begins until it has
             undone; what is found of it at a start is repaired (`repair`)
 reading     what /proc tells of a session at one moment (`readings`)
 verdict     what one probe makes of two readings: in use, or not, and why (`probes`)
+arrival     a session that another node brings: offered, accepting, then accepted or refused
+peer        the daemon at the other end of a TLS connection, by what its certificate says
 event       one line of the node's history: what happened to which session, and who wanted it
 
 Data flows one way: requests (`api`) → `node` → `operations` → the engine. `client` is what others

@@ -13,7 +13,7 @@ share       the part of a node that a session holds: the largest of its CPU, mem
 step        what is done to an idle session: give its GPU back, doze, hibernate
 break-even  the time of holding a share that costs as much as one step and the way back
 
-`fleet`, `reading`, `moves`, `loop`, `api`, `join` and `service` are what is around that in a fleet that
+`fleet`, `reading`, `moves`, `loop`, `api`, `join` and `service` are around that in a fleet that
 runs: they ask agents, tell them, and answer for all of them.
 
 Data flows one way: `facts` (what is known) → `windows`, `idleness` (one session's next step),

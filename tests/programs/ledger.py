@@ -1,8 +1,8 @@
 """A TCP server that must hear each message once: its ledger tells a lost one, and a second copy.
 
-`ledger.py PORT [MEBIBYTES]`. A client sends lines `NUMBER`, counting up from 1, and repeats one that was not
-answered; the answer is `NUMBER TOTAL TOKEN`: how many different ones were heard, and what this very
-process drew when it began. Nothing here knows that processes can be moved.
+`ledger.py PORT [MEBIBYTES]`. A client sends lines `NUMBER`, counting up from 1, and repeats one
+that was not answered; the answer is `NUMBER TOTAL TOKEN`: how many different ones were heard, and
+what this very process drew when it began. Nothing here knows that processes can be moved.
 """
 
 from __future__ import annotations

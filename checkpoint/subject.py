@@ -50,6 +50,8 @@ class Subject:
         self.places = b""
         self.vmas: list[Vma] = []
         self.snapshot = 0
+        self.left_behind: list[int] = []
+        """Numbers of snapshots that a killed lzy left, which have ended, and nobody waits for."""
         self.threads: list[dict[str, Any]] = []
         self.own: dict[str, Any] = {}
         self.policies: dict[str, str] = {}
@@ -84,6 +86,8 @@ class Subject:
     def ask(self) -> None:
         """What only the process itself can tell; our arena stays in it."""
         self.tracee.prepare(vmas=self.vmas)
+        for number in self.left_behind:
+            self.wait_for(number)
         timers = proc.posix_timers(self.pid)
         self.threads = interrogate.describe_threads(self.tracee)
         self.own = interrogate.describe_process(self.tracee, timers)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 from typing import Any, NamedTuple
 
 from . import proc
@@ -115,8 +116,10 @@ def _stop_child(
     except NotFound:
         return False
     if stat[2] in "ZX" and len(proc.threads(pid)) == 1:
-        if int(stat[_EXIT_SIGNAL]):  # none: a snapshot that a killed lzy left, nobody waits for it
+        if int(stat[_EXIT_SIGNAL]):
             ended[pid] = _describe_ended(pid, stat, parent)
+        elif int(stat[_EXIT_CODE]) == signal.SIGKILL:
+            parent.left_behind.append(proc.innermost(proc.status(pid)["NSpid"]))
         return True
     subject = seen.pop(pid, None)
     if subject is not None and subject.start_time != proc.start_time(pid):

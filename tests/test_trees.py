@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -135,19 +136,6 @@ def test_connections_in_a_new_pid_namespace(start: Start, lzy: CommandLine) -> N
     program.prove()
 
 
-@pytest.mark.shows("refused", "descriptors in a socket that nobody has received yet (SCM_RIGHTS)")
-def test_descriptors_on_the_way_are_refused(start: Start, lzy: CommandLine) -> None:
-    """Descriptors that nobody has received yet (SCM_RIGHTS) are refused; the tree runs on."""
-    program = start("tree_descriptors", "{folder}", "rights").await_ready()
-    family = [program.pid, *list_children(program.pid)]
-    error = lzy.fail("dump", str(program.pid), "--store", str(lzy.store))
-    assert error["kind"] == "unsupported"
-    assert "SCM_RIGHTS" in error["message"]
-    assert error["remedy"]
-    assert [program.pid, *list_children(program.pid)] == family
-    program.prove()
-
-
 def test_comparison_can_fail(start: Start) -> None:
     """The comparison sees a process that joins another group, and one descriptor less in common."""
     program = start("tree_groups").await_ready()
@@ -161,3 +149,27 @@ def test_comparison_can_fail(start: Start) -> None:
     assert program.ask("spoil") == "spoiled"
     await_rest(program.pid)
     assert find_family_differences(before, read_family(program.pid))
+
+
+def sum_memory(program: Program, field: str) -> int:
+    """A line of /proc/PID/smaps_rollup, of all processes together, in bytes."""
+    total = 0
+    for pid in [program.pid, *list_children(program.pid)]:
+        text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+        found = re.search(rf"^{field}:\s+(\d+) kB", text, re.MULTILINE)
+        assert found
+        total += int(found[1]) << 10
+    return total
+
+
+@both_ways
+def test_memory_is_shared_again(start: Start, lzy: CommandLine, way: tuple[str, ...]) -> None:
+    """What four children share with their parent is in the image once, and shared afterwards."""
+    program = start("tree_heap", "32").await_ready()
+    before = sum_memory(program, "Pss")
+    alone = sum_memory(program, "Private_Dirty")  # of each of the five, above all a MiB or two
+    report = lzy.dump(program)
+    assert report["stored_bytes"] < 1.2 * (32 << 20) + alone
+    lzy.restore(program, "image", *way)
+    program.prove()  # and has all of it come in
+    assert sum_memory(program, "Pss") < 1.2 * before

@@ -13,7 +13,7 @@ from kin import Answer, Child, read_exactly
 
 LETTER = bytes(range(256)) * 20  # fits into a pipe
 BOOK = bytes(range(251)) * 1000  # does not
-NOTES = [b"one", b"", b"three" * 100]
+NOTES = [b"one", b"two" * 50, b"three" * 100]
 
 letters, books = os.pipe(), os.pipe()
 near, far = socket.socketpair()

@@ -295,3 +295,33 @@ def test_link_cut_while_the_image_goes_ahead(trial: Trial) -> None:
     moved = trial.lzy.succeed("migrate", "ledger", "--node", "two")
     assert moved["session"]["node"] == "two"
     trial.stop(client)
+
+
+def test_machine_joins_by_invitation(lzy: CommandLine, tmp_path: Path) -> None:
+    """It gets a certificate and the store's secret; without a true invitation it gets nothing."""
+    other = CommandLine(tmp_path / "other")
+    joined: list[subprocess.Popen[bytes]] = []
+    try:
+        lzy.succeed("up", "--listen", f"127.0.0.1:{free_port()}", "--hibernate-after", "never")
+        url = lzy.succeed("nodes", "--invite")["invitation"]
+        refused = other.run("agent", "--join", url[:-4], "--name", "b", "--listen", "127.0.0.1:1")
+        assert b"invitation does not hold" in refused.stderr
+        assert not (other.home / "store" / "secret").exists()
+        address = f"127.0.0.1:{free_port()}"
+        joined.append(other.start("agent", "--join", url, "--name", "b", "--listen", address))
+        deadline = time.monotonic() + PATIENCE_S
+        while True:
+            found = {node["name"]: node for node in lzy.succeed("nodes")}
+            if "b" in found and found["b"]["reachable"]:
+                break
+            assert time.monotonic() < deadline, found
+            assert joined[0].poll() is None
+            time.sleep(0.1)
+        assert len(found) == 2
+        secrets = [(home / "store" / "secret").read_bytes() for home in (lzy.home, other.home)]
+        assert secrets[0] == secrets[1]
+    finally:
+        for child in joined:
+            child.terminate()
+            child.communicate(timeout=PATIENCE_S)
+        assert lzy.run("down").returncode == 0

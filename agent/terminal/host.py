@@ -311,6 +311,8 @@ class Host:
         if state in _ENDED or self._is_over:
             if self._has_no_program and not self._is_over:
                 status = told.get("exit_status")
+                if status is None and self._pidfd >= 0:
+                    status = exit_status(self._pidfd)  # by now somebody has waited for it
                 self._finish(self._status if status is None else int(status))
             return
         if state in _LIVING:

@@ -291,8 +291,8 @@ class Host:
             self._soon("ask_or_wake", 1.0)  # it is about to begin
         elif "state" in told:
             self._note_state(told)
-        elif status == 404 and self._has_no_program:
-            self._finish(self._status)
+        elif status == 404 and self._has_no_program:  # killed, or on another node by now
+            self._finish(self._status if self._state in _LIVING else None)
         elif asked.is_wake and status:
             words = str(document.get("error", "it cannot be woken"))
             self._tell({"state": self._state, "failure": words})

@@ -64,6 +64,7 @@ from .tree import (
     find_names,
     look_at_descendants,
     refuse_ourselves,
+    refuse_sessions,
     stop_tree,
 )
 from .unfinished import close_unfinished
@@ -260,6 +261,7 @@ def _dump(
                             number = _open_account(root.tracee, notes)
                         inode = tracking.find_inode(pid, number)
                     subject.tracee.unmap_arena()
+                refuse_sessions(tree, ended)
                 reach("dump.asked")
 
                 # 4. Their descriptors, with what is in flight in them.

@@ -53,7 +53,12 @@ def _settle_groups(
         bodies.append((one, parent, tracee))
         _lead(tracee, one)
     leaders = {root.own["group"], *by_number, *(one["pid"] for one in zombies)}
-    stand_ins: dict[int, tuple[Member, Tracee]] = {}
+    stand_ins: dict[int, tuple[Member, Tracee]] = {
+        session: (member, tracee)
+        for member in members
+        for session, tracee in member.stand_ins.items()
+    }
+    helpers += [tracee for _, tracee in stand_ins.values()]
     for member in members[1:]:
         group = member.own["group"]
         if member.parent and group not in leaders and group not in stand_ins:

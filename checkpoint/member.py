@@ -48,6 +48,8 @@ class Member(MemberMemory):
         self.table: dict[str, Any] = self.document["descriptors"]
         self.parent: Member | None = None
         self.children: list[Member] = []
+        self.stand_ins: dict[int, Tracee] = {}
+        """For leaders of sessions that have ended, until all are born."""
         self.harbour: tuple[()] | tuple[int, int] = ()  # numbers in the process
         self.faults, self.faults_number = -1, -1
         self.new_threads: list[Thread] = []
@@ -78,9 +80,10 @@ class Member(MemberMemory):
 
     def grow(self, progress: Progress | None) -> None:
         """Its memory and its children, with theirs."""
-        for child in self.children:
-            if not child.inherited:
-                self._fork(child)
+        apart = [child for child in self.children if self._is_apart(child)]
+        early = [] if apart else [child for child in self.children if not child.inherited]
+        for child in early:
+            self._fork(child)
         self.clear_addresses()
         self.map()
         reach("restore.mapped")
@@ -92,8 +95,10 @@ class Member(MemberMemory):
         self.fill(self.lazy if self.faults >= 0 else [], shared, progress if self.eager else None)
         reach("restore.filled")
         for child in self.children:
-            if child.inherited:
+            if child not in early and child not in apart:
                 self._fork(child)
+        for child in apart:
+            self._fork_apart(child)
         self.protect()
         for child in self.children:
             child.grow(progress)
@@ -101,27 +106,47 @@ class Member(MemberMemory):
     def _fork(self, child: Member) -> None:
         """Make a child: with its number, in its session, with its directory and descriptors."""
         child.pid, child.tracee = fork_stub(self.tracee, child.number, child.document)
+        self._settle_child(child, self.own)
+
+    def _is_apart(self, child: Member) -> bool:
+        """Whether its session is another's than ours; see `sessions`."""
+        return child.own["session"] not in (child.number, self.own["session"])
+
+    def _fork_apart(self, child: Member) -> None:
+        """Make a child of a session that it cannot inherit from us."""
+        session = child.own["session"]
+        leader = next((other for other in self.children if other.number == session), None)
+        if leader:
+            maker, own = leader.tracee, leader.own
+        else:
+            if session not in self.stand_ins:
+                _, stub = fork_stub(self.tracee, session, child.document)
+                self.stand_ins[session] = stub
+                batch = stub.batch()
+                batch.call(process.SYS_SETSID, what=f"lead session {session}")
+                stub.run(stub.threads[stub.pid], batch)
+            maker, own = self.stand_ins[session], self.own
+        child.pid, child.tracee = fork_stub(maker, child.number, child.document, sibling=True)
+        self._settle_child(child, own)
+
+    def _settle_child(self, child: Member, made_from: dict[str, Any]) -> None:
+        """Its session or group, if it leads one; its place and descriptors."""
         leader = child.tracee.threads[child.pid]
         batch = child.tracee.batch()
         if child.own["session"] == child.number:
             batch.call(process.SYS_SETSID, what="lead a session")
-        elif child.own["session"] != self.own["session"]:
-            raise Incompatible(
-                f"process {child.number} is of a session whose leader has ended",
-                remedy="such a process cannot be made again yet",
-            )
         elif child.own["group"] == child.number:
             batch.call(process.SYS_SETPGID, 0, 0, what="lead a process group")
-        self._add_place(batch, child)
+        self._add_place(batch, child, made_from)
         child.tracee.run(leader, batch)
         self._add_descriptors(child)
 
-    def _add_place(self, batch: Batch, child: Member) -> None:
-        """Its root and working directory, where they are not its parent's."""
+    def _add_place(self, batch: Batch, child: Member, made_from: dict[str, Any]) -> None:
+        """Its root and working directory, where they are not those of who forked it."""
         own = child.own
-        if own["root"] != self.own["root"]:
+        if own["root"] != made_from["root"]:
             batch.call(process.SYS_CHROOT, batch.put(os.fsencode(own["root"]) + b"\0"))
-        if (own["root"], own["cwd"]) != (self.own["root"], self.own["cwd"]):
+        if (own["root"], own["cwd"]) != (made_from["root"], made_from["cwd"]):
             number = self.brought.directories[own["root"] + "\0" + own["cwd"]]
             batch.call(process.SYS_FCHDIR, number, what=f"enter {own['cwd']}")
 
@@ -133,7 +158,7 @@ class Member(MemberMemory):
         batch = child.tracee.batch()
         batch.call(process.SYS_CLOSE_RANGE, 0, brought.floor - 1, 0)
         if self.faults_number >= brought.floor:
-            batch.call(process.SYS_CLOSE, self.faults_number)
+            batch.call(process.SYS_CLOSE, self.faults_number, tolerate=True)  # a sibling has not
         for number, index in resources.chosen_places(table, brought.local, child.number).items():
             batch.call(process.SYS_DUP3, brought.local[index], number, 0, what="a descriptor")
         child.tracee.run(child.tracee.threads[child.pid], batch)
@@ -436,14 +461,21 @@ class Member(MemberMemory):
             self.faults = -1
 
 
-def fork_stub(parent: Tracee, number: int, document: dict[str, Any]) -> tuple[int, Tracee]:
+def fork_stub(
+    parent: Tracee, number: int, document: dict[str, Any], *, sibling: bool = False
+) -> tuple[int, Tracee]:
     """Have a stub fork another with the pid `number`, which stops at once.
 
-    (its pid as we see it, itself). Raises Busy if the number is taken.
+    (its pid as we see it, itself). A `sibling` is a child of the stub's parent, and tells it of its
+    end as the stub does. Raises Busy if the number is taken.
     """
     batch = parent.batch()
     tid = batch.put(layouts.pack_s32(number))
-    arguments = batch.put(process.fork_arguments(tid, document["exit_signal"]))
+    arguments = batch.put(
+        process.fork_arguments(tid, 0, process.CLONE_PARENT)
+        if sibling
+        else process.fork_arguments(tid, document["exit_signal"])
+    )
     made = batch.call(process.SYS_CLONE3, arguments, 88, tolerate=True)
     born: list[int] = []
     parent.on_clone = born.append

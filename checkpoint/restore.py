@@ -197,7 +197,9 @@ class Restorer:
             reach("restore.committed")
         except BaseException:
             if born:
-                _undo(born, [member.pid for member in self.members[1:]])
+                others = [member.pid for member in self.members[1:]]
+                others += [t.pid for member in self.members for t in member.stand_ins.values()]
+                _undo(born, others)
             for member in self.members:  # a pager leaves, now that its process is gone
                 if member.pager:
                     with contextlib.suppress(LzyError):
@@ -521,8 +523,8 @@ def _lives_apart(taken: int) -> str:
 
 
 def _undo(born: birth.Birth, others: list[int]) -> None:
-    """End unfinished processes, and their namespace."""
-    for pid in filter(None, (*born, *others)):
+    """End unfinished processes, and their namespace: its init ends when all others are gone."""
+    for pid in filter(None, (born.pid, *others, born.init)):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
         # A traced leader's end is reported only after that of its traced threads, ptrace(2).

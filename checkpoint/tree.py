@@ -16,6 +16,7 @@ from . import proc
 from .errors import Busy, NotFound, Unsupported
 from .fitness import Progress, look_at_mappings, refuse_unfit
 from .mapped import refuse_mappings
+from .sessions import Place, refuse_lost
 from .subject import Subject
 
 _EXIT_SIGNAL, _EXIT_CODE = 37, 51  # proc_pid_stat(5), from 0
@@ -161,6 +162,21 @@ def _describe_ended(pid: int, stat: list[str], parent: Subject) -> Ended:
         comm=stat[1],
         exit_signal=int(stat[_EXIT_SIGNAL]),
         status=int(stat[_EXIT_CODE]),
+    )
+
+
+def refuse_sessions(tree: list[Subject], ended: list[Ended]) -> None:
+    """Raise Unsupported for a process whose session could not be made again."""
+    refuse_lost(
+        [
+            Place(
+                subject.number,
+                subject.parent.number if subject.parent else 0,
+                subject.own["session"],
+            )
+            for subject in tree
+        ],
+        [one.pid for one in ended],
     )
 
 

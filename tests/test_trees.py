@@ -60,6 +60,7 @@ SHARED_WITH_FILES = ("tree_descriptors", "tree_memory", "tree_workers")
 
 every_tree = pytest.mark.parametrize("case", ALL, ids=lambda case: case.id)
 quick_trees = pytest.mark.parametrize("case", QUICK, ids=lambda case: case.id)
+slow = pytest.mark.slow
 both_ways = pytest.mark.parametrize("way", [("--eager",), ()], ids=["eager", "lazy"])
 
 
@@ -72,6 +73,7 @@ def test_proof_can_fail(start: Start, case: Case) -> None:
         program.prove()
 
 
+@slow
 @quick_trees
 def test_proof_holds_uninterrupted(start: Start, case: Case) -> None:
     """A tree that nobody touches proves its state, twice: what fails elsewhere is lzy's."""
@@ -80,8 +82,15 @@ def test_proof_holds_uninterrupted(start: Start, case: Case) -> None:
     program.prove()
 
 
-@both_ways
-@every_tree
+@pytest.mark.parametrize(
+    ("case", "way"),
+    [
+        pytest.param(case, way, marks=[slow] if case in HEAVY and way else [])
+        for case in ALL
+        for way in (("--eager",), ())
+    ],
+    ids=lambda value: value.id if isinstance(value, Case) else {(): "lazy"}.get(value, "eager"),
+)
 def test_restored_tree_proves_its_state(
     start: Start, lzy: CommandLine, case: Case, way: tuple[str, ...]
 ) -> None:

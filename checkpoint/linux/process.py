@@ -184,9 +184,9 @@ def thread_clone_arguments(tid_address: int, clear_tid_address: int) -> bytes:
     return struct.pack("<11Q", flags, 0, clear_tid_address, 0, 0, 0, 0, 0, tid_address, 1, 0)
 
 
-def fork_arguments(tid_address: int, exit_signal: int) -> bytes:
+def fork_arguments(tid_address: int, exit_signal: int, flags: int = 0) -> bytes:
     """struct clone_args (88 bytes) for a child whose pid stands at `tid_address` of the caller."""
-    return struct.pack("<11Q", 0, 0, 0, 0, exit_signal, 0, 0, 0, tid_address, 1, 0)
+    return struct.pack("<11Q", flags, 0, 0, 0, exit_signal, 0, 0, 0, tid_address, 1, 0)
 
 
 def prctl(option: int, *arguments: int) -> int:

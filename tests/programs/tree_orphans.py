@@ -12,11 +12,16 @@ PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 told: "list[int]" = []
 
 
-def become_orphan() -> "tuple[int, int, int]":
-    """(its pid, where it listens, where it answers): a process whose parent ends at once."""
+def become_orphan(*, leads: bool = False) -> "tuple[int, int, int]":
+    """(its pid, where it listens, where it answers): a process whose parent ends at once.
+
+    `leads`: its parent led a session, which it is of, as daemons are.
+    """
     listen, speak = os.pipe(), os.pipe()
     parent = os.fork()
     if not parent:
+        if leads:
+            os.setsid()
         if os.fork():
             os._exit(0)
         while True:
@@ -43,6 +48,22 @@ def be_reaper() -> Answer:
     return answer
 
 
+def be_leader() -> Answer:
+    """Leads a session, of which one is that its uncle has taken in."""
+    os.setsid()
+    parent = os.fork()
+    if not parent:
+        if os.fork():
+            os._exit(0)
+        while os.getppid() == os.getppid() != root:
+            pass
+        os.write(mourning[1], b"%d" % os.getpid())
+        signal.pause()
+    os.waitpid(parent, 0)
+    nephew = int(os.read(mourning[0], 20))
+    return lambda _: nephew
+
+
 def be_mourner() -> Answer:
     """Is told by a signal when its parent ends."""
     signal.signal(signal.SIGUSR2, lambda number, _: told.append(number))
@@ -65,11 +86,18 @@ def be_parent_of_mourner() -> Answer:
 
 
 mourning = os.pipe()
+root = os.getpid()
 
 
 def main() -> None:
     call("prctl", PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     pid, listen, speak = become_orphan()
+    daemon, _, _ = become_orphan(leads=True)
+    leader = Child(be_leader)
+    nephew = int(leader.ask("who"))
+    sessions = [os.getsid(pid) for pid in (daemon, nephew)]
+    assert sessions[0] not in (daemon, os.getsid(0))
+    assert sessions[1] == leader.pid
     reaper, mourner, parent = Child(be_reaper), Child(be_mourner), Child(be_parent_of_mourner)
     grandchild = int(parent.ask("who"))
     done: Proof = {}
@@ -78,6 +106,8 @@ def main() -> None:
         os.write(listen, b"?")
         proof = {
             "orphan": os.read(speak, 100).split() == [b"%d" % pid, b"%d" % os.getpid()],
+            "sessions": [os.getsid(pid) for pid in (daemon, nephew)] == sessions,
+            "groups": [os.getpgid(pid) for pid in (daemon, nephew)] == sessions,
             "orphan of a child": reaper.ask("") == "True",
             "not told of an end that was none": mourner.ask("") == "0",
         }

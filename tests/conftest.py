@@ -42,11 +42,14 @@ def nothing_left_behind(_adopt_orphans: None, tmp_path: Path) -> Iterator[None]:
     Only mounts in the test's folder and over /proc count: other tests may run beside this one.
     """
 
+    def is_lzys(name: str) -> bool:
+        return "lzy" in name and "lzy-test-" not in name  # those are programs', and removed below
+
     def surroundings() -> tuple[list[str], list[str]]:
         lines = Path("/proc/self/mountinfo").read_text().splitlines()
         places = [line.split()[4] for line in lines]
         mine = [place for place in places if place == "/proc" or place.startswith(str(tmp_path))]
-        return sorted(mine), sorted(name for name in os.listdir("/dev/shm") if "lzy" in name)
+        return sorted(mine), sorted(filter(is_lzys, os.listdir("/dev/shm")))
 
     before, children_before = surroundings(), set(list_children(os.getpid()))
     yield

@@ -16,8 +16,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from subjects import PRELUDE, living
 
-from lzy.checkpoint import dump as dumping
 from lzy.checkpoint import proc
+from lzy.checkpoint import subject as subjects
 from lzy.checkpoint.dump import dump
 from lzy.checkpoint.errors import NotFound, Unsupported
 from lzy.checkpoint.store import Store
@@ -95,14 +95,14 @@ say("ready")
 while (line := hear()): say(line)
 """
     with living(code) as subject:
-        split = dumping._split
+        split = subjects._split
 
         def killed_meanwhile(tracee: object) -> tuple[int, str]:
             threading.Timer(0.0, os.kill, (subject.pid, signal.SIGKILL)).start()
             signal.pidfd_send_signal(subject.pidfd, signal.SIGKILL)
             return split(tracee)  # type: ignore[arg-type]  # the real one, handed on
 
-        monkeypatch.setattr(dumping, "_split", killed_meanwhile)
+        monkeypatch.setattr(subjects, "_split", killed_meanwhile)
         with pytest.raises(NotFound):
             dump(subject.pid, store, leave_running=True)
         assert not subject.is_alive

@@ -41,10 +41,24 @@ def pids_of(program: Program) -> list[int]:
     return sorted([program.pid, *list_children(program.pid)])
 
 
+def find_living(program: Program) -> list[int]:
+    living = []
+    for pid in pids_of(program):
+        with contextlib.suppress(OSError):  # it has gone just now
+            if not is_zombie(pid):
+                living.append(pid)
+    return living
+
+
 def prove_untouched(program: Program, pids: list[int]) -> None:
-    """The same processes, neither traced nor stopped; they prove their state."""
-    living = [pid for pid in pids_of(program) if not is_zombie(pid)]
-    assert living == pids
+    """The same processes, neither traced nor stopped; they prove their state.
+
+    A snapshot, which the kernel has killed with lzy, takes a moment to end.
+    """
+    deadline = time.monotonic() + PATIENCE_S
+    while (living := find_living(program)) != pids:
+        assert time.monotonic() < deadline, f"{living}, not {pids}"
+        os.sched_yield()
     for pid in living:
         status = Path(f"/proc/{pid}/status").read_text()
         assert "TracerPid:\t0\n" in status

@@ -80,8 +80,9 @@ def remove_names(pids: Iterable[int]) -> None:
     """What outlasts the programs that made it: queues and memory called after their pids."""
     libc = ctypes.CDLL(None, use_errno=True)
     for pid in pids:
-        for path in Path("/dev/shm").glob(f"*lzy-test-{pid}-*"):
-            path.unlink()
+        for name in (f"*lzy-test-{pid}-*", f"sem.loky-{pid}-*"):
+            for path in Path("/dev/shm").glob(name):
+                path.unlink(missing_ok=True)
         if (segment := libc.shmget(0x6C000000 | pid, 0, 0)) >= 0:
             libc.shmctl(segment, 0, None)  # IPC_RMID
         for name in ("one", "empty"):

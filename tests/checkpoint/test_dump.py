@@ -118,6 +118,7 @@ def test_kernel_thread(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """A thread of the kernel has no memory: refused as what it is."""
     monkeypatch.setattr(proc, "status", lambda pid: {"Tgid": str(pid), "State": "S (sleeping)"})
     monkeypatch.setattr(proc, "read_bytes", lambda pid, name: b"")
+    monkeypatch.setattr(proc, "is_ending", lambda pid: False)
     with pytest.raises(Unsupported, match="kernel thread"):
         dump(2, store)
 

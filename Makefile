@@ -1,7 +1,7 @@
 # Every target makes its own virtual environment in .venv and installs what it needs.
 #
 #   make demo    a living notebook kernel is dumped, ended, and brought back
-#   make test    style, types, import contract and all tests (under 15 minutes on two cores)
+#   make test    style, types, import contract and all tests (some 15 minutes on two cores)
 #   make lint    style, types and import contract only
 #   make bench   the figures of docs/performance.md, measured here
 #   make soak    what takes long: engine tests many times over, long fuzzing

@@ -239,9 +239,7 @@ def who_waits(store: Path, image: str) -> list[int]:
         with contextlib.suppress(NotFound, Damaged):
             facts, _ = read_status(path)
             own = facts["image"].partition("#")[0]  # NAME#PID: one process of its tree
-            same = own == image and os.path.realpath(facts["store"]) == str(
-                store.resolve()
-            )
+            same = own == image and os.path.realpath(facts["store"]) == str(store.resolve())
             if same and _is_alive(facts):
                 found.append(int(facts["pid"]))
     return sorted(found)

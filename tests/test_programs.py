@@ -84,7 +84,8 @@ both_ways = pytest.mark.parametrize("way", [("--eager",), ()], ids=["eager", "la
 @every_program
 def test_proof_can_fail(start: Start, case: Case) -> None:
     """Without any dump the proof fails once the program has spoiled its own state."""
-    program = start(case.name, *case.arguments).await_ready()
+    quickly = {**os.environ, "LZY_TEST_PATIENCE_S": "5"}  # it need not wait long for what never is
+    program = start(case.name, *case.arguments, env=quickly).await_ready()
     assert program.ask("ping") == "pong"
     assert program.ask("spoil") == "spoiled"
     with pytest.raises(AssertionError):

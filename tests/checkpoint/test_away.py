@@ -38,7 +38,7 @@ from lzy.checkpoint.linux.memory import read_process
 from lzy.checkpoint.pager import resume_pager
 from lzy.checkpoint.pages import present_pages
 
-EXAMPLES = int(os.environ.get("LZY_TEST_EXAMPLES", "12"))
+EXAMPLES = int(os.environ.get("LZY_TEST_EXAMPLES", "6"))
 PATIENCE_S = 10.0
 
 

@@ -8,6 +8,7 @@ its proof fail) and `end`. Nothing here knows that processes can be moved.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import threading
 import traceback
@@ -16,7 +17,7 @@ from typing import Any, Callable, Dict, Optional
 Proof = Dict[str, Any]
 
 #: How long a proof waits for something that ought to happen at once.
-PATIENCE_S = 20.0
+PATIENCE_S = float(os.environ.get("LZY_TEST_PATIENCE_S", "20"))
 
 
 def say(text: str) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 from . import proc
 from .errors import Busy, NotFound, Unsupported
@@ -20,6 +21,7 @@ from .tracee import Tracee, traced_by
 Progress = Callable[[str, int, int], None]
 
 PAGER_NAME = "lzy-pager"  # as `pager` calls itself
+_BUSY_PAGER_LEAVES_S = 30.0  # more, while one is seen to live
 _PAGER_LEAVES_S = 2.0  # after the last page: the close it injects, and its detaching
 
 
@@ -101,11 +103,14 @@ def wait_for_pager(pid: int, progress: Progress | None) -> tuple[bytes, list[Vma
     while True:
         places, vmas = look_at_mappings(pid)
         missing = sum(vma.length for vma in vmas if "um" in vma.flags)
-        if not missing and time.monotonic() < leaves_until and _pager_is_leaving(pid):
+        if not missing:
+            if not _pager_is_leaving(pid):
+                return places, vmas
+            waited_s = time.monotonic() - leaves_until
+            if waited_s > (_BUSY_PAGER_LEAVES_S if _is_served(journal) else 0):
+                return places, vmas
             time.sleep(0.005)
             continue
-        if not missing:
-            return places, vmas
         if journal.exists() and not is_held(journal):
             raise Busy(
                 f"memory of pid {pid} is not all there, and its pager has died",
@@ -126,6 +131,13 @@ def wait_for_pager(pid: int, progress: Progress | None) -> tuple[bytes, list[Vma
         if progress:
             progress("waiting for the pager", present << 10, missing)
         time.sleep(0.02)
+
+
+def _is_served(journal: Path) -> bool:
+    """Whether a living pager has the journal: it leaves, be the machine however busy."""
+    with contextlib.suppress(NotFound, OSError):
+        return journal.exists() and is_held(journal)
+    return False
 
 
 def _pager_is_leaving(pid: int) -> bool:

@@ -228,9 +228,9 @@ def status(pid: int, tid: int | None = None) -> dict[str, str]:
 
 
 def is_ending(pid: int) -> bool:
-    """Whether its main thread is on the way out, and its memory perhaps gone, but no zombie yet."""
+    """Whether its main thread is on the way out, and its memory perhaps gone, or has ended."""
     fields = stat(pid)
-    return fields[2] not in "ZX" and bool(int(fields[8]) & _PF_EXITING)
+    return fields[2] in "ZX" or bool(int(fields[8]) & _PF_EXITING)
 
 
 def stat(pid: int, tid: int | None = None) -> list[str]:

@@ -50,19 +50,26 @@ def find_living(program: Program) -> list[int]:
     return living
 
 
+def is_free(status: str) -> bool:
+    """Whether a process of that /proc status is neither traced nor stopped."""
+    running = re.search(r"^State:\t[SRD] ", status, re.MULTILINE)
+    return "TracerPid:\t0\n" in status and running is not None
+
+
 def prove_untouched(program: Program, pids: list[int]) -> None:
     """The same processes, neither traced nor stopped; they prove their state.
 
-    A snapshot, which the kernel has killed with lzy, takes a moment to end.
+    A snapshot, which the kernel has killed with lzy, takes a moment to end; a pager that is done
+    traces its process for a moment, to close what it had there.
     """
     deadline = time.monotonic() + PATIENCE_S
     while (living := find_living(program)) != pids:
         assert time.monotonic() < deadline, f"{living}, not {pids}"
         os.sched_yield()
     for pid in living:
-        status = Path(f"/proc/{pid}/status").read_text()
-        assert "TracerPid:\t0\n" in status
-        assert re.search(r"^State:\t[SRD] ", status, re.MULTILINE), status
+        while not is_free(status := Path(f"/proc/{pid}/status").read_text()):
+            assert time.monotonic() < deadline, status
+            os.sched_yield()
     program.prove()
 
 

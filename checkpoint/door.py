@@ -35,6 +35,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import errno
 import os
 import struct
 import time
@@ -137,6 +138,12 @@ def ask(
     except ProcessLookupError as error:
         raise NotFound(f"process {pid} ended while lzy asked it", pid=pid) from error
     except OSError as error:
+        if error.errno == errno.EFAULT:  # it runs while it is looked at, or somebody else asks it
+            raise Busy(
+                f"pid {pid} gave memory back while lzy looked at it",
+                remedy="try again in a moment",
+                pid=pid,
+            ) from error
         raise KernelError(f"cannot ask pid {pid}: {error}", error.errno or 0, pid=pid) from error
 
 

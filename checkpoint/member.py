@@ -227,13 +227,7 @@ class Member(MemberMemory):
         tracee.on_clone = born.append
         tracee.run(leader, batch)
         for tid in born:
-            while True:
-                _, status = os.waitpid(tid, ptrace.WALL)
-                if not os.WIFSTOPPED(status):
-                    raise LzyError(f"new thread {tid} ended before it began")
-                if status >> 16 == ptrace.PTRACE_EVENT_STOP:
-                    break
-                ptrace.resume(tid)
+            _await_first_stop(tid)
             tracee.adopt(tid)
         return [leader, *[tracee.threads[tid] for tid in born]]
 
@@ -489,16 +483,21 @@ def fork_stub(
             )
         raise KernelError(f"cannot make process {number} again", -result)
     pid = born[0]
-    while True:
-        _, status = os.waitpid(pid, ptrace.WALL)
-        if not os.WIFSTOPPED(status):
-            raise LzyError(f"new process {pid} ended before it began")
-        if status >> 16 == ptrace.PTRACE_EVENT_STOP:
-            break
-        ptrace.resume(pid)
+    _await_first_stop(pid)
     child = Tracee.newborn(pid, parent.code)
     child.arena, child.arena_bytes = parent.arena, parent.arena_bytes
     return pid, child
+
+
+def _await_first_stop(tid: int) -> None:
+    """Wait until a newborn thread or process, ours from birth, stands before its first step."""
+    while True:
+        _, status = os.waitpid(tid, ptrace.WALL)
+        if not os.WIFSTOPPED(status):
+            raise LzyError(f"{tid} ended before it began")
+        if status >> 16 == ptrace.PTRACE_EVENT_STOP:
+            return
+        ptrace.resume(tid)
 
 
 def _place_by_helper(table: dict[str, Any], local: dict[int, int], holder: int) -> None:

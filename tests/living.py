@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 PROGRAMS = Path(__file__).parent / "programs"
 PATIENCE_S = 30.0
@@ -93,6 +93,18 @@ def await_end(pid: int, timeout_s: float = PATIENCE_S) -> None:
         reap(pid)
     finally:
         os.close(pidfd)
+
+
+class Case(NamedTuple):
+    """A program and its arguments (`{folder}` is a folder of its own)."""
+
+    name: str
+    arguments: tuple[str, ...] = ()
+
+    @property
+    def id(self) -> str:
+        words = [word for word in self.arguments if "{" not in word]
+        return "-".join([self.name, *words])
 
 
 class Program:

@@ -13,29 +13,17 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from living import PATIENCE_S, PROGRAMS, await_end, wait_readable
+from living import PATIENCE_S, PROGRAMS, Case, await_end, wait_readable
 
 if TYPE_CHECKING:
     from living import CommandLine, Program
 
     Start = Callable[..., Program]
-
-
-class Case(NamedTuple):
-    """A program and its arguments (`{folder}` is a folder of its own)."""
-
-    name: str
-    arguments: tuple[str, ...] = ()
-
-    @property
-    def id(self) -> str:
-        words = [word for word in self.arguments if "{" not in word]
-        return "-".join([self.name, *words])
 
 
 QUICK = [

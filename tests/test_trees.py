@@ -6,31 +6,19 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 from family import await_rest, find_family_differences, read_family
-from living import list_children
+from living import Case, list_children
 
 if TYPE_CHECKING:
     from living import CommandLine, Program
 
     Start = Callable[..., Program]
-
-
-class Case(NamedTuple):
-    """A program and its arguments (`{folder}` is a folder of its own)."""
-
-    name: str
-    arguments: tuple[str, ...] = ()
-
-    @property
-    def id(self) -> str:
-        words = [word for word in self.arguments if "{" not in word]
-        return "-".join([self.name, *words])
 
 
 QUICK = [

@@ -64,7 +64,8 @@ PAGE_IS_GUARD: Final = 1 << 8
 
 
 _FILE_OR_GUARD: Final = 1 << 61 | 1 << 58  # bits of an entry of /proc/PID/pagemap
-_FRAME: Final = (1 << 48) - 1
+_FRAME: Final = (1 << 48) - 1 | 1 << 62 | 1 << 63
+_NOT_TOLD: Final = {0, 1 << 62, 1 << 63}  # nothing there, or nothing that we are to know
 _FRAMES_AT_ONCE: Final = 64
 
 
@@ -232,11 +233,11 @@ def same_frames(pagemap: int, other: int, start: int, end: int) -> list[tuple[in
         for first in range(0, pages, _FRAMES_AT_ONCE):
             part = one[first : first + _FRAMES_AT_ONCE]
             place = start + first * PAGE_BYTES
-            if part == two[first : first + _FRAMES_AT_ONCE] and 0 not in part:  # as a rule
-                found.append((place, place + len(part) * PAGE_BYTES))
+            if part == two[first : first + _FRAMES_AT_ONCE] and not _NOT_TOLD & set(part):
+                found.append((place, place + len(part) * PAGE_BYTES))  # as a rule
                 continue
             for index, frame in enumerate(part):
-                if frame and frame == two[first + index]:
+                if frame == two[first + index] and frame not in _NOT_TOLD:
                     page = place + index * PAGE_BYTES
                     found.append((page, page + PAGE_BYTES))
         start += pages * PAGE_BYTES
@@ -244,7 +245,10 @@ def same_frames(pagemap: int, other: int, start: int, end: int) -> list[tuple[in
 
 
 def _frames(pagemap: int, start: int, pages: int) -> list[int]:
-    """The low 48 bits of each entry: no frame or place in swap has more."""
+    """The low 48 bits of each entry, and whether it is a frame (63) or a place in swap (62).
+
+    No frame or place has more; without the two bits one could be taken for the other.
+    """
     entries = os.pread(pagemap, pages * 8, start // PAGE_BYTES * 8)
     mask = int.from_bytes(_FRAME.to_bytes(8, "little") * pages, "little")
     frames = int.from_bytes(entries, "little") & mask

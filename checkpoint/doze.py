@@ -32,8 +32,9 @@ from .away import NotAsItIs, end_pager, find_doze, hold_pager, is_unroused, read
 from .content import intersect, join_ranges, own_page_ranges, subtract, windows_of
 from .dump import dump
 from .errors import AccessDenied, Busy, KernelError, LzyError, NotFound, Unsupported
-from .fitness import look_at_mappings
+from .fitness import Progress, look_at_mappings
 from .granted import may_grant, open_granted
+from .history import TO_DOZE
 from .home import run_directory
 from .inject import close_descriptor
 from .journal import is_held, journal_path, read_status, rouse
@@ -49,11 +50,10 @@ from .unfinished import forget_descriptor, note_descriptor
 from .warm import leave_warm
 
 if TYPE_CHECKING:
-    from .dump import DumpReport, Progress
+    from .dump import DumpReport
     from .image import Image
     from .store import Store
 
-WHY = "doze"
 _SLICE_BYTES = 16 << 20
 _SLICE_RANGES = 1000
 _UNFIT = frozenset({"gd", "lo", "dp", "io", "pf", "wf"})
@@ -84,7 +84,7 @@ def doze(
     store: Store,
     *,
     name: str | None = None,
-    why: str = WHY,
+    why: str = TO_DOZE,
     choose: Callable[[list[Range]], list[Range]] | None = None,
     progress: Progress | None = None,
 ) -> DozeReport:

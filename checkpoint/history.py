@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 ASKED = "asked"
 """Why a checkpoint was taken: somebody asked for it."""
+TO_DOZE = "doze"
+"""The process is to give its memory back: what an account leaves out cannot go."""
 
 _NUMBERED = re.compile(r"(.+)@([1-9][0-9]{0,8})")
 _SUFFIX = ".image"

@@ -34,7 +34,7 @@ from .pager import who_waits
 
 if TYPE_CHECKING:
     from .doze import DozeReport
-    from .dump import Progress
+    from .fitness import Progress
     from .store import Store
 
 WHY = "limit"

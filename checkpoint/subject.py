@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -19,7 +20,7 @@ from .content import (
     own_page_ranges,
     subtract,
 )
-from .errors import LzyError
+from .errors import LzyError, NotFound
 from .fitness import Progress, look_at_mappings, refuse_separate_threads, wait_for_pager
 from .inheritance import find_inherited
 from .linux import process, ptrace
@@ -46,7 +47,8 @@ class Subject:
         self.exit_signal = int(stat[37])
         self.start_time = proc.start_time(pid)
         self.tracee = Tracee(pid)
-        self.pidfd = os.pidfd_open(pid)
+        with _ended_is_not_found(pid):
+            self.pidfd = os.pidfd_open(pid)
         self.places = b""
         self.vmas: list[Vma] = []
         self.snapshot = 0
@@ -72,16 +74,21 @@ class Subject:
         return self.snapshot or self.pid
 
     def look(self, progress: Progress | None, *, dozes: bool = False) -> None:
-        """Before the stop: its mappings; a lazy restore's pager is waited for unless it dozes."""
-        look = look_at_mappings(self.pid) if dozes else wait_for_pager(self.pid, progress)
-        self.places, self.vmas = look
-        refuse_mappings(self.pid, self.vmas)
+        """Before the stop: its mappings; a lazy restore's pager is waited for unless it dozes.
+
+        Raises NotFound, Unsupported, Busy.
+        """
+        with _ended_is_not_found(self.pid):
+            look = look_at_mappings(self.pid) if dozes else wait_for_pager(self.pid, progress)
+            self.places, self.vmas = look
+            refuse_mappings(self.pid, self.vmas)
 
     def stop(self) -> None:
         """Stop all its threads. Raises NotFound, Unsupported, Busy, AccessDenied."""
-        self.tracee.seize()
-        interrogate.refuse_foreign_registers(self.tracee)
-        refuse_separate_threads(self.tracee)
+        with _ended_is_not_found(self.pid):
+            self.tracee.seize()
+            interrogate.refuse_foreign_registers(self.tracee)
+            refuse_separate_threads(self.tracee)
 
     def ask(self) -> None:
         """What only the process itself can tell; our arena stays in it."""
@@ -208,6 +215,15 @@ class Subject:
         if self.pidfd >= 0:
             os.close(self.pidfd)
             self.pidfd = -1
+
+
+@contextlib.contextmanager
+def _ended_is_not_found(pid: int) -> Iterator[None]:
+    """Until a process is stopped it may end between any two questions."""
+    try:
+        yield
+    except ProcessLookupError as error:
+        raise NotFound(f"process {pid} ended", pid=pid) from error
 
 
 def why_no_snapshot(vmas: list[Vma]) -> str:

@@ -12,7 +12,7 @@ import os
 import signal
 from typing import Any, NamedTuple
 
-from . import proc
+from . import proc, resources
 from .errors import Busy, NotFound, Unsupported
 from .fitness import Progress, look_at_mappings, refuse_unfit
 from .mapped import refuse_mappings
@@ -203,3 +203,28 @@ def find_names(tree: list[Subject]) -> None:
 def describe_ended(ended: list[Ended]) -> list[dict[str, Any]]:
     """For the document of an image."""
     return [one._asdict() | {"parent": one.parent.number} for one in ended]
+
+
+def end_tree(tree: list[Subject], ended: list[Ended], tables: list[dict[str, Any]]) -> None:
+    """Kill the processes and wait until they are gone, their inner connections without a trace.
+
+    Children end before their parents, who still wait for them. Should we die in between, the
+    kernel kills the rest.
+    """
+    others = {
+        subject.number: table["descriptors"]
+        for subject, table in zip(tree[1:], tables[1:], strict=True)
+    }
+    pidfds = {subject.number: subject.pidfd for subject in tree[1:]}
+    held = resources.hold_connections(tree[0].pidfd, tables[0] | {"others": others}, pidfds)
+    if len(tree) > 1:
+        for subject in tree:
+            subject.tracee.die_with_us()
+    for one in ended:
+        one.parent.wait_for(one.pid)
+    for subject in reversed(tree):
+        signal.pidfd_send_signal(subject.pidfd, signal.SIGKILL)
+        subject.tracee.await_end()
+        if subject.parent:  # it waits: a zombie would keep the number from being free
+            subject.parent.wait_for(subject.number)
+    resources.release_descriptors(held)

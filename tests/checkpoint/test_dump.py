@@ -19,8 +19,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from memory import descriptors
 from subjects import Subject, in_child, kill_at_every_step, living
 
-from lzy.checkpoint import dump as engine
-from lzy.checkpoint import machine, proc
+from lzy.checkpoint import capture, machine, proc
+from lzy.checkpoint.capture import default_name
 from lzy.checkpoint.dump import dump
 from lzy.checkpoint.errors import AccessDenied, LzyError, NotFound, Unsupported
 from lzy.checkpoint.image import Image
@@ -256,7 +256,7 @@ def test_failure_at_every_stage_leaves_it_running(
                     reached.append(name)
                     raise _Unwell
 
-            monkeypatch.setattr(engine, "reach", fail)
+            monkeypatch.setattr(capture, "reach", fail)
             with pytest.raises(_Unwell):
                 dump(subject.pid, store, leave_running=leave_running)
             assert reached == [stage]
@@ -281,7 +281,7 @@ def test_process_that_ends_meanwhile(
                     while proc.stat(subject.pid)[2] not in "ZX":
                         time.sleep(0.001)
 
-            monkeypatch.setattr(engine, "reach", kill)
+            monkeypatch.setattr(capture, "reach", kill)
             name = stage.replace("dump.", "")
             try:
                 dump(subject.pid, store, name=name, leave_running=leave_running)
@@ -407,7 +407,7 @@ say("ready"); say(place, guarded, content.hex()); hear()
 
 def test_default_names_are_sound() -> None:
     """Whatever a program is called, its image's name is a plain file name."""
-    name: Callable[[str], str] = lambda comm: engine.default_name(comm, 7, 1.25)  # noqa: E731
+    name: Callable[[str], str] = lambda comm: default_name(comm, 7, 1.25)  # noqa: E731
     assert name("python3.11") == "python3.11-7-19700101T000001.250"
     assert name(") R \udcff\n").startswith("R---7-") or name(") R \udcff\n").split("-7-")[0]
     assert "/" not in name("../../etc")

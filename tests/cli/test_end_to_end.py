@@ -156,12 +156,12 @@ def test_every_answer_to_programs_is_documented(lzy: Run, program: Program) -> N
 # Runs `lzy dump PID`, pressing Ctrl-C at the stage that it is told.
 INTERRUPTED = """
 import os, signal, sys
-from lzy.checkpoint import dump
+from lzy.checkpoint import capture
 chosen = sys.argv.pop()
 def reach(stage):
     if stage == chosen:
         os.kill(os.getpid(), signal.SIGINT)
-dump.reach = reach
+capture.reach = reach
 from lzy.cli import main
 main()
 """

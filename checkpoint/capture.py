@@ -1,0 +1,509 @@
+"""One dump from the first look to the last word: steps that share what they find.
+
+The processes are stopped, asked what only they know, and, when they are to go on, split: a clone,
+frozen at birth, is a copy-on-write snapshot whose memory is written out at leisure while its
+process runs on. Where a snapshot would not cover everything (see `why_no_snapshot`), and when the
+processes are to end anyway, all stay stopped until their image is committed. An image is committed
+when every byte of it has been read back from the store and authenticated; only then is anything
+ended.
+
+Account of writes is kept of the first process only, the root of the tree: of the others all of the
+memory is read at each dump, but for what they share copy-on-write with their parents.
+
+A process that dozes is dumped as it is: what is away is taken from the image that its pager has.
+Its pager would take a snapshot for a forked child; what is to be written of it is copied instead.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from . import interrogate, proc, resources
+from .away import Away, Doze, NotAsItIs, hold_pager, read_away
+from .beside import Beside
+from .bookkeeping import Bookkeeping
+from .carried import Cargo
+from .content import (
+    CopiedPages,
+    FilePages,
+    Objects,
+    ProcessPages,
+    data_ranges,
+    join_ranges,
+    own_page_ranges,
+    windows_of,
+)
+from .dense import contains, still_dense
+from .errors import KernelError, NotFound, StoreUnavailable
+from .fitness import Progress
+from .history import TO_DOZE, next_checkpoint, remember
+from .host import describe_host
+from .increment import TooScattered, plan_checkpoint
+from .inheritance import length_bytes
+from .interrupts import Deferred
+from .lineage import forget_lineage
+from .linux import PAGE_BYTES, process
+from .reporting import reporting
+from .resources.kind import load_kinds
+from .stages import reach
+from .subject import Subject, why_no_snapshot
+from .tree import (
+    Ended,
+    describe_ended,
+    end_tree,
+    find_names,
+    look_at_descendants,
+    refuse_sessions,
+    stop_tree,
+)
+from .working_set import inherit_order, order_windows, read_order, seed_order
+
+if TYPE_CHECKING:
+    from .image import Image
+    from .store import ImageSummary, Store
+    from .writer import ImageWriter
+
+Range = tuple[int, int]
+
+DOCUMENT_FORMAT = 1
+FIRST_MEMBER_SPACE = 1 << 20  # of the image, for the processes behind the first; below: objects
+COPY_LIMIT_BYTES = 512 << 20  # so much memory of a process that dozes is copied
+SNAPSHOT_OBJECT_LIMIT_BYTES = 32 << 20  # shared memory up to here is copied while frozen
+_LITTLE = 32  # such a part of the memory is stored sooner than it is looked for in the store
+
+
+class Wishes(NamedTuple):
+    """What is asked of a dump; see `dump.dump`."""
+
+    name: str | None
+    leave_running: bool
+    window_pages: int
+    why: str
+    track: bool
+    carry_files: bool
+    carry: Sequence[str]
+    progress: Progress | None
+
+
+class DumpReport(NamedTuple):
+    """What a dump did: sizes in bytes, times in seconds."""
+
+    image: str
+    pid: int
+    raw_bytes: int
+    stored_bytes: int
+    freeze_s: float
+    total_s: float
+    threads: int
+    """Of all processes together."""
+    processes: int
+    left_running: bool
+    snapshot: bool
+    base: str | None
+    """The image that unwritten pages were taken from; None when all were read."""
+    written_bytes: int
+    """Memory that was read, because it may have changed since `base`."""
+    notes: list[str]
+
+
+class Capture:
+    """A process and its descendants on their way into an image of `store`.
+
+    With `doze`, what the root lacks is taken from the image that its pager has.
+    """
+
+    def __init__(
+        self,
+        pid: int,
+        store: Store,
+        wishes: Wishes,
+        *,
+        doze: Doze | None = None,
+        variables: dict[str, Any],
+        notes: list[str],
+    ) -> None:
+        """`variables` go into the image; `notes` are added to. Raises NotFound."""
+        self.pid = pid
+        self.store = store
+        self.wishes = wishes
+        self.doze = doze
+        self.variables = variables
+        self.notes = notes
+        self.root = Subject(pid)
+        self.seen: dict[int, Subject] = {}
+        """Its descendants at the first look, by pid."""
+        self.tree: list[Subject] = []
+        """Who was stopped, the root first, parents before their children."""
+        self.ended: list[Ended] = []
+        self.objects = Objects()
+        self.tables: list[dict[str, Any]] = []
+        """The descriptors of each of `tree`."""
+        self.base: Image | None = None
+        self.books = Bookkeeping(self.root, notes)
+        self.obstacle = "" if wishes.leave_running else "the process ends"
+        """Why there is no snapshot, in words; empty if there is one."""
+        self.written: list[Range] | None = None
+        """What may have been written since `base`; None: any of it."""
+        self.away = Away([], [])
+        self.runs_on = False
+        self.freeze_s = 0.0
+        self.written_bytes = 0
+
+    def run(self) -> DumpReport:
+        """All of it. Raises what `dump.dump` does; the processes then run on as before.
+
+        Raises NotAsItIs when all of the memory has to come in first.
+        """
+        wishes, began = self.wishes, time.monotonic()
+        try:
+            self._look()
+            with self.store.writer(self.name, window_pages=wishes.window_pages) as writer:
+                cargo = Cargo(writer, everything=wishes.carry_files)
+                cargo.add_asked(wishes.carry)
+                for subject in (self.root, *self.seen.values()):
+                    cargo.add_mapped(subject.pid, subject.vmas)
+                self.frozen_at = time.monotonic()
+                with Deferred():
+                    self._stop()
+                    self._ask()
+                    self._describe_descriptors()
+                    self._map()
+                    self._split(writer)
+                self._settle()
+                for subject in self.tree:
+                    cargo.add_mapped(subject.source_pid, subject.mappings.vmas)
+                doubtful = self._write(writer)
+                summary = self._commit(writer, cargo, doubtful)
+            self._finish()
+        except ProcessLookupError as error:
+            raise NotFound(f"process {self.pid} ended while it was dumped", pid=self.pid) from error
+        except OSError as error:
+            raise self._explain(error) from error
+        finally:
+            with Deferred():
+                self._close()
+        if not self.doze:
+            self.books.gather()
+        return DumpReport(
+            image=summary.name,
+            pid=self.pid,
+            raw_bytes=summary.raw_bytes,
+            stored_bytes=summary.stored_bytes,
+            freeze_s=self.freeze_s,
+            total_s=time.monotonic() - began,
+            threads=sum(len(subject.threads) for subject in self.tree),
+            processes=len(self.tree),
+            left_running=wishes.leave_running,
+            snapshot=not self.obstacle,
+            base=self.base.name if self.base and self.written is not None else None,
+            written_bytes=self.written_bytes,
+            notes=self.notes,
+        )
+
+    # -- before the stop ---------------------------------------------------------------------------
+
+    def _look(self) -> None:
+        """What can be done before the processes are stopped, is."""
+        wishes, root, doze = self.wishes, self.root, self.doze
+        Beside(lambda: load_kinds([self.pid]))  # while the kernel looks at the mappings
+        root.look(wishes.progress, dozes=doze is not None)
+        self.seen = look_at_descendants(self.pid, wishes.progress)
+        load_kinds([self.pid, *self.seen])
+        self.taken = time.time()
+        if wishes.leave_running:
+            if doze:  # all is done while it stands still
+                root.policies = proc.memory_policies(self.pid)
+            self.obstacle = "it dozes" if doze else why_no_snapshot(root.vmas)
+        self.name, self.session = next_checkpoint(
+            self.store,
+            self.pid,
+            wishes.name,
+            why=wishes.why,
+            unnamed=lambda: default_name(root.comm, self.pid, self.taken),
+        )
+        if not wishes.leave_running and not process.may_choose_pids():
+            self.notes.append(
+                "without root it comes back in a user and a PID namespace of its own, all of its "
+                "memory at once (lzy doctor tells whether it may)"
+            )
+        self.base = self.books.open_base(self.store, wishes.window_pages)
+        if not self.base and doze:
+            self.books.account = None
+            self.base = self.store.load(doze.image)
+        if self.base and not wishes.leave_running:  # what is taken from it is not read again
+            self.store.verify(self.base.name, wishes.progress)
+
+    # -- while they stand still --------------------------------------------------------------------
+
+    def _stop(self) -> None:
+        """Stop all threads of all processes."""
+        self.tree, self.ended = stop_tree(self.root, self.seen)
+        reach("dump.seized")
+        if self.doze and len(self.tree) > 1:  # born just now
+            raise NotAsItIs
+        if self.wishes.leave_running:
+            for subject in self.tree[1:]:
+                self.obstacle = self.obstacle or why_no_snapshot(subject.vmas)
+
+    def _ask(self) -> None:
+        """Ask what only a process itself can tell, by system calls made inside it."""
+        for subject in self.tree:
+            subject.ask()
+            if subject is self.root:
+                reach("dump.prepared")
+                self.books.ask(opens=self._is_to_keep_account)
+            subject.tracee.unmap_arena()
+        refuse_sessions(self.tree, self.ended)
+        reach("dump.asked")
+
+    @property
+    def _is_to_keep_account(self) -> bool:
+        return self.wishes.leave_running and self.wishes.track
+
+    def _describe_descriptors(self) -> None:
+        """Their descriptors, with what is in flight in them."""
+        holders = [
+            resources.Holder(
+                subject.pid,
+                subject.pidfd,
+                self.doze.numbers if self.doze else frozenset(),
+                subject.number if subject is not self.root else 0,
+            )
+            for subject in self.tree
+        ]
+        self.tables = resources.describe_together(holders, self.objects)
+        reach("dump.described")
+
+    def _map(self) -> None:
+        """Their mappings, and which pages were written since the image before."""
+        root = self.root
+        now = root.look_again()
+        if now != root.places:
+            self.obstacle = self.obstacle or why_no_snapshot(root.vmas)
+        for subject in self.tree[1:]:
+            subject.look_again()
+        if self._is_to_keep_account and self.books.is_open:
+            self.written = self.books.begin(spares_dense=self.wishes.why != TO_DOZE)
+            reach("dump.tracked")
+            joined = not self.books.begun or self.books.begun.registered
+            if joined and proc.read_bytes(self.pid, "maps") != now:
+                root.vmas = proc.mappings(self.pid)
+        else:
+            self.written = self.books.read()
+        if self.doze:
+            with hold_pager(self.doze):
+                root.ranges = own_page_ranges(self.pid, root.vmas)
+                self.away = read_away(self.doze, root.ranges)
+            known = root.ranges if self.written is None else self.written
+            self.written = [*known, *self.away.moved]
+        find_names(self.tree)
+        for subject in self.tree:
+            subject.map(self.objects)
+        self._is_as_seen = bool(self.doze) and self.wishes.leave_running and now == root.places
+
+    def _split(self, writer: ImageWriter) -> None:
+        """Take the snapshots and let the processes go on, if they are to and can."""
+        if not self.obstacle and self.objects.total_bytes > SNAPSHOT_OBJECT_LIMIT_BYTES:
+            self.obstacle = f"it shares {self.objects.total_bytes >> 20} MiB of memory"
+        for subject in self.tree:
+            self.obstacle = self.obstacle or subject.split()
+        if self.obstacle:  # what cannot all be looked at later, is looked at as it stands
+            for subject in self.tree:
+                subject.end_snapshot()
+            return
+        reach("dump.split")
+        self._write_objects(writer)
+        self._let_go()
+
+    def _let_go(self) -> None:
+        for subject in self.tree:
+            subject.let_go()
+        self.runs_on = True
+        self.freeze_s = time.monotonic() - self.frozen_at
+        reach("dump.resumed")
+
+    # -- what a snapshot knows as well as its process did ------------------------------------------
+
+    def _settle(self) -> None:
+        """What of their memory is to be in the image."""
+        root = self.root
+        for subject in self.tree:
+            subject.settle(
+                as_seen=subject is root and self._is_as_seen, dozes=self.doze is not None
+            )
+        self.host = describe_host(
+            root.source_pid, root.mappings.vmas, interrogate.decode(root.threads[0]["xstate"])
+        )
+        root.ranges = join_ranges([*root.ranges, *self.away.missing])
+        for subject in self.tree[1:]:
+            subject.find_inherited()
+        reach("dump.writing")
+
+    def _write(self, writer: ImageWriter) -> list[int]:
+        """Write the memory; windows of which nobody knows whether they were written."""
+        wishes, root, base, written = self.wishes, self.root, self.base, self.written
+        others = sum(length_bytes(subject.fresh) for subject in self.tree[1:])
+        total = self.objects.total_bytes + length_bytes(root.fresh) + others
+        doubtful: list[int] = []
+        if base and written is not None:
+            try:
+                kept, fresh = plan_checkpoint(
+                    base, root.ranges, join_ranges(written), self.away.missing
+                )
+            except TooScattered:
+                raise NotAsItIs from None
+            writer.keep(base, kept)
+            left_out = self.books.left_out
+            doubtful = [address for address, _ in fresh if contains(left_out, address)]
+            if doubtful:
+                writer.expect(base, doubtful)
+        else:
+            fresh = windows_of(root.ranges, wishes.window_pages)
+        own_bytes = sum(mask.bit_count() for _, mask in fresh) * PAGE_BYTES
+        self.written_bytes = own_bytes + others
+        self.refreshed = [address for address, _ in fresh]
+        pages = root.open_pages()
+        source: ProcessPages | CopiedPages = pages
+        try:
+            if wishes.leave_running and not self.runs_on:
+                source = self._copy_or_stay(writer, pages, fresh)
+            if not base and (parent := self.session["parent"]):  # as the next wake may need it
+                fresh = order_windows(fresh, read_order(self.store.path, parent))
+            if base and self.written_bytes < total // _LITTLE:
+                writer.expect_little(self.written_bytes)
+            with reporting(wishes.progress, "writing", writer, total):
+                writer.add_space(source, fresh, space=0)
+                if not self.runs_on:
+                    self._write_objects(writer)
+                for space, subject in enumerate(self.tree[1:], FIRST_MEMBER_SPACE):
+                    _write_member(writer, subject, space, wishes.window_pages)
+        finally:
+            source.close()
+        reach("dump.written")
+        return doubtful
+
+    def _copy_or_stay(
+        self, writer: ImageWriter, source: ProcessPages, fresh: list[tuple[int, int]]
+    ) -> ProcessPages | CopiedPages:
+        """Without a snapshot: a copy of little memory, and they go on; else they stay stopped."""
+        little = self.written_bytes <= COPY_LIMIT_BYTES
+        if not (self.doze and little and self.objects.total_bytes <= SNAPSHOT_OBJECT_LIMIT_BYTES):
+            self.notes.append(f"stopped until written, no snapshot: {self.obstacle}")
+            return source
+        try:
+            copied = CopiedPages(source, fresh)
+        finally:
+            source.close()
+        self._write_objects(writer)
+        with Deferred():
+            self._let_go()
+        return copied
+
+    def _write_objects(self, writer: ImageWriter) -> None:
+        for number, descriptor in enumerate(self.objects.descriptors, 1):
+            length = os.fstat(descriptor).st_size
+            writer.add_space(
+                FilePages(descriptor),
+                windows_of(data_ranges(descriptor, length), self.wishes.window_pages),
+                space=number,
+            )
+
+    # -- the manifest ------------------------------------------------------------------------------
+
+    def _commit(self, writer: ImageWriter, cargo: Cargo, doubtful: list[int]) -> ImageSummary:
+        """The manifest, once everything it names has been read back and found right."""
+        changed = writer.find_changed(self.base, doubtful) if self.base and doubtful else []
+        document = self._describe()
+        if carried := cargo.describe():
+            document["carried"] = carried
+        for subject in self.tree:
+            subject.kill_snapshot()  # it ends while the disk is waited for
+        summary = writer.commit(document, self.wishes.progress)
+        self.books.keep()
+        if parent := self.session["parent"]:
+            inherit_order(self.store, parent, summary.name)
+        if self.base and self.written is not None:
+            seed_order(self.store, summary.name, self.refreshed)
+        reach("dump.committed")
+        if self._is_to_keep_account and self.books.is_open:
+            begun = self.books.begun
+            dense = still_dense(begun.dense, self.books.left_out, changed) if begun else []
+            self.books.tie(self.store, summary.name, dense)
+        return summary
+
+    def _describe(self) -> dict[str, Any]:
+        """The image's document."""
+        document = {
+            "format": DOCUMENT_FORMAT,
+            "taken_unix_s": self.taken,
+            "session": self.session,
+            "host": self.host,
+            **self.root.describe(),
+            "objects": self.objects.described,
+            "descriptors": self.tables[0],
+            "variables": self.variables,
+        }
+        members = zip(self.tree[1:], self.tables[1:], strict=True)
+        if len(self.tree) > 1:
+            document["members"] = [
+                subject.describe_member(table, space)
+                for space, (subject, table) in enumerate(members, FIRST_MEMBER_SPACE)
+            ]
+        if self.ended:
+            document["zombies"] = describe_ended(self.ended)
+        return document
+
+    # -- afterwards --------------------------------------------------------------------------------
+
+    def _finish(self) -> None:
+        """Only now are the processes ended, or let go."""
+        if self.wishes.leave_running:
+            if not self.runs_on:
+                for subject in self.tree:
+                    subject.let_go()
+                self.freeze_s = time.monotonic() - self.frozen_at
+            remember(self.store, self.pid, self.session, self.notes)
+        else:
+            self.freeze_s = time.monotonic() - self.frozen_at
+            with Deferred():
+                end_tree(self.tree, self.ended, self.tables)
+            for subject in self.tree:
+                forget_lineage(subject.pid)
+        reach("dump.ended")
+
+    def _explain(self, error: OSError) -> KernelError | StoreUnavailable:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return StoreUnavailable(
+                f"no room left for the image of pid {self.pid}",
+                remedy="free some space or name another folder with --store",
+                pid=self.pid,
+            )
+        return KernelError(f"cannot dump pid {self.pid}: {error}", error.errno or 0, pid=self.pid)
+
+    def _close(self) -> None:
+        """Whatever happened: they go on if they are stopped, and nothing of ours stays in them."""
+        self.objects.close()
+        if self.base:
+            self.base.close()
+        self.books.give_up()
+        for subject in (*self.root.tree, *self.seen.values()):
+            subject.close()
+
+
+def default_name(comm: str, pid: int, taken_unix_s: float) -> str:
+    """An image's name when none was given: program, pid, time (UTC)."""
+    plain = "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "-" for c in comm)
+    moment = time.strftime("%Y%m%dT%H%M%S", time.gmtime(taken_unix_s))
+    return f"{plain.strip('.-') or 'process'}-{pid}-{moment}.{int(taken_unix_s % 1 * 1000):03}"
+
+
+def _write_member(writer: ImageWriter, subject: Subject, space: int, window_pages: int) -> None:
+    source = subject.open_pages()
+    try:
+        writer.add_space(source, windows_of(subject.fresh, window_pages), space=space)
+    finally:
+        source.close()

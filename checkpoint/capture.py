@@ -333,7 +333,9 @@ class Capture:
         root = self.root
         for subject in self.tree:
             subject.settle(
-                as_seen=subject is root and self._is_as_seen, dozes=self.doze is not None
+                as_seen=subject is root and self._is_as_seen,
+                dozes=self.doze is not None,
+                goes_on=self.wishes.leave_running and not self.runs_on,
             )
         self.host = describe_host(
             root.source_pid, root.mappings.vmas, interrogate.decode(root.threads[0]["xstate"])

@@ -21,15 +21,15 @@ from .proc import Vma
 Range = tuple[int, int]
 
 _CLOSE_BYTES = 1 << 20
-_AS_MAPPED = frozenset({"hg", "nh", "nr", "gd", "dp", "mw"})
+AS_MAPPED = frozenset({"hg", "nh", "nr", "gd", "dp", "mw"})
 """What a mapping has from the start, or before its memory is filled: it must agree."""
 
 
 def find_inherited(
-    pid: int,
+    frames: memory.Frames,
     vmas: list[Vma],
     ranges: list[Range],
-    parent_pid: int,
+    parent_frames: memory.Frames,
     parent_vmas: list[Vma],
     parent_ranges: list[Range],
 ) -> list[Range]:
@@ -47,24 +47,21 @@ def find_inherited(
     if not candidates:
         return []
     found: list[Range] = []
-    own = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        other = os.open(f"/proc/{parent_pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            for start, end in _together(candidates):
-                found += memory.same_frames(own, other, start, end)
-        finally:
-            os.close(other)
-    finally:
-        os.close(own)
+    for start, end in _together(candidates):
+        found += memory.same_frames(frames, parent_frames, start, end)
     return intersect(candidates, join_ranges(found))
+
+
+def open_frames(pid: int, *, keeps: bool = False) -> memory.Frames:
+    """What lies behind the pages of that process; `keeps` what was read once."""
+    return memory.Frames(os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC), keeps=keeps)
 
 
 def _is_part(vma: Vma, other: Vma) -> bool:
     """Whether the other mapping has all of this one, as it is but for what mprotect(2) changes."""
     if not holds_own_pages(vma) or other.shared or vma.end > other.end:
         return False
-    if vma.kind != other.kind or vma.flags & _AS_MAPPED != other.flags & _AS_MAPPED:
+    if vma.kind != other.kind or vma.flags & AS_MAPPED != other.flags & AS_MAPPED:
         return False
     return vma.kind == "anonymous" or (
         (vma.path, vma.inode, vma.offset - vma.start)

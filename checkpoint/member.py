@@ -13,6 +13,7 @@ import fcntl
 import os
 import signal
 import sys
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from . import birth, machine, proc, reinstate, resources
@@ -95,8 +96,10 @@ class Member(MemberMemory):
         self.fill(self.lazy if self.faults >= 0 else [], shared, progress if self.eager else None)
         reach("restore.filled")
         for child in self.children:
-            if child not in early and child not in apart:
-                self._fork(child)
+            if child not in early:
+                child.forked_from = self
+                if child not in apart:
+                    self._fork(child)
         for child in apart:
             self._fork_apart(child)
         self.protect()
@@ -153,7 +156,7 @@ class Member(MemberMemory):
     def _add_descriptors(self, child: Member) -> None:
         """Every descriptor of a child to its number; those of its parent go."""
         brought, table = self.brought, self.table_of_all
-        if resources.needs_placing(table, child.number):
+        if child.number in self.root.to_be_placed:
             _place_by_helper(table, brought.local, child.number)
         batch = child.tracee.batch()
         batch.call(process.SYS_CLOSE_RANGE, 0, brought.floor - 1, 0)
@@ -170,6 +173,11 @@ class Member(MemberMemory):
         while member.parent:
             member = member.parent
         return member.table
+
+    @cached_property
+    def to_be_placed(self) -> set[int]:
+        """Of the first of a tree: whose descriptors take more than to be put at numbers."""
+        return resources.find_to_be_placed(self.table)
 
     @property
     def root(self) -> Member:

@@ -12,6 +12,7 @@ from .buffers import page_aligned
 from .content import join_ranges, subtract, windows_of
 from .errors import Damaged
 from .image import Image
+from .inheritance import AS_MAPPED
 from .linux import PAGE_BYTES, memory, process
 from .needed import file_key
 from .pages import page_runs
@@ -79,12 +80,16 @@ class MemberMemory:
         # A list is searched ten times faster than the table itself.
         self.windows: list[int] = image.runs[0 : last * 3 : 3].tolist()
         self.window_bytes = image.window_pages * PAGE_BYTES
-        self.unlike: set[int] = set()  # starts of mappings whose protection is not the last yet
+        self.forked_from: MemberMemory | None = None
+        """Its parent, if it is forked when that one's memory is mapped and filled."""
+        self.protections: dict[int, int] = {}
+        """The protection that each mapping has until `protect`, by its start."""
 
     def clear_addresses(self) -> None:
         """Unmap what is not its own; move the vDSO and the kernel's data pages to their places.
 
-        What a child shares with its parent stays: the mappings around it, without other pages.
+        What a child has as its parent has it stays: the mapping, without other pages than shared
+        ones.
         """
         tracee, kept = self.tracee, join_ranges(self._kept_mappings)
         batch = tracee.batch()
@@ -92,6 +97,7 @@ class MemberMemory:
         special["vvar"] = [v for v in self.vmas if v["kind"] == "vvar"]
         parked: list[tuple[int, int, int]] = []
         park = self.brought.hole + _PARK_OFFSET
+        gone: list[tuple[int, int]] = []
         places = {kind: iter(vmas) for kind, vmas in special.items()}
         for vma in proc.mappings(tracee.pid, with_flags=False):
             if self.brought.hole + CODE_OFFSET <= vma.start < self.brought.hole + HOLE_BYTES:
@@ -99,12 +105,10 @@ class MemberMemory:
             if vma.kind == "vsyscall":
                 continue
             target = next(places[vma.kind], None) if vma.kind in places else None
+            if target and target["start"] == vma.start:
+                continue
             if target is None:
-                for start, end in subtract([(vma.start, vma.end)], kept):
-                    if batch.full:
-                        tracee.run(tracee.threads[tracee.pid], batch)
-                        batch = tracee.batch()
-                    batch.call(process.SYS_MUNMAP, start, end - start)
+                gone.append((vma.start, vma.end))
                 continue
             flags = memory.MREMAP_MAYMOVE | memory.MREMAP_FIXED
             batch.call(
@@ -113,6 +117,11 @@ class MemberMemory:
             )  # fmt: skip
             parked.append((park, vma.length, target["start"]))
             park += vma.length
+        for start, end in subtract(join_ranges(gone), kept):
+            if batch.full:
+                tracee.run(tracee.threads[tracee.pid], batch)
+                batch = tracee.batch()
+            batch.call(process.SYS_MUNMAP, start, end - start)
         for place, length, target_start in parked:
             flags = memory.MREMAP_MAYMOVE | memory.MREMAP_FIXED
             batch.call(
@@ -128,13 +137,21 @@ class MemberMemory:
 
     @cached_property
     def _kept_mappings(self) -> list[tuple[int, int]]:
-        """The mappings in which pages of its parent lie: it has them from birth."""
-        ends = [end for _, end in self.inherited]
+        """The mappings that it has from birth, being its parent's too; ascending.
+
+        They have the protection that the parent's have then. Fills `protections`.
+        """
+        parent = self.forked_from
+        if not parent:
+            return []
+        starts = [vma["start"] for vma in parent.vmas]
         found = []
         for vma in self.vmas:
-            at = bisect_right(ends, vma["start"])
-            if at < len(ends) and self.inherited[at][0] < vma["end"]:
-                found.append((vma["start"], vma["end"]))
+            at = bisect_right(starts, vma["start"]) - 1
+            if at < 0 or not _is_part(vma, parent.vmas[at]):
+                continue
+            found.append((vma["start"], vma["end"]))
+            self.protections[vma["start"]] = parent.protections[starts[at]]
         return found
 
     def map(self) -> None:
@@ -142,20 +159,27 @@ class MemberMemory:
         tracee = self.tracee
         leader = tracee.threads[tracee.pid]
         batch = tracee.batch()
-        kept = {start for start, _ in self._kept_mappings}
         for vma in self.vmas:
             if vma["kind"] in MADE_LATER:
-                continue
-            if vma["start"] in kept:
-                self.unlike.add(vma["start"])
                 continue
             if batch.full:
                 tracee.run(leader, batch)
                 batch = tracee.batch()
-            if self._map_one(batch, vma) != _protection(vma):
-                self.unlike.add(vma["start"])
+            if vma["start"] in self.protections:
+                self._make_writable(batch, vma)
+                continue
+            self.protections[vma["start"]] = self._map_one(batch, vma)
         tracee.run(leader, batch)
         put_code(tracee.memory, self.vmas)
+
+    def _make_writable(self, batch: Batch, vma: dict[str, Any]) -> None:
+        """Add the call that lets pages be written into a mapping that it has from birth."""
+        if self.protections[vma["start"]] & memory.PROT_WRITE:
+            return
+        if self._has_pages(vma) or self._has_changes(vma):
+            protection = memory.PROT_READ | memory.PROT_WRITE
+            batch.call(process.SYS_MPROTECT, vma["start"], vma["end"] - vma["start"], protection)
+            self.protections[vma["start"]] = protection
 
     def _map_one(self, batch: Batch, vma: dict[str, Any]) -> int:
         """Add the call that maps one VMA; the protection it gets for now."""
@@ -334,7 +358,9 @@ class MemberMemory:
                 tracee.run(leader, batch)
                 batch = tracee.batch()
             start, length, flags = vma["start"], vma["end"] - vma["start"], set(vma["flags"])
-            batch.call(process.SYS_MPROTECT, start, length, _protection(vma), what="protect memory")
+            protection = _protection(vma)
+            if protection != self.protections[start]:
+                batch.call(process.SYS_MPROTECT, start, length, protection, what="protect memory")
             for flag in sorted(flags & _ADVICE.keys()):
                 batch.call(process.SYS_MADVISE, start, length, _ADVICE[flag], tolerate=True)
             if policy := self.document["memory_policies"].get(f"{start:x}"):
@@ -344,7 +370,7 @@ class MemberMemory:
                 # On PROT_NONE memory the kernel locks, and then answers ENOMEM.
                 batch.call(
                     process.SYS_MLOCK2, start, length, on_fault,
-                    tolerate=not _protection(vma), what="lock memory",
+                    tolerate=not protection, what="lock memory",
                 )  # fmt: skip
         for start, end in self.document["guards"]:
             batch.call(process.SYS_MADVISE, start, end - start, memory.MADV_GUARD_INSTALL)
@@ -421,3 +447,18 @@ def is_readonly(vma: dict[str, Any]) -> bool:
 def _protection(vma: dict[str, Any]) -> int:
     text: str = vma["permissions"]
     return (text[0] == "r") | (text[1] == "w") << 1 | (text[2] == "x") << 2
+
+
+def _is_part(vma: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether a private mapping is one of its parent's or a part of it, but for what comes last."""
+    if vma["kind"] not in ("anonymous", "file", "memory") or vma["kind"] != other["kind"]:
+        return False
+    if "s" in vma["permissions"] + other["permissions"] or vma["end"] > other["end"]:
+        return False
+    if set(vma["flags"]) & AS_MAPPED != set(other["flags"]) & AS_MAPPED:
+        return False
+    if vma["kind"] == "anonymous":
+        return True
+    file = "object" if vma["kind"] == "memory" else "path"
+    offset, others = vma["offset"] - vma["start"], other["offset"] - other["start"]
+    return bool(vma[file] == other[file] and offset == others)

@@ -22,8 +22,8 @@ from .content import (
 )
 from .errors import LzyError, NotFound
 from .fitness import Progress, look_at_mappings, refuse_separate_threads, wait_for_pager
-from .inheritance import find_inherited
-from .linux import process, ptrace
+from .inheritance import find_inherited, open_frames
+from .linux import memory, process, ptrace
 from .machine import Call
 from .mapped import Mappings, refuse_mappings
 from .proc import Vma
@@ -60,6 +60,7 @@ class Subject:
         self.ranges: list[tuple[int, int]] = []
         self.inherited: list[tuple[int, int]] = []
         """Of `ranges`: what it shares copy-on-write with its parent, which has it too."""
+        self._frames: memory.Frames | None = None  # what its children are compared with
         self._seen: Beside[tuple[dict[int, frozenset[str]], dict[str, str]]] | None = None
 
     @property
@@ -117,10 +118,11 @@ class Subject:
         self.snapshot, obstacle = _split(self.tracee)
         return obstacle
 
-    def settle(self, *, as_seen: bool = False, dozes: bool = False) -> None:
+    def settle(self, *, as_seen: bool, dozes: bool, goes_on: bool) -> None:
         """What the snapshot, or the stopped process, knows as well as the process did.
 
-        `as_seen`: flags and policies were read a moment ago; `dozes`: the ranges are known.
+        `as_seen`: flags and policies were read a moment ago; `dozes`: the ranges are known;
+        `goes_on`: it, without a snapshot, before `describe`.
         """
         self.own |= interrogate.describe_inherited(self.source_pid)
         self.mappings.reader = self.source_pid
@@ -128,7 +130,7 @@ class Subject:
             self.ranges = own_page_ranges(self.source_pid, self.mappings.vmas)
         if not as_seen:  # only now: two looks at the same page tables wait for one another
             self._seen = Beside(partial(_look_closely, self.source_pid))
-            if not self.snapshot:  # it may run on before it is described
+            if goes_on:  # before it is described
                 self._renew()
 
     def _renew(self) -> None:
@@ -143,14 +145,20 @@ class Subject:
         if self.parent:
             self._renew()
             self.parent._renew()
-            self.inherited = find_inherited(
-                self.source_pid,
-                self.mappings.vmas,
-                self.ranges,
-                self.parent.source_pid,
-                self.parent.mappings.vmas,
-                self.parent.ranges,
-            )
+            if self.parent._frames is None:
+                self.parent._frames = open_frames(self.parent.source_pid, keeps=True)
+            frames = open_frames(self.source_pid)
+            try:
+                self.inherited = find_inherited(
+                    frames,
+                    self.mappings.vmas,
+                    self.ranges,
+                    self.parent._frames,
+                    self.parent.mappings.vmas,
+                    self.parent.ranges,
+                )
+            finally:
+                frames.close()
 
     @property
     def fresh(self) -> list[tuple[int, int]]:
@@ -210,6 +218,9 @@ class Subject:
 
     def close(self) -> None:
         """Let it go if it is stopped, and end its snapshot; it is as it was."""
+        if self._frames:
+            self._frames.close()
+            self._frames = None
         self.let_go()
         self.end_snapshot()
         if self.pidfd >= 0:

@@ -265,6 +265,8 @@ class Tracee:
         The end of a main thread is reported after that of all others, and while we trace those
         only we can wait for them: a blocking wait would be for ever.
         """
+        if tid != self.pid or len(self.threads) == 1:
+            return os.waitpid(tid, ptrace.WALL)[1]
         pause_s = 0.0
         while True:
             waited, status = os.waitpid(tid, ptrace.WALL | os.WNOHANG)

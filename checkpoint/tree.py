@@ -222,8 +222,13 @@ def end_tree(tree: list[Subject], ended: list[Ended], tables: list[dict[str, Any
             subject.tracee.die_with_us()
     for one in ended:
         one.parent.wait_for(one.pid)
+    parents = {subject.parent for subject in tree}
+    for subject in tree:
+        if subject not in parents:  # their memory is taken down side by side
+            signal.pidfd_send_signal(subject.pidfd, signal.SIGKILL)
     for subject in reversed(tree):
-        signal.pidfd_send_signal(subject.pidfd, signal.SIGKILL)
+        if subject in parents:
+            signal.pidfd_send_signal(subject.pidfd, signal.SIGKILL)
         subject.tracee.await_end()
         if subject.parent:  # it waits: a zombie would keep the number from being free
             subject.parent.wait_for(subject.number)

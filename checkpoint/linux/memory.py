@@ -65,8 +65,7 @@ PAGE_IS_GUARD: Final = 1 << 8
 
 _FILE_OR_GUARD: Final = 1 << 61 | 1 << 58  # bits of an entry of /proc/PID/pagemap
 _FRAME: Final = (1 << 48) - 1 | 1 << 62 | 1 << 63
-_NOT_TOLD: Final = {0, 1 << 62, 1 << 63}  # nothing there, or nothing that we are to know
-_FRAMES_AT_ONCE: Final = 64
+_NOT_TOLD: Final = frozenset({0, 1 << 62, 1 << 63})  # nothing there, or nothing that we are to know
 
 
 class _Iovec(ctypes.Structure):
@@ -221,38 +220,75 @@ def read_pagemap(pagemap: int, start: int, end: int) -> list[tuple[int, int]]:
     return _join(found)
 
 
-def same_frames(pagemap: int, other: int, start: int, end: int) -> list[tuple[int, int]]:
+class Frames:
+    """What lies behind the pages of a process that stands still, by /proc/PID/pagemap.
+
+    Of one that `keeps`, what was read is kept: a parent is compared with each of its children.
+    """
+
+    BLOCK_PAGES: Final = 512
+
+    def __init__(self, pagemap: int, *, keeps: bool = False) -> None:
+        """`pagemap`: a descriptor of it, closed by `close`."""
+        self._pagemap = pagemap
+        self._keeps = keeps
+        self._blocks: dict[int, tuple[bytes, bool]] = {}
+
+    def read(self, block: int) -> tuple[bytes, bool]:
+        """The entries of so many pages at a time, from page `block * BLOCK_PAGES` on; all told?
+
+        Of each eight bytes: the low 48 bits, and whether it is a frame (63) or a place in swap
+        (62). No frame or place has more; without the two bits one could be taken for the other.
+        """
+        known = self._blocks.get(block)
+        if known is None:
+            raw = os.pread(self._pagemap, self.BLOCK_PAGES * 8, block * self.BLOCK_PAGES * 8)
+            frames = int.from_bytes(raw, "little") & _FRAMES_OF_BLOCK
+            entries = frames.to_bytes(self.BLOCK_PAGES * 8, "little")
+            told = _NOT_TOLD.isdisjoint(memoryview(entries).cast("Q"))
+            known = entries, told
+            if self._keeps:
+                if len(self._blocks) >= _MOST_BLOCKS:
+                    self._blocks.clear()
+                self._blocks[block] = known
+        return known
+
+    def close(self) -> None:
+        """Forget it all."""
+        os.close(self._pagemap)
+        self._blocks.clear()
+
+
+_MOST_BLOCKS: Final = 1 << 14  # 64 MiB, for 32 GiB
+_FRAMES_OF_BLOCK: Final = int.from_bytes(
+    _FRAME.to_bytes(8, "little") * Frames.BLOCK_PAGES, "little"
+)
+
+
+def same_frames(one: Frames, other: Frames, start: int, end: int) -> list[tuple[int, int]]:
     """Address ranges at which two page maps name the same frame, or the same place in swap.
 
     Nothing where frames are not told (no CAP_SYS_ADMIN). proc_pid_pagemap(5), bits 0-54.
     """
     found: list[tuple[int, int]] = []
-    while start < end:
-        pages = min(end - start, PAGE_BYTES << 16) // PAGE_BYTES
-        one, two = (_frames(file, start, pages) for file in (pagemap, other))
-        for first in range(0, pages, _FRAMES_AT_ONCE):
-            part = one[first : first + _FRAMES_AT_ONCE]
-            place = start + first * PAGE_BYTES
-            if part == two[first : first + _FRAMES_AT_ONCE] and not _NOT_TOLD & set(part):
-                found.append((place, place + len(part) * PAGE_BYTES))  # as a rule
-                continue
-            for index, frame in enumerate(part):
-                if frame == two[first + index] and frame not in _NOT_TOLD:
-                    page = place + index * PAGE_BYTES
-                    found.append((page, page + PAGE_BYTES))
-        start += pages * PAGE_BYTES
+    first, last = start // PAGE_BYTES, end // PAGE_BYTES
+    while first < last:
+        block, skipped = divmod(first, Frames.BLOCK_PAGES)
+        stop = min(last, (block + 1) * Frames.BLOCK_PAGES)
+        (ours, told), (theirs, _) = one.read(block), other.read(block)
+        if told and ours == theirs:  # as a rule
+            found.append((first * PAGE_BYTES, stop * PAGE_BYTES))
+            first = stop
+            continue
+        pages = slice(skipped, skipped + stop - first)
+        pairs = zip(
+            memoryview(ours).cast("Q")[pages], memoryview(theirs).cast("Q")[pages], strict=True
+        )
+        for page, (frame, another) in enumerate(pairs, first):
+            if frame == another and frame not in _NOT_TOLD:
+                found.append((page * PAGE_BYTES, (page + 1) * PAGE_BYTES))
+        first = stop
     return _join(found)
-
-
-def _frames(pagemap: int, start: int, pages: int) -> list[int]:
-    """The low 48 bits of each entry, and whether it is a frame (63) or a place in swap (62).
-
-    No frame or place has more; without the two bits one could be taken for the other.
-    """
-    entries = os.pread(pagemap, pages * 8, start // PAGE_BYTES * 8)
-    mask = int.from_bytes(_FRAME.to_bytes(8, "little") * pages, "little")
-    frames = int.from_bytes(entries, "little") & mask
-    return memoryview(frames.to_bytes(pages * 8, "little")).cast("Q").tolist()
 
 
 def _join(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -301,14 +301,15 @@ def chosen_places(table: dict[str, Any], local: dict[int, int], holder: int = 0)
     return wanted
 
 
-def needs_placing(table: dict[str, Any], holder: int) -> bool:
-    """Whether `place_descriptors` does more for a process than to put descriptors at numbers."""
-    return any(
-        (entry["flags"] & os.O_ASYNC and entry.get("holder", 0) == holder)
-        or any(target.get("holder", 0) == holder for target in entry.get("targets", ()))
-        or entry.get("controls", {}).get("session") == holder  # it leads that session
-        for entry in table["descriptions"]
-    )
+def find_to_be_placed(table: dict[str, Any]) -> set[int]:
+    """For whom `place_descriptors` does more than to put descriptors at numbers."""
+    found: set[int] = set()
+    for entry in table["descriptions"]:
+        if entry["flags"] & os.O_ASYNC:
+            found.add(entry.get("holder", 0))
+        found.update(target.get("holder", 0) for target in entry.get("targets", ()))
+        found.add(entry.get("controls", {}).get("session", 0))  # it leads that session
+    return found
 
 
 def _place_stale_targets(

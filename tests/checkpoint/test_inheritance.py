@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from pathlib import Path
 
 import pytest
 
 from lzy.checkpoint.linux import PAGE_BYTES
-from lzy.checkpoint.linux.memory import same_frames
+from lzy.checkpoint.linux.memory import Frames, same_frames
 
 PRESENT, SWAPPED, EXCLUSIVE, DIRTY = 1 << 63, 1 << 62, 1 << 56, 1 << 55
-PAGES = 200  # several looks, the last one short
+PAGES = Frames.BLOCK_PAGES * 2 + 200
 
 
 def find_same(folder: Path, one: list[int], other: list[int]) -> list[int]:
     """The numbers of the pages that are the same."""
-    files = []
+    both = []
     for name, entries in (("one", one), ("other", other)):
-        (folder / name).write_bytes(struct.pack(f"<{len(entries)}Q", *entries))
-        files.append((folder / name).open("rb"))
+        whole = entries + [0] * (-len(entries) % Frames.BLOCK_PAGES)
+        (folder / name).write_bytes(struct.pack(f"<{len(whole)}Q", *whole))
+        both.append(Frames(os.open(folder / name, os.O_RDONLY)))
     try:
-        numbers = (file.fileno() for file in files)
-        found = same_frames(*numbers, 0, len(one) * PAGE_BYTES)
+        found = same_frames(*both, 0, len(one) * PAGE_BYTES)
     finally:
-        for file in files:
-            file.close()
+        for frames in both:
+            frames.close()
     return [page // PAGE_BYTES for low, high in found for page in range(low, high, PAGE_BYTES)]
 
 

@@ -424,10 +424,12 @@ class Filler:
         size = self.image.window_pages * PAGE_BYTES
         buffer = page_aligned(size)[2]
         total = len(indexes) * 2 * size
+        held, length = -1, 0  # the chunk in the buffer; many windows of one value are one chunk
         try:
             for count, index in enumerate(indexes):
                 address, mask, chunk = self.image.run(index)
-                length = self.image.read_chunk(chunk, buffer)
+                if chunk != held:
+                    held, length = chunk, self.image.read_chunk(chunk, buffer)
                 if length != mask.bit_count() * PAGE_BYTES:
                     raise Damaged(f"chunk {chunk} of image {self.image.name} does not fit its mask")
                 memory.write_process(self.pid, page_runs([(address, mask)]), buffer[:length])

@@ -160,7 +160,7 @@ def _free_name(agent: Agent, store: Store, wished: str) -> str:
 def _environment(pid: int) -> dict[str, str]:
     """The environment that the process was started with; empty where it may not be read."""
     try:
-        text = proc.read_bytes(pid, "environ").decode(errors="replace")
+        text = proc.read_bytes(proc.witness(pid), "environ").decode(errors="replace")
     except (LzyError, OSError):
         return {}
     return dict(line.split("=", 1) for line in text.split("\0") if "=" in line)
@@ -171,11 +171,11 @@ def _why_it_stays(pid: int, environment: dict[str, str]) -> str:
     server = environment.get("JPY_PARENT_PID", "")
     if server.isdecimal() and int(server) > 1:
         try:
-            watching = proc.stat(int(server))[2] not in "ZX"
+            watching = not proc.has_ended(int(server))
         except NotFound:
             watching = False
         if watching:
             return f"the notebook server that started it (process {server}) would start another"
-    if has_terminal(pid) and not find_by_device(os.readlink(f"/proc/{pid}/fd/0")):
+    if has_terminal(pid) and not find_by_device(os.readlink(f"/proc/{proc.witness(pid)}/fd/0")):
         return "it is on somebody's terminal; when it wakes it is on one that lzy console reaches"
     return ""

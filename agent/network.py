@@ -54,7 +54,7 @@ def read_holder(path: Path) -> int:
     try:
         found = json.loads(path.read_bytes())
         same = proc.start_time(found["pid"]) == found["start_time"]
-        alive = same and proc.stat(found["pid"])[2] not in "ZX"
+        alive = same and not proc.has_ended(found["pid"])
         return int(found["pid"]) if alive and found["boot_id"] == proc.boot_id() else 0
     except (OSError, ValueError, KeyError, TypeError, NotFound):
         return 0

@@ -61,6 +61,8 @@ def look_at(pid: int) -> Process | None:
         return None
     head, _, tail = text.rpartition(b") ")
     words = tail.split()
+    if words[0] == b"Z" and int(words[17]) > 1:  # its main thread has ended, others live
+        return _look_by_another(pid, head.partition(b" (")[2], words)
     return Process(
         pid=pid,
         parent=int(words[1]),
@@ -73,6 +75,14 @@ def look_at(pid: int) -> Process | None:
         resident_bytes=int(words[21]) * _PAGE_BYTES,
         is_clone=words[35] == b"0",
     )
+
+
+def _look_by_another(pid: int, name: bytes, words: list[bytes]) -> Process | None:
+    """As `look_at`, of a process whose main thread has ended, which shows its memory no more."""
+    task = proc.witness(pid)
+    if task == pid or (found := look_at(task)) is None:
+        return None
+    return found._replace(pid=pid, name=name.decode(errors="replace"), start_time=int(words[19]))
 
 
 def is_alive(pid: int, start_time: int, boot_id: str) -> bool:
@@ -101,7 +111,7 @@ def _is_killed(pid: int) -> bool:
 def is_traced(pid: int) -> bool:
     """Whether somebody traces the process: a dump or a restore that is not over."""
     with contextlib.suppress(LzyError, KeyError, ValueError):
-        return int(proc.status(pid)["TracerPid"]) != 0
+        return int(proc.status(proc.witness(pid))["TracerPid"]) != 0
     return False
 
 
@@ -127,5 +137,6 @@ def owner_of(pid: int) -> int:
 
 def command_of(pid: int) -> str:
     """Its command line in words, at most 1000 characters. Raises NotFound, AccessDenied."""
-    words = proc.read_bytes(pid, "cmdline").replace(b"\0", b" ").decode(errors="replace")
+    line = proc.read_bytes(proc.witness(pid), "cmdline")
+    words = line.replace(b"\0", b" ").decode(errors="replace")
     return words.strip()[:1000] or proc.stat(pid)[1]

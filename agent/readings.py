@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
+from ..checkpoint import proc
 from ..checkpoint.linux.activity import TcpSocket, list_tcp_sockets
 from .processes import Process, list_processes
 
@@ -155,7 +156,7 @@ class Watch:
 
     def _list_sockets(self) -> None:
         """Renew what is known of its descriptors, if it may have changed."""
-        folder = f"{self._folder}/fd"
+        folder = f"/proc/{proc.witness(self._pid)}/fd"
         number = os.stat(folder).st_size  # how many it has open, Linux 6.2
         self._listed -= 1
         if number and number == self._descriptors and self._listed > 0:
@@ -176,7 +177,7 @@ class Watch:
         self._had_terminal = self._find_terminal()
 
     def _find_terminal(self) -> Terminal | None:
-        path = f"{self._folder}/fd/0"
+        path = f"/proc/{proc.witness(self._pid)}/fd/0"
         try:
             found = os.stat(path)
             if stat.S_ISCHR(found.st_mode) and os.major(found.st_rdev) in _TERMINAL_MAJORS:

@@ -81,7 +81,7 @@ def find_doze(pid: int) -> Doze | None:
         if not (facts["on_demand"] and facts["keeps_account"]) or status.roused:
             return None
         numbers = (facts["uffd_number"], *facts["harbour_numbers"])
-        inodes = [os.stat(f"/proc/{pid}/fd/{number}").st_ino for number in numbers]
+        inodes = [os.stat(f"/proc/{proc.witness(pid)}/fd/{number}").st_ino for number in numbers]
     except (LzyError, OSError, KeyError, TypeError):
         return None
     if len(numbers) != 3 or inodes != facts["inodes"]:

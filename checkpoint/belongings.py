@@ -153,4 +153,4 @@ def _plain(words: object) -> str:
 
 def _anonymous_bytes(pid: int) -> int:
     """Resident anonymous memory, RssAnon of proc_pid_status(5)."""
-    return int(proc.status(pid).get("RssAnon", "0").split()[0]) << 10
+    return int(proc.status(proc.witness(pid)).get("RssAnon", "0").split()[0]) << 10

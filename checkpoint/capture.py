@@ -165,7 +165,7 @@ class Capture:
                 cargo = Cargo(writer, everything=wishes.carry_files)
                 cargo.add_asked(wishes.carry)
                 for subject in (self.root, *self.seen.values()):
-                    cargo.add_mapped(subject.pid, subject.vmas)
+                    cargo.add_mapped(proc.witness(subject.pid), subject.vmas)
                 self.frozen_at = time.monotonic()
                 with Deferred():
                     self._stop()
@@ -216,7 +216,7 @@ class Capture:
         self.taken = time.time()
         if wishes.leave_running:
             if doze:  # all is done while it stands still
-                root.policies = proc.memory_policies(self.pid)
+                root.policies = proc.memory_policies(proc.witness(self.pid))
             self.obstacle = "it dozes" if doze else why_no_snapshot(root.vmas)
         self.name, self.session = next_checkpoint(
             self.store,
@@ -272,6 +272,7 @@ class Capture:
                 subject.pidfd,
                 self.doze.numbers if self.doze else frozenset(),
                 subject.number if subject is not self.root else 0,
+                subject.witness,
             )
             for subject in self.tree
         ]
@@ -290,7 +291,7 @@ class Capture:
             self.written = self.books.begin(spares_dense=self.wishes.why != TO_DOZE)
             reach("dump.tracked")
             joined = not self.books.begun or self.books.begun.registered
-            if joined and proc.read_bytes(self.pid, "maps") != now:
+            if joined and proc.read_bytes(root.witness, "maps") != now:
                 root.vmas = proc.mappings(self.pid)
         else:
             self.written = self.books.read()

@@ -12,6 +12,7 @@ import os
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 
+from . import proc
 from .errors import Unsupported
 from .linux import PAGE_BYTES, memory
 from .proc import Vma
@@ -88,7 +89,7 @@ def own_page_ranges(pid: int, vmas: Iterable[Vma]) -> list[tuple[int, int]]:
 
     `vmas` ascend. Asks PAGEMAP_SCAN (Linux 6.7), else /proc/PID/pagemap.
     """
-    pagemap = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+    pagemap = os.open(f"/proc/{proc.witness(pid)}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
     own = list(filter(holds_own_pages, vmas))
     found: list[tuple[int, int]] = []
     try:
@@ -143,7 +144,7 @@ def cut_ranges(ranges: list[tuple[int, int]], vmas: Iterable[Vma]) -> list[tuple
 
 def guard_ranges(pid: int, vmas: Iterable[Vma]) -> list[tuple[int, int]]:
     """Address ranges under MADV_GUARD_INSTALL (Linux 6.13); empty on kernels that cannot tell."""
-    pagemap = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+    pagemap = os.open(f"/proc/{proc.witness(pid)}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
     try:
         return [
             pair
@@ -168,9 +169,9 @@ class ProcessPages:
     """
 
     def __init__(self, pid: int, *, shares_pages: bool = False) -> None:
-        self.pid = pid
+        self.pid = proc.witness(pid)
         self._shares_pages = shares_pages
-        self._memory = memory.open_memory(pid)
+        self._memory = memory.open_memory(self.pid)
 
     def read_runs(self, runs: Sequence[tuple[int, int]], into: memoryview) -> None:
         """Fill `into` with the runs; pages that the process itself may not read are read too."""

@@ -32,7 +32,7 @@ def name_thread_clocks(tracee: Tracee, timers: Sequence[PosixTimer]) -> list[Pos
 
 def _find_maker(tracee: Tracee, timer: PosixTimer) -> int:
     """The thread that the timer counts, by the number it has for itself."""
-    leader = tracee.threads[tracee.pid]
+    leader = tracee.speaker
     order = sorted(tracee.threads.values(), key=lambda thread: thread is not leader)
     before = _time_left(tracee, leader, timer)
     for thread in order:

@@ -245,7 +245,13 @@ def _is_libc(path: str) -> bool:
 
 
 def _refuse_closed(pid: int) -> None:
-    """Raise Unsupported if the process was started with code from outside forbidden (PEP 768)."""
+    """Raise Unsupported if code from outside was forbidden to it (PEP 768), or has no way in."""
+    if proc.witness(pid) != pid:
+        raise Unsupported(
+            f"the main thread of pid {pid} has ended, by which lzy asks an interpreter",
+            remedy="dump it without --trim",
+            pid=pid,
+        )
     environment = proc.read_bytes(pid, "environ").split(b"\0")
     words = proc.read_bytes(pid, "cmdline").split(b"\0")
     if any(word.startswith(b"PYTHON_DISABLE_REMOTE_DEBUG=") for word in environment) or any(
@@ -394,7 +400,7 @@ def _enter(
         vmas = proc.mappings(pid, with_flags=False)
         abandoned = leftovers(pid, vmas)
         with _visited(pid) as tracee:
-            leader = tracee.threads[pid]
+            leader = tracee.speaker
             try:
                 _refuse_busy(tracee, leader, vmas, restorers)
             except Busy:
@@ -465,7 +471,7 @@ def _start_thread(
     pauses: bool,
 ) -> _Region:
     pid = tracee.pid
-    leader = tracee.threads[pid]
+    leader = tracee.speaker
     region = _Region(tracee.arena)
     calls = [
         *(Call(process.SYS_MPROTECT, (guard, PAGE_BYTES, 0)) for guard in region.guards),
@@ -588,7 +594,7 @@ def _read_state(pid: int, region: _Region, token: int) -> door_machine.State:
         state = door_machine.unpack_state(content)
         if state.token == token:
             return state
-    if proc.stat(pid)[2] in "ZX":
+    if proc.has_ended(pid):
         raise NotFound(f"process {pid} ended while lzy asked it", pid=pid)
     raise Busy(
         f"another lzy has asked pid {pid} meanwhile, and cleared up", remedy="try again", pid=pid
@@ -636,7 +642,7 @@ def _unmap(tracee: Tracee, region: _Region) -> bool:
         if any(region.start <= thread.registers[name] < region.end for name in ("rsp", "rip")):
             return False
     call = Call(process.SYS_MUNMAP, (region.start, _REGION_BYTES))
-    tracee.run_one(tracee.threads[tracee.pid], call)
+    tracee.run_one(tracee.speaker, call)
     return True
 
 

@@ -181,7 +181,7 @@ def missing_bytes(pid: int) -> int:
 
 def resident_bytes(pid: int) -> int:
     """Anonymous memory of `pid` that is in RAM. Raises NotFound."""
-    return int(proc.status(pid).get("RssAnon", "0 kB").split()[0]) * 1024
+    return int(proc.status(proc.witness(pid)).get("RssAnon", "0 kB").split()[0]) * 1024
 
 
 def _report(
@@ -227,7 +227,7 @@ def _prepare(
         tracee = held.enter_context(stopped(pid))
         if tracking.find_account(pid) != account:
             raise _overtaken(pid)
-        if proc.read_bytes(pid, "maps") != places:
+        if proc.read_bytes(tracee.witness, "maps") != places:
             vmas = proc.mappings(pid)
         vmas = [vma for vma in vmas if _is_fit(vma)]
         fit = [(vma.start, vma.end) for vma in vmas]
@@ -296,9 +296,10 @@ def _begin_pager(
     """A pager for these descriptors of the process, which are closed again if it fails and new."""
     pid = account.pid
     pidfd = os.pidfd_open(pid)
-    ours = -1
+    ours = sharing = -1
     try:
-        ours = take_descriptor(pidfd, number)
+        sharing = proc.open_shared(pid)
+        ours = take_descriptor(sharing, number)
         if is_new:
             uffd.enable(ours, uffd.DOZE_FEATURES)
         plan = Plan(
@@ -320,9 +321,9 @@ def _begin_pager(
                 close_descriptor(pid, opened)
         raise
     finally:
-        if ours >= 0:
-            os.close(ours)
-        os.close(pidfd)
+        for opened in (ours, sharing, pidfd):
+            if opened >= 0:
+                os.close(opened)
 
 
 def _is_fit(vma: Vma) -> bool:
@@ -340,13 +341,13 @@ def _unwritten(pid: int, vmas: list[Vma], moved: list[Range]) -> list[Range]:
 
 def _lowest_free(pid: int) -> int:
     """The number that the next descriptor of the stopped process gets."""
-    used = set(map(int, os.listdir(f"/proc/{pid}/fd")))
+    used = set(map(int, os.listdir(f"/proc/{proc.witness(pid)}/fd")))
     return next(number for number in range(len(used) + 1) if number not in used)
 
 
 def _open_descriptors(tracee: Tracee) -> tuple[int, tuple[int, int]]:
     """Have the process open a userfaultfd and the harbour's socket pair; their numbers in it."""
-    leader = tracee.threads[tracee.pid]
+    leader = tracee.speaker
     batch = tracee.batch()
     made = batch.call(process.SYS_USERFAULTFD, os.O_CLOEXEC | os.O_NONBLOCK, what="userfaultfd")
     pair = batch.room(8)
@@ -436,7 +437,7 @@ def _drop(
         unheard = subtract([(vma.start, vma.end) for vma in vmas], plan.heard_of)
         heard = intersect(clean, plan.heard_of)
         tracee.prepare(arena_bytes=(4 * len(clean) + 4 * len(vmas) + 8) * 192 + 65536)
-        leader = tracee.threads[pid]
+        leader = tracee.speaker
         asked = Call(process.SYS_PRCTL, (process.PR_GET_THP_DISABLE, 0, 0, 0, 0))
         no_huge_pages = tracee.run_one(leader, asked)
         batch = tracee.batch()
@@ -474,6 +475,7 @@ def _drop(
 
 def _write_back(pid: int, image: Image, ranges: list[Range]) -> None:
     """Write pages of the image into the stopped process."""
+    witness = proc.witness(pid)
     buffer = memoryview(bytearray(image.window_pages * PAGE_BYTES))
     for address, mask in windows_of(ranges, image.window_pages):
         index = image.find_run(0, address)
@@ -484,12 +486,12 @@ def _write_back(pid: int, image: Image, ranges: list[Range]) -> None:
         for bit in present_pages(mask & stored):
             at = (stored & ((1 << bit) - 1)).bit_count() * PAGE_BYTES
             page = buffer[at : at + PAGE_BYTES]
-            memory.write_process(pid, [(address + bit * PAGE_BYTES, PAGE_BYTES)], page)
+            memory.write_process(witness, [(address + bit * PAGE_BYTES, PAGE_BYTES)], page)
 
 
 def _page_out_files(pid: int) -> None:
     """Let clean pages of files go: they are read again from the files; process_madvise(2)."""
-    pidfd = os.pidfd_open(pid)
+    pidfd = proc.open_shared(pid)
     try:
         for vma in proc.mappings(pid):
             if vma.kind == "file" and not vma.shared and "w" not in vma.permissions:

@@ -77,7 +77,7 @@ def _settle_groups(
         _end(tracee, 0)
         batch = parent.tracee.batch()
         batch.call(process.SYS_WAIT4, group, 0, 0, 0)
-        parent.tracee.run(parent.tracee.threads[parent.pid], batch)
+        parent.tracee.run(parent.tracee.speaker, batch)
     for one, _, tracee in bodies:
         _end(tracee, one["status"])
     bereaved = [parent for _, parent, _ in bodies] + [parent for parent, _ in stand_ins.values()]
@@ -94,7 +94,7 @@ def _lead(tracee: Tracee, described: dict[str, Any]) -> None:
         batch.call(process.SYS_SETPGID, 0, 0)
     name = os.fsencode(described["comm"])[:15].ljust(16, b"\0")
     batch.call(process.SYS_PRCTL, process.PR_SET_NAME, batch.put(name))
-    tracee.run(tracee.threads[tracee.pid], batch)
+    tracee.run(tracee.speaker, batch)
 
 
 def _stand_in(parent: Member, group: int) -> Tracee:
@@ -109,16 +109,16 @@ def _join_group(tracee: Tracee, group: int, root: Member) -> None:
         # It may lead one of its own here, where its former one is not.
         batch = root.tracee.batch()
         asked = batch.call(process.SYS_GETPGID, 0)
-        root.tracee.run(root.tracee.threads[root.pid], batch)
+        root.tracee.run(root.tracee.speaker, batch)
         group = batch.results[asked]
     batch = tracee.batch()
     batch.call(process.SYS_SETPGID, 0, group, what=f"join process group {group}")
-    tracee.run(tracee.threads[tracee.pid], batch)
+    tracee.run(tracee.speaker, batch)
 
 
 def _end(tracee: Tracee, status: int) -> None:
     """Have a stub end with that status, waitpid(2); its parent has yet to wait for it."""
-    leader = tracee.threads[tracee.pid]
+    leader = tracee.speaker
     number = status & 0x7F
     if number:
         ptrace.write_signal_mask(leader.tid, 0)
@@ -143,7 +143,7 @@ def _forget_child_signal(tracee: Tracee) -> None:
     batch = tracee.batch()
     wanted = batch.put((1 << signal.SIGCHLD - 1).to_bytes(8, "little"))
     batch.call(process.SYS_RT_SIGTIMEDWAIT, wanted, 0, batch.room(16), 8, tolerate=True)
-    tracee.run(tracee.threads[tracee.pid], batch)
+    tracee.run(tracee.speaker, batch)
 
 
 def _add_process_descriptors(member: Member, made: dict[int, tuple[Member, int]]) -> None:
@@ -151,7 +151,7 @@ def _add_process_descriptors(member: Member, made: dict[int, tuple[Member, int]]
 
     `made`: description to the member that has it, and its number there.
     """
-    leader = member.tracee.threads[member.pid]
+    leader = member.tracee.speaker
     for text, place in member.table["descriptors"].items():
         index, number = place["description"], int(text)
         entry = member.table_of_all["descriptions"][index]
@@ -183,7 +183,7 @@ def _is_of_the_tree(entry: dict[str, Any]) -> bool:
 
 def _borrow(member: Member, other: Member, number: int) -> int:
     """Have a member open what another has as `number`, the same description; -1 if it may not."""
-    leader = member.tracee.threads[member.pid]
+    leader = member.tracee.speaker
     batch = member.tracee.batch()
     asked = batch.call(process.SYS_PIDFD_OPEN, other.number, 0, what=f"a pidfd of {other.number}")
     member.tracee.run(leader, batch)
@@ -197,7 +197,7 @@ def _borrow(member: Member, other: Member, number: int) -> int:
 def _watch_processes(member: Member) -> None:
     """Have epolls watch descriptors of processes, in whose place there was nothing to watch yet."""
     descriptions = member.table_of_all["descriptions"]
-    leader = member.tracee.threads[member.pid]
+    leader = member.tracee.speaker
     numbers = {place["description"]: int(n) for n, place in member.table["descriptors"].items()}
     for index, entry in enumerate(descriptions):
         for target in entry.get("targets", ()):
@@ -237,7 +237,7 @@ def _take_terminals(member: Member) -> None:
         if controls["foreground"]:
             group = batch.put(layouts.pack_s32(controls["foreground"]))
             batch.call(process.SYS_IOCTL, int(text), termios.TIOCSPGRP, group, tolerate=True)
-        member.tracee.run(member.tracee.threads[member.pid], batch)
+        member.tracee.run(member.tracee.speaker, batch)
 
 
 class Guard:

@@ -30,6 +30,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from itertools import islice
 
+from . import proc
 from .contexts import Context, LayoutChanged, MemoryGone
 from .course import Step
 from .errors import LzyError
@@ -879,7 +880,7 @@ class FaultServer:
             return
         # The userfaultfd goes last: who dumps the process waits until it sees none.
         for number, ours in reversed(self._inside):
-            if not kernel.same_description(self._pid, number, ours):
+            if not kernel.same_description(proc.witness(self._pid), number, ours):
                 continue
             try:
                 result = self._close_descriptor(self._pid, number)
@@ -904,7 +905,7 @@ class FaultServer:
     def _unregister_all(self, context: Context) -> bool:
         """Unregister every VMA; False when the layout changed meanwhile and it must be redone."""
         try:
-            with open(f"/proc/{self._pid}/maps", "rb") as maps:
+            with open(f"/proc/{proc.witness(self._pid)}/maps", "rb") as maps:
                 lines = maps.readlines()
         except (FileNotFoundError, ProcessLookupError) as error:
             raise MemoryGone from error

@@ -29,31 +29,28 @@ def refuse_unfit(pid: int) -> None:
     """Raise for a process that lzy cannot dump, from /proc alone."""
     if pid == os.getpid():
         raise Unsupported("lzy cannot dump itself", remedy="dump it from another process", pid=pid)
-    status = proc.status(pid)
+    witness = proc.witness(pid)
+    status = proc.status(witness)
     if int(status["Tgid"]) != pid:
         raise NotFound(
             f"{pid} is a thread of process {status['Tgid']}",
             remedy=f"dump process {status['Tgid']}",
             pid=pid,
         )
-    if status["State"].startswith("Z") and int(status["Threads"]) > 1:
-        raise Unsupported(
-            f"the main thread of pid {pid} has ended while others live",
-            remedy="such a process cannot be dumped yet; let its other threads finish",
-            pid=pid,
-        )
+    if witness != pid:
+        _refuse_unreachable(pid)
     if status["State"].startswith(("Z", "X")):
         raise NotFound(f"process {pid} has ended (a zombie is left of it)", pid=pid)
     if proc.is_ending(pid):
         raise NotFound(f"process {pid} is ending", pid=pid)
-    if not proc.read_bytes(pid, "cmdline") and "VmSize" not in status:
+    if not proc.read_bytes(witness, "cmdline") and "VmSize" not in status:
         raise Unsupported(f"pid {pid} is a kernel thread", remedy="choose a program", pid=pid)
     if (tracer := int(status["TracerPid"])) and not _is_pager(tracer):
         raise traced_by(pid, tracer)
     refuse_unsuspendable(pid, status)
     for namespace in ("user", "net", "ipc", "uts"):
         try:
-            theirs = os.stat(f"/proc/{pid}/ns/{namespace}").st_ino
+            theirs = os.stat(f"/proc/{witness}/ns/{namespace}").st_ino
         except PermissionError:
             continue
         except (FileNotFoundError, ProcessLookupError) as error:
@@ -66,6 +63,20 @@ def refuse_unfit(pid: int) -> None:
             )
 
 
+def _refuse_unreachable(pid: int) -> None:
+    """Raise Unsupported if this kernel lets nobody reach descriptors by another thread."""
+    try:
+        os.close(proc.open_shared(pid))
+    except ProcessLookupError as error:
+        raise NotFound(f"process {pid} has ended", pid=pid) from error
+    except OSError as error:
+        raise Unsupported(
+            f"the main thread of pid {pid} has ended while others live ({error.strerror})",
+            remedy="such a process can be dumped under Linux 6.9 or later",
+            pid=pid,
+        ) from error
+
+
 def refuse_separate_threads(tracee: Tracee) -> None:
     """Raise Unsupported if threads have descriptors or a directory of their own, unshare(2)."""
     for tid in tracee.threads:
@@ -73,7 +84,7 @@ def refuse_separate_threads(tracee: Tracee) -> None:
             (process.KCMP_FILES, "descriptors"),
             (process.KCMP_FS, "a working directory"),
         ):
-            if tid != tracee.pid and not process.is_shared(tracee.pid, tid, what):
+            if tid != tracee.witness and not process.is_shared(tracee.witness, tid, what):
                 raise Unsupported(
                     f"thread {tid} of pid {tracee.pid} has {name} of its own (unshare)",
                     remedy="such a thread cannot be made again yet; end it and try again",
@@ -86,8 +97,9 @@ def look_at_mappings(pid: int) -> tuple[bytes, list[Vma]]:
 
     Should the first read the same later, the second still hold.
     """
-    details = proc.read_bytes(pid, "smaps")
-    return proc.places_in(details), proc.look_up(pid, proc.parse_mappings(details))
+    witness = proc.witness(pid)
+    details = proc.read_bytes(witness, "smaps")
+    return proc.places_in(details), proc.look_up(witness, proc.parse_mappings(details))
 
 
 def wait_for_pager(pid: int, progress: Progress | None) -> tuple[bytes, list[Vma]]:
@@ -117,7 +129,7 @@ def wait_for_pager(pid: int, progress: Progress | None) -> tuple[bytes, list[Vma
                 remedy=f"run: lzy pager --resume {pid}",
                 pid=pid,
             )
-        present = int(proc.status(pid).get("RssAnon", "0").split()[0])
+        present = int(proc.status(proc.witness(pid)).get("RssAnon", "0").split()[0])
         now = time.monotonic()
         leaves_until = now + _PAGER_LEAVES_S
         if present != last:
@@ -145,15 +157,16 @@ def _pager_is_leaving(pid: int) -> bool:
 
     A userfaultfd of the program's own looks the same: it is refused by name a little later.
     """
-    if _is_pager(int(proc.status(pid)["TracerPid"])):
+    witness = proc.witness(pid)
+    if _is_pager(int(proc.status(witness)["TracerPid"])):
         return True
     with contextlib.suppress(OSError):  # not ours to look at: the dump tells
-        for number in os.listdir(f"/proc/{pid}/fd"):
+        for number in os.listdir(f"/proc/{witness}/fd"):
             with contextlib.suppress(FileNotFoundError):  # it has closed that one
                 if os.readlink(
-                    f"/proc/{pid}/fd/{number}"
+                    f"/proc/{witness}/fd/{number}"
                 ) == "anon_inode:[userfaultfd]" and not keeps_account(
-                    proc.read_bytes(pid, f"fdinfo/{number}").decode()
+                    proc.read_bytes(witness, f"fdinfo/{number}").decode()
                 ):
                     return True
     return False

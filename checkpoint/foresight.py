@@ -117,7 +117,7 @@ def foresee(pid: int) -> Foresight:
         sizes: dict[int, list[tuple[int, int]]] = {}
         for each, look in looks.items():
             with contextlib.suppress(NotFound, ProcessLookupError, FileNotFoundError):
-                sizes[each] = own_page_ranges(each, look.vmas)
+                sizes[each] = own_page_ranges(proc.witness(each), look.vmas)
                 members.append(
                     Member(each, look.comm, look.threads, look.descriptors, _length(sizes[each]))
                 )
@@ -172,7 +172,7 @@ def _with_descendants(pid: int) -> list[int]:
         with contextlib.suppress(NotFound):
             for child in proc.children(parent):
                 with contextlib.suppress(NotFound):
-                    if proc.stat(child)[2] not in "ZX":
+                    if not proc.has_ended(child):
                         found.append(child)
     return found
 
@@ -213,21 +213,21 @@ def _look(
                     note(error)
                     continue
                 tracees.append(tracee)
-                pidfds.append(os.pidfd_open(pid))
+                pidfds.append(proc.open_shared(pid))
                 for check in (interrogate.refuse_foreign_registers, refuse_separate_threads):
                     try:
                         check(tracee)
                     except Unsupported as error:
                         note(error)
             holders = [
-                Holder(tracee.pid, pidfd, number=at and tracee.pid)
+                Holder(tracee.pid, pidfd, number=at and tracee.pid, task=tracee.witness)
                 for at, (tracee, pidfd) in enumerate(zip(tracees, pidfds, strict=True))
             ]
             entries = _describe(holders, objects, note) if holders else []
             for tracee in tracees:
-                vmas = proc.mappings(tracee.pid)
-                _judge_mappings(tracee.pid, vmas, objects, note)
-                count = len(os.listdir(f"/proc/{tracee.pid}/fd"))
+                vmas = proc.mappings(tracee.witness)
+                _judge_mappings(tracee.pid, tracee.witness, vmas, objects, note)
+                count = len(os.listdir(f"/proc/{tracee.witness}/fd"))
                 looks[tracee.pid] = _Look(
                     proc.stat(tracee.pid)[1], len(tracee.threads), count, vmas
                 )
@@ -261,14 +261,18 @@ def _describe(
 
 
 def _judge_mappings(
-    pid: int, vmas: list[proc.Vma], objects: Objects, note: Callable[[LzyError], None]
+    pid: int,
+    witness: int,
+    vmas: list[proc.Vma],
+    objects: Objects,
+    note: Callable[[LzyError], None],
 ) -> None:
     refused = set()
-    for error in find_refusals(pid, vmas):
+    for error in find_refusals(witness, vmas):
         refused.add(error.facts["address"])
         note(error)
     fit = [vma for vma in vmas if vma.start not in refused]
-    mappings = Mappings(pid, fit)
+    mappings = Mappings(witness, fit)
     try:
         mappings.take_objects(objects)
     except Unsupported as error:
@@ -350,7 +354,7 @@ def _sample(ranges: dict[int, list[tuple[int, int]]]) -> tuple[int, int]:
     known = set()
     for pid, address, mask in windows[step // 2 :: step]:
         try:
-            source = ProcessPages(pid)
+            source = ProcessPages(proc.witness(pid))
         except (OSError, LzyError):
             continue
         try:

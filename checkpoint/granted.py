@@ -30,7 +30,7 @@ def open_granted(tracee: Tracee) -> tuple[int, tuple[int, int]]:
 
     Precondition: an arena is mapped. Raises OSError (no such device), KernelError.
     """
-    leader = tracee.threads[tracee.pid]
+    leader = tracee.speaker
     batch = tracee.batch()
     pair = batch.room(8)
     kind = process.SOCK_SEQPACKET | process.SOCK_CLOEXEC

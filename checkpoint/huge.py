@@ -30,7 +30,7 @@ def gather_huge_pages(
 ) -> int:
     """As `restore_huge_pages`, of these ascending ranges; `vmas` were the mappings a moment ago."""
     try:
-        pidfd = os.pidfd_open(pid)
+        pidfd = proc.open_shared(pid)
     except OSError:
         return 0
     try:
@@ -78,9 +78,9 @@ def _whole_ranges(
 ) -> Iterator[int]:
     """Starts of aligned 2 MiB of small pages, none of them missing, that may become huge."""
     always = "[always]" in _SETTING.read_text()
-    pagemap = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+    pagemap = os.open(f"/proc/{proc.witness(pid)}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
     try:
-        for vma in vmas or proc.mappings(pid):
+        for vma in vmas or proc.mappings(proc.witness(pid)):
             allowed = "hg" in vma.flags or (always and "nh" not in vma.flags)
             if not allowed or vma.kind != "anonymous" or not holds_own_pages(vma):
                 continue

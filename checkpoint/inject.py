@@ -16,4 +16,4 @@ def call_inside(pid: int, call: Call) -> int:
     """Make one system call in the main thread of a running process; its result or -errno."""
     with stopped(pid) as tracee:
         tracee.prepare(arena_bytes=4096)
-        return tracee.run_one(tracee.threads[pid], call)
+        return tracee.run_one(tracee.speaker, call)

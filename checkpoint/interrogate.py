@@ -18,6 +18,7 @@ from .linux.process import SYS_PRCTL
 from .tracee import Thread, Tracee
 
 _UNCHANGEABLE = {9, 19}  # SIGKILL, SIGSTOP
+_EXIT_CODE = 51  # proc_pid_stat(5), from 0
 _STATUS_KEYS = ("Uid", "Gid", "Groups", "CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")
 
 
@@ -124,7 +125,7 @@ def name_restarted_call(tracee: Tracee, registers: dict[str, int]) -> dict[str, 
     before = bytearray(5)
     try:
         place = registers["rip"] - machine.SYSCALL_BYTES - len(before)
-        memory.read_process(tracee.pid, [(place, len(before))], memoryview(before))
+        memory.read_process(tracee.witness, [(place, len(before))], memoryview(before))
     except OSError:
         return registers
     number = machine.loaded_number(bytes(before))
@@ -134,7 +135,7 @@ def name_restarted_call(tracee: Tracee, registers: dict[str, int]) -> dict[str, 
 def describe_process(tracee: Tracee, timers: list[proc.PosixTimer]) -> dict[str, Any]:
     """What the stopped process as a whole can tell: signal actions, timers, switches, family."""
     pid = tracee.pid
-    leader = tracee.threads[pid]
+    leader, witness = tracee.speaker, tracee.witness
     if any(timer.clock == layouts.CLOCK_OF_CALLER for timer in timers):
         from .cpu_clocks import name_thread_clocks
 
@@ -188,7 +189,7 @@ def describe_process(tracee: Tracee, timers: list[proc.PosixTimer]) -> dict[str,
             }
             for t, a in zip(timers, posix, strict=True)
         ],
-        "pending": [encode(i) for i in ptrace.pending_signals(pid, shared=True)],
+        "pending": [encode(i) for i in ptrace.pending_signals(witness, shared=True)],
         "brk": batch.results[end_of_heap],
         "dumpable": batch.results[dumpable],
         "child_subreaper": layouts.unpack_s32(batch.read(subreaper, 4)),
@@ -203,10 +204,25 @@ def describe_process(tracee: Tracee, timers: list[proc.PosixTimer]) -> dict[str,
         "parent": _innermost_parent(pid, int(status["PPid"])),
         "group": proc.innermost(status["NSpgid"]),
         "session": proc.innermost(status["NSsid"]),
+        "main_thread": describe_ended_leader(pid) if witness != pid else None,
         "stopped": leader.in_group_stop,
         "umask": int(status["Umask"], 8),
-        "cwd": os.readlink(f"/proc/{pid}/cwd"),
-        "root": os.readlink(f"/proc/{pid}/root"),
+        "cwd": os.readlink(f"/proc/{witness}/cwd"),
+        "root": os.readlink(f"/proc/{witness}/root"),
+    }
+
+
+def describe_ended_leader(pid: int) -> dict[str, Any]:
+    """What is left of a main thread that has ended while others live."""
+    stat, status = proc.stat(pid), proc.status(pid)
+    return {
+        "comm": stat[1],
+        "status": int(stat[_EXIT_CODE]),
+        "nice": int(stat[18]),
+        "securebits": 0,
+        "no_new_privileges": int(status["NoNewPrivs"]),
+        "death_signal": 0,
+        "rights": {key: status[key].strip() for key in _STATUS_KEYS},
     }
 
 
@@ -215,9 +231,9 @@ def _future_locks(tracee: Tracee) -> int:
 
     No call tells; but the arena, which was mapped just now, is locked then.
     """
-    if proc.status(tracee.pid)["VmLck"].split()[0] == "0":
+    if proc.status(tracee.witness)["VmLck"].split()[0] == "0":
         return 0
-    for vma in proc.mappings(tracee.pid):
+    for vma in proc.mappings(tracee.witness):
         if vma.start <= tracee.arena < vma.end and "lo" in vma.flags:
             return memory.MCL_FUTURE | (memory.MCL_ONFAULT if "lf" in vma.flags else 0)
     return 0

@@ -93,7 +93,7 @@ class Heat:
             for vma in vmas
             if touched.get(vma.start, 0) <= _COLD * _length(intersect(there, [vma[:2]]))
         )
-        memory.clear_access_bits(self._pid)
+        memory.clear_access_bits(proc.witness(self._pid))
 
     def settle(self) -> int:
         """Put huge pages together where all was written since the last round; how many they were.
@@ -185,7 +185,7 @@ def keep_below(
 def _has_ended(pid: int) -> bool:
     """Whether it is gone, or a zombie that nobody has waited for yet."""
     try:
-        return proc.stat(pid)[2] in "ZX"
+        return proc.has_ended(pid)
     except NotFound:
         return True
 
@@ -210,7 +210,9 @@ def release(
         choose=lambda ranges: heat.choose(ranges, wanted_bytes),
         progress=progress,
     )
-    memory.clear_access_bits(pid)  # ours: what was read for the checkpoint counts as touched
+    memory.clear_access_bits(
+        proc.witness(pid)
+    )  # ours: what was read for the checkpoint counts as touched
     _remove_earlier(store, report.image)
     return Round(
         report.resident_before_bytes,

@@ -127,14 +127,14 @@ class Member(MemberMemory):
                 self.stand_ins[session] = stub
                 batch = stub.batch()
                 batch.call(process.SYS_SETSID, what=f"lead session {session}")
-                stub.run(stub.threads[stub.pid], batch)
+                stub.run(stub.speaker, batch)
             maker, own = self.stand_ins[session], self.own
         child.pid, child.tracee = fork_stub(maker, child.number, child.document, sibling=True)
         self._settle_child(child, own)
 
     def _settle_child(self, child: Member, made_from: dict[str, Any]) -> None:
         """Its session or group, if it leads one; its place and descriptors."""
-        leader = child.tracee.threads[child.pid]
+        leader = child.tracee.speaker
         batch = child.tracee.batch()
         if child.own["session"] == child.number:
             batch.call(process.SYS_SETSID, what="lead a session")
@@ -164,7 +164,7 @@ class Member(MemberMemory):
             batch.call(process.SYS_CLOSE, self.faults_number, tolerate=True)  # a sibling has not
         for number, index in resources.chosen_places(table, brought.local, child.number).items():
             batch.call(process.SYS_DUP3, brought.local[index], number, 0, what="a descriptor")
-        child.tracee.run(child.tracee.threads[child.pid], batch)
+        child.tracee.run(child.tracee.speaker, batch)
 
     @property
     def table_of_all(self) -> dict[str, Any]:
@@ -190,7 +190,7 @@ class Member(MemberMemory):
     def _enter(self, pid: int) -> None:
         """Take hold of the stopped stub: our code on an anonymous page, an arena for batches."""
         tracee = self.tracee = Tracee.newborn(pid, self.brought.hole)
-        leader = tracee.threads[pid]
+        leader = tracee.speaker
         place = self.brought.hole + CODE_OFFSET
         wanted = memory.PROT_READ | memory.PROT_EXEC
         kind = memory.MAP_PRIVATE | memory.MAP_ANONYMOUS | memory.MAP_FIXED_NOREPLACE
@@ -212,6 +212,8 @@ class Member(MemberMemory):
         """What the process as a whole has; its threads, and what each of them has."""
         self._reinstate_process(paging=self.left > 0)
         self.new_threads = self._make_threads()
+        if self.own.get("main_thread"):
+            self._end_main_thread(self.own["main_thread"])
         make_rarities(
             self.tracee, self.document, self.new_threads, self.table_of_all["descriptions"]
         )
@@ -225,9 +227,10 @@ class Member(MemberMemory):
     def _make_threads(self) -> list[Thread]:
         """Clone the other threads, each under its old id; all stop before their first step."""
         tracee = self.tracee
-        leader = tracee.threads[tracee.pid]
+        leader = tracee.speaker
         batch = tracee.batch()
-        for thread in self.threads[1:]:
+        has_main = not self.own.get("main_thread")
+        for thread in self.threads[has_main:]:
             number = batch.put(layouts.pack_s64(thread["tid"]))
             arguments = batch.put(process.thread_clone_arguments(number, 0))
             batch.call(process.SYS_CLONE3, arguments, 88, what=f"thread {thread['tid']}")
@@ -237,7 +240,23 @@ class Member(MemberMemory):
         for tid in born:
             _await_first_stop(tid)
             tracee.adopt(tid)
-        return [leader, *[tracee.threads[tid] for tid in born]]
+        return [*[leader] * has_main, *[tracee.threads[tid] for tid in born]]
+
+    def _end_main_thread(self, described: dict[str, Any]) -> None:
+        """Have the main thread end, which has made the others, as it had; they speak from now on.
+
+        Before it has children that are to be told of the end of the thread they were born of.
+        """
+        tracee = self.tracee
+        leader = tracee.threads[tracee.pid]
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, leader.tid, described["nice"])
+        batch = tracee.batch()
+        name = os.fsencode(described["comm"])[:15].ljust(16, b"\0")
+        batch.call(SYS_PRCTL, process.PR_SET_NAME, batch.put(name))
+        reinstate.add_rights(batch, described, proc.status(tracee.pid))
+        tracee.run(leader, batch)
+        tracee.end_leader(described["status"])
 
     def _reinstate_process(self, *, paging: bool) -> None:
         """Addresses, signal actions, timers, file locks: what all threads share.
@@ -246,7 +265,7 @@ class Member(MemberMemory):
         """
         tracee, brought = self.tracee, self.brought
         pid = tracee.pid
-        leader = tracee.threads[pid]
+        leader = tracee.speaker
         own = self.own
         batch = tracee.batch()
         executable = (
@@ -323,7 +342,7 @@ class Member(MemberMemory):
 
     def _make_posix_timers(self, tracee: Tracee) -> None:
         """Create the POSIX timers; raises Incompatible if the kernel numbers them otherwise."""
-        leader = tracee.threads[tracee.pid]
+        leader = tracee.speaker
         probe = tracee.batch()
         probe.call(SYS_PRCTL, process.PR_TIMER_CREATE_RESTORE_IDS, 0, tolerate=True)
         numbered = tracee.run(leader, probe).results[0] == 0
@@ -369,7 +388,7 @@ class Member(MemberMemory):
         None is made where the kernel does not let it: memory is then loaded at once.
         """
         tracee = self.tracee
-        leader = tracee.threads[tracee.pid]
+        leader = tracee.speaker
         batch = tracee.batch()
         made = batch.call(process.SYS_USERFAULTFD, os.O_CLOEXEC | os.O_NONBLOCK, tolerate=True)
         tracee.run(leader, batch)
@@ -389,7 +408,7 @@ class Member(MemberMemory):
             batch.call(process.SYS_CLOSE, first)
             tracee.run(leader, batch)
             number = batch.results[moved]
-        pidfd = os.pidfd_open(tracee.pid)
+        pidfd = proc.open_shared(tracee.pid)
         try:
             self.faults, self.faults_number = take_descriptor(pidfd, number), number
         finally:
@@ -432,7 +451,7 @@ class Member(MemberMemory):
         if vdso is None:
             raise Incompatible("the process has no vDSO, which lzy needs to take its code out")
         content = bytearray(vdso["end"] - vdso["start"])
-        memory.read_process(tracee.pid, [(vdso["start"], len(content))], memoryview(content))
+        memory.read_process(tracee.witness, [(vdso["start"], len(content))], memoryview(content))
         instruction = vdso["start"] + content.index(b"\x0f\x05")
         registers = {
             **leader.registers,
@@ -481,7 +500,7 @@ def fork_stub(
     made = batch.call(process.SYS_CLONE3, arguments, 88, tolerate=True)
     born: list[int] = []
     parent.on_clone = born.append
-    parent.run(parent.threads[parent.pid], batch)
+    parent.run(parent.speaker, batch)
     if (result := batch.results[made]) < 0:
         if result == -errno.EEXIST:
             raise Busy(

@@ -130,10 +130,10 @@ class MemberMemory:
             )  # fmt: skip
         for start, end in subtract(kept, self.inherited):
             if batch.full:
-                tracee.run(tracee.threads[tracee.pid], batch)
+                tracee.run(tracee.speaker, batch)
                 batch = tracee.batch()
             batch.call(process.SYS_MADVISE, start, end - start, memory.MADV_DONTNEED)
-        tracee.run(tracee.threads[tracee.pid], batch)
+        tracee.run(tracee.speaker, batch)
 
     @cached_property
     def _kept_mappings(self) -> list[tuple[int, int]]:
@@ -157,7 +157,7 @@ class MemberMemory:
     def map(self) -> None:
         """Map everything, writable for now; what is executable becomes so in `_protect`."""
         tracee = self.tracee
-        leader = tracee.threads[tracee.pid]
+        leader = tracee.speaker
         batch = tracee.batch()
         for vma in self.vmas:
             if vma["kind"] in MADE_LATER:
@@ -349,7 +349,7 @@ class MemberMemory:
     def protect(self) -> None:
         """Give each mapping its protection, advice, locks and guards."""
         tracee = self.tracee
-        leader = tracee.threads[tracee.pid]
+        leader = tracee.speaker
         batch = tracee.batch()
         for vma in self.vmas:
             if vma["kind"] in MADE_LATER:

@@ -180,7 +180,7 @@ def begin_pager(
     journal = Journal.create(journal_path(run_directory(), plan.pid), facts, missing, plan.moved)
     harbour: list[int] = []
     try:
-        harbour += _take_harbour(journal, pidfd)
+        harbour += _take_harbour(journal)
         return _launch(journal, uffd, pidfd, image, open_image, close_descriptor, harbour)
     finally:
         for fd in harbour:
@@ -256,7 +256,7 @@ def _resume(
     journal = _open_journal(path)
     facts = journal.facts
     pid: int = facts["pid"]
-    pidfd = uffd = -1
+    pidfd = sharing = uffd = -1
     harbour: list[int] = []
     taken: list[int] = []
     image: ChunkSource | None = None
@@ -264,9 +264,9 @@ def _resume(
         if not _is_alive(facts):
             _clean(path)
             return None
-        pidfd = os.pidfd_open(pid)
+        pidfd, sharing = os.pidfd_open(pid), proc.open_shared(pid)
         try:
-            uffd = take_descriptor(pidfd, facts["uffd_number"])
+            uffd = take_descriptor(sharing, facts["uffd_number"])
         except OSError as error:
             uffd = _no_descriptor(journal, pid, str(error))
         if uffd >= 0 and not (is_userfaultfd(uffd) and _is_the_one(uffd, facts, 0)):
@@ -275,7 +275,7 @@ def _resume(
         if uffd < 0:
             _clean(path)
             return None
-        harbour += _take_harbour(journal, pidfd)
+        harbour += _take_harbour(journal)
         children: dict[int, int] = {}
         if harbour:
             with contextlib.closing(Harbour(*harbour)) as place:
@@ -299,7 +299,7 @@ def _resume(
             lost_children=len(lost),
         ).wait()
     finally:
-        for fd in (pidfd, uffd, *harbour, *taken):
+        for fd in (pidfd, sharing, uffd, *harbour, *taken):
             if fd >= 0:
                 os.close(fd)
         if image is not None:
@@ -309,7 +309,8 @@ def _resume(
 
 def _inodes(pid: int, numbers: Sequence[int]) -> list[int]:
     """What tells descriptors of process `pid` from others that come to have their numbers."""
-    return [os.stat(f"/proc/{pid}/fd/{number}").st_ino for number in numbers]
+    witness = proc.witness(pid)
+    return [os.stat(f"/proc/{witness}/fd/{number}").st_ino for number in numbers]
 
 
 def _is_the_one(fd: int, facts: dict[str, Any], place: int) -> bool:
@@ -317,18 +318,23 @@ def _is_the_one(fd: int, facts: dict[str, Any], place: int) -> bool:
     return bool(os.fstat(fd).st_ino == facts["inodes"][place])
 
 
-def _take_harbour(journal: Journal, pidfd: int) -> list[int]:
+def _take_harbour(journal: Journal) -> list[int]:
     """Duplicates of the two ends of the process's socket pair; none if it has none."""
     taken: list[int] = []
+    if not journal.facts["harbour_numbers"]:
+        return taken
+    sharing = proc.open_shared(journal.facts["pid"])
     try:
-        for place, number in enumerate(journal.facts["harbour_numbers"] or (), 1):
-            taken.append(take_descriptor(pidfd, number))
+        for place, number in enumerate(journal.facts["harbour_numbers"], 1):
+            taken.append(take_descriptor(sharing, number))
             if not _is_the_one(taken[-1], journal.facts, place):
                 raise OSError(errno.ENOTSOCK, os.strerror(errno.ENOTSOCK))
     except OSError:  # the process has closed it: then children hang on pager and keeper alone
         for fd in taken:
             os.close(fd)
         return []
+    finally:
+        os.close(sharing)
     return taken
 
 
@@ -348,7 +354,7 @@ def _open_journal(path: Path) -> Journal:
 
 def _runs(pid: int) -> bool:
     try:
-        return proc.stat(pid)[2] not in "ZX"
+        return not proc.has_ended(pid)
     except NotFound:
         return False
 
@@ -359,7 +365,7 @@ def _is_alive(facts: dict[str, Any]) -> bool:
         alive = proc.start_time(facts["pid"]) == facts["start_time"]
     except NotFound:
         return False
-    return alive and proc.boot_id() == facts["boot_id"] and proc.stat(facts["pid"])[2] != "Z"
+    return alive and proc.boot_id() == facts["boot_id"] and not proc.has_ended(facts["pid"])
 
 
 def _no_descriptor(journal: Journal, pid: int, why: str) -> int:
@@ -395,9 +401,9 @@ def _close_descriptor(pid: int, number: int) -> int:
             signal.alarm(_CLOSE_DEADLINE_S)
             from .inject import close_descriptor
 
-            if proc.stat(pid)[2] in "ZX":
+            if proc.has_ended(pid):
                 raise NotFound(f"process {pid} ended", pid=pid)
-            kind = os.readlink(f"/proc/{pid}/fd/{number}")
+            kind = os.readlink(f"/proc/{proc.witness(pid)}/fd/{number}")
             if not kind.startswith(("anon_inode:[userfaultfd]", "socket:")):
                 os._exit(errno.EBADF)  # another program's by now
             status = -close_descriptor(pid, number) & 0xFF

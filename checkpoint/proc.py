@@ -5,6 +5,7 @@ Everything here only reads; see proc(5).
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Iterator
@@ -183,6 +184,7 @@ def kernel_mappings(pid: int) -> list[Vma]:
 
 def mappings(pid: int, *, with_flags: bool = True) -> list[Vma]:
     """The process's VMAs in address order; without flags it is much faster."""
+    pid = witness(pid)
     return look_up(pid, parse_mappings(read_bytes(pid, "smaps" if with_flags else "maps")))
 
 
@@ -190,7 +192,7 @@ def referenced_bytes(pid: int) -> dict[int, int]:
     """How much of each mapping, by its start, was touched lately; proc_pid_smaps(5) Referenced."""
     found: dict[int, int] = {}
     start = 0
-    for line in read_bytes(pid, "smaps").splitlines():
+    for line in read_bytes(witness(pid), "smaps").splitlines():
         if line.startswith(b"Referenced:"):
             found[start] = int(line.split()[1]) * 1024
         elif not line[:1].isupper():
@@ -228,9 +230,34 @@ def status(pid: int, tid: int | None = None) -> dict[str, str]:
 
 
 def is_ending(pid: int) -> bool:
-    """Whether its main thread is on the way out, and its memory perhaps gone, or has ended."""
+    """Whether it is on the way out, and its memory perhaps gone, or has ended."""
     fields = stat(pid)
+    if fields[2] == "Z" and int(fields[19]) > 1:
+        return False
     return fields[2] in "ZX" or bool(int(fields[8]) & _PF_EXITING)
+
+
+def has_ended(pid: int) -> bool:
+    """Whether all its threads have ended: it is a zombie, or about to go. Raises NotFound."""
+    fields = stat(pid)
+    return fields[2] == "X" or (fields[2] == "Z" and int(fields[19]) < 2)
+
+
+def witness(pid: int) -> int:
+    """The task in whose folder of /proc the process is seen: its main thread, or another.
+
+    Where the main thread has ended and others live, /proc/PID shows neither memory nor descriptors;
+    /proc/TID of a living thread, which is not listed but there, shows all. So do system calls
+    that take a pid to find them: process_vm_readv(2), kcmp(2).
+    """
+    with contextlib.suppress(NotFound):
+        fields = stat(pid)
+        if fields[2] == "Z" and int(fields[19]) > 1:
+            for tid in threads(pid)[1:]:
+                with contextlib.suppress(NotFound):
+                    if stat(pid, tid)[2] not in "ZX":
+                        return tid
+    return pid
 
 
 def stat(pid: int, tid: int | None = None) -> list[str]:
@@ -249,6 +276,20 @@ def is_kernel_worker(pid: int, tid: int) -> bool:
         return bool(int(stat(pid, tid)[8]) & _PF_IO_WORKER)
     except (OSError, NotFound):
         return False
+
+
+def open_shared(pid: int) -> int:
+    """A pidfd by which its descriptors are reached, pidfd_getfd(2); see `witness`.
+
+    Where the main thread has ended it is one of another thread, and says nothing of the process's
+    end. Raises ProcessLookupError; OSError (EINVAL) where that takes Linux 6.9.
+    """
+    task = witness(pid)
+    if task == pid:
+        return os.pidfd_open(pid)
+    from .linux.process import open_thread
+
+    return open_thread(task)
 
 
 def start_time(pid: int) -> int:

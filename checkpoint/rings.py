@@ -53,7 +53,7 @@ def make_rings(
 
 def _create(tracee: Tracee, entry: dict[str, Any]) -> int:
     """Have the process make a ring; its number for now."""
-    leader = tracee.threads[tracee.pid]
+    leader = tracee.speaker
     batch = tracee.batch()
     parameters = batch.put(
         kernel.pack_parameters(entry["setup_flags"], entry["cq_entries"], _IDLE_MS)
@@ -81,7 +81,7 @@ def _fill(tracee: Tracee, entry: dict[str, Any], number: int) -> None:
     taken, answered = (
         struct.unpack_from("<I", rings, place)[0] for place in (layout.sq_head, layout.cq_tail)
     )
-    pidfd = os.pidfd_open(tracee.pid)
+    pidfd = proc.open_shared(tracee.pid)
     try:
         ring = take_descriptor(pidfd, number)
     finally:
@@ -108,7 +108,7 @@ def _place(
     tracee: Tracee, first: int, numbers: list[tuple[int, bool]], mapped: list[dict[str, Any]]
 ) -> None:
     """Put the ring at its addresses and under its numbers."""
-    leader = tracee.threads[tracee.pid]
+    leader = tracee.speaker
     if mapped:
         fillers = _fill_up(tracee, mapped)
         for vma in mapped:
@@ -132,7 +132,7 @@ def _fill_up(tracee: Tracee, mapped: list[dict[str, Any]]) -> list[tuple[int, in
     The kernel chooses where an io_uring is mapped, and refuses to be told (io_uring/memmap.c).
     """
     taken = sorted(
-        [(vma.start, vma.end, False) for vma in proc.mappings(tracee.pid, with_flags=False)]
+        [(vma.start, vma.end, False) for vma in proc.mappings(tracee.witness, with_flags=False)]
         + [(vma["start"], vma["end"], True) for vma in mapped]
     )
     batch = tracee.batch()
@@ -147,7 +147,7 @@ def _fill_up(tracee: Tracee, mapped: list[dict[str, Any]]) -> list[tuple[int, in
     for start, end in fillers:
         batch = _roomy(tracee, batch)
         batch.call(process.SYS_MMAP, start, end - start, 0, _FILLER, -1, 0, what="fill a gap")
-    tracee.run(tracee.threads[tracee.pid], batch)
+    tracee.run(tracee.speaker, batch)
     rings = {(vma["start"], vma["end"]) for vma in mapped}
     return [filler for filler in fillers if filler not in rings]
 
@@ -156,7 +156,7 @@ def _roomy(tracee: Tracee, batch: Batch) -> Batch:
     """`batch`, or when it is full, and now run, a new one."""
     if not batch.full:
         return batch
-    tracee.run(tracee.threads[tracee.pid], batch)
+    tracee.run(tracee.speaker, batch)
     return tracee.batch()
 
 
@@ -175,7 +175,7 @@ def _map_one(tracee: Tracee, first: int, vma: dict[str, Any]) -> None:
     for flag, advice in (("dc", memory.MADV_DONTFORK), ("dd", memory.MADV_DONTDUMP)):
         if flag in vma["flags"]:
             batch.call(process.SYS_MADVISE, start, length, advice, tolerate=True)
-    tracee.run(tracee.threads[tracee.pid], batch)
+    tracee.run(tracee.speaker, batch)
     if batch.results[place] != start:
         raise Incompatible(
             f"this kernel does not map an io_uring at {start:#x}, where the process had it",
@@ -202,4 +202,4 @@ def _watch(
                     tolerate=True,  # several numbers of one epoll: the second finds it there
                 )  # fmt: skip
     if calls:
-        tracee.run(tracee.threads[tracee.pid], batch)
+        tracee.run(tracee.speaker, batch)

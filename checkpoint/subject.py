@@ -61,18 +61,23 @@ class Subject:
         self.inherited: list[tuple[int, int]] = []
         """Of `ranges`: what it shares copy-on-write with its parent, which has it too."""
         self._frames: memory.Frames | None = None  # what its children are compared with
+        self._number = 0
         self._seen: Beside[tuple[dict[int, frozenset[str]], dict[str, str]]] | None = None
 
     @property
     def number(self) -> int:
         """The pid as the process itself sees it; once `ask` was called."""
-        number: int = self.threads[0]["tid"]
-        return number
+        return self._number
+
+    @property
+    def witness(self) -> int:
+        """The task in which the stopped process is seen; see `proc.witness`."""
+        return self.tracee.witness
 
     @property
     def source_pid(self) -> int:
         """Whose memory is read: the snapshot's, or that of the stopped process."""
-        return self.snapshot or self.pid
+        return self.snapshot or self.witness
 
     def look(self, progress: Progress | None, *, dozes: bool = False) -> None:
         """Before the stop: its mappings; a lazy restore's pager is waited for unless it dozes.
@@ -82,12 +87,15 @@ class Subject:
         with _ended_is_not_found(self.pid):
             look = look_at_mappings(self.pid) if dozes else wait_for_pager(self.pid, progress)
             self.places, self.vmas = look
-            refuse_mappings(self.pid, self.vmas)
+            refuse_mappings(proc.witness(self.pid), self.vmas)
 
     def stop(self) -> None:
         """Stop all its threads. Raises NotFound, Unsupported, Busy, AccessDenied."""
         with _ended_is_not_found(self.pid):
             self.tracee.seize()
+            if self.witness != self.pid:
+                os.close(self.pidfd)
+                self.pidfd = process.open_thread(self.witness)
             interrogate.refuse_foreign_registers(self.tracee)
             refuse_separate_threads(self.tracee)
 
@@ -97,21 +105,22 @@ class Subject:
         for number in self.left_behind:
             self.wait_for(number)
         timers = proc.posix_timers(self.pid)
+        self._number = self.tracee.own_numbers(self.tracee.speaker)[0]
         self.threads = interrogate.describe_threads(self.tracee)
         self.own = interrogate.describe_process(self.tracee, timers)
 
     def look_again(self) -> bytes:
         """What /proc/PID/maps says now; the mappings are read anew if they have changed."""
-        if (now := proc.read_bytes(self.pid, "maps")) != self.places:
-            self.vmas = proc.mappings(self.pid)
-            refuse_mappings(self.pid, self.vmas)
+        if (now := proc.read_bytes(self.witness, "maps")) != self.places:
+            self.vmas = proc.mappings(self.witness)
+            refuse_mappings(self.witness, self.vmas)
         return now
 
     def map(self, objects: Objects) -> None:
         """What lies behind its mappings and has no path goes to `objects`."""
-        self.mappings = Mappings(self.pid, self.vmas)
+        self.mappings = Mappings(self.witness, self.vmas)
         self.mappings.take_objects(objects)
-        self.own["exe_object"] = _take_deleted_executable(self.pid, objects)
+        self.own["exe_object"] = _take_deleted_executable(self.witness, objects)
 
     def split(self) -> str:
         """Clone the stopped process; the clone never runs. Why that cannot be, or nothing."""
@@ -253,7 +262,7 @@ def _split(tracee: Tracee) -> tuple[int, str]:
     """Clone the stopped process; the clone never runs. (its pid, "") or (0, why not)."""
     born: list[int] = []
     tracee.on_clone = born.append
-    leader = tracee.threads[tracee.pid]
+    leader = tracee.speaker
     ptrace.set_options(leader.tid, ptrace.PTRACE_O_TRACECLONE)
     try:
         result = tracee.run_one(
@@ -302,7 +311,7 @@ def _end_snapshot(subject: Subject, snapshot: int) -> None:
 def _wait_inside(tracee: Tracee, number: int) -> None:
     """Have a stopped process wait for a child of its, by the number it knows, that has ended."""
     call = Call(process.SYS_WAIT4, (number, 0, os.WNOHANG | ptrace.WALL, 0))
-    tracee.run_one(tracee.threads[tracee.pid], call)
+    tracee.run_one(tracee.speaker, call)
 
 
 def _take_deleted_executable(pid: int, objects: Objects) -> int:

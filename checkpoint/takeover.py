@@ -100,7 +100,7 @@ def take_over(pid: int, place: Place, device: str) -> None:
     tracee.seize()
     try:
         tracee.prepare(arena_bytes=65536)
-        leader = tracee.threads[pid]
+        leader = tracee.speaker
         clone = _clone(tracee, leader)
         try:
             _move(tracee, leader, clone, place, device)

@@ -145,6 +145,16 @@ class Tracee:
         thread.registers["rsp"] = 0
         return thread
 
+    @property
+    def speaker(self) -> Thread:
+        """The thread that speaks for the process: its main one, or another where that has ended."""
+        return self.threads.get(self.pid) or next(iter(self.threads.values()))
+
+    @property
+    def witness(self) -> int:
+        """The task by which /proc and system calls know what the threads share; `proc.witness`."""
+        return self.pid if self.pid in self.threads else next(iter(self.threads), self.pid)
+
     # -- stopping and letting go -------------------------------------------------------------
 
     def seize(self) -> None:
@@ -168,15 +178,9 @@ class Tracee:
                     self._interrupt(tid)
                 for tid in seized:
                     self._await_stop(tid)
-            if self.pid not in self.threads:
-                if not self.threads:
-                    raise NotFound(f"process {self.pid} ended", pid=self.pid)
-                raise Unsupported(
-                    f"the main thread of pid {self.pid} has ended while others live",
-                    remedy="such a process cannot be dumped yet; let its other threads finish",
-                    pid=self.pid,
-                )
-            self.memory = memory.open_memory(self.pid)
+            if not self.threads:
+                raise NotFound(f"process {self.pid} ended", pid=self.pid)
+            self.memory = memory.open_memory(self.witness)
         except BaseException:
             for tid in seized:  # only who has stopped can be let go
                 if tid not in self.threads:
@@ -325,6 +329,7 @@ class Tracee:
             with contextlib.suppress(ChildProcessError):
                 while os.WIFSTOPPED(os.waitpid(tid, ptrace.WALL)[1]):
                     pass
+        self._release([])
         self.threads.clear()
         self.close()
 
@@ -356,9 +361,9 @@ class Tracee:
         """
         if any(mode_of(self.status(thread)) for thread in self.threads.values()):
             suspend_filters(self)
-        leader = self.threads[self.pid]
+        leader = self.speaker
         self._signal = self._choose_signal()
-        place = self._find_unused_text(vmas or proc.kernel_mappings(self.pid))
+        place = self._find_unused_text(vmas or proc.kernel_mappings(self.witness))
         self._restore_text = (place, bytes(machine.CODE_BYTES + machine.CONTEXT_BYTES))
         os.pwrite(self.memory, machine.CODE.ljust(machine.CODE_BYTES, b"\0"), place)
         self.code = place
@@ -385,9 +390,7 @@ class Tracee:
         if self.arena and self.code:
             arena, self.arena = self.arena, 0
             try:
-                self.run_one(
-                    self.threads[self.pid], Call(process.SYS_MUNMAP, (arena, self.arena_bytes))
-                )
+                self.run_one(self.speaker, Call(process.SYS_MUNMAP, (arena, self.arena_bytes)))
             except (ProcessLookupError, NotFound):
                 return  # it was killed meanwhile
 
@@ -405,7 +408,7 @@ class Tracee:
 
     def _choose_signal(self) -> int:
         """A signal whose arrival the process would not notice: no handler, not blocked."""
-        status = self.status(self.threads[self.pid])
+        status = self.status(self.speaker)
         noticed = int(status["SigCgt"], 16) | int(status["ShdPnd"], 16)
         for thread in self.threads.values():
             noticed |= thread.mask
@@ -419,7 +422,7 @@ class Tracee:
         wanted = machine.CODE_BYTES + machine.CONTEXT_BYTES
         place = self._find_zeros(vmas, wanted)
         if not place:
-            place = self._find_zeros(proc.mappings(self.pid, with_flags=False), wanted)
+            place = self._find_zeros(proc.mappings(self.witness, with_flags=False), wanted)
         if not place:
             raise Unsupported(
                 f"pid {self.pid} has no {wanted} unused bytes in any mapped text",
@@ -456,11 +459,33 @@ class Tracee:
 
     def exit(self, code: int) -> None:
         """Have the process end; its one thread does not come back."""
-        leader = self.threads[self.pid]
+        leader = self.speaker
         context = self.code + machine.CODE_BYTES
         self._write_text(context, self._context(leader))
         self._launch(leader, machine.ONE, context, {"rax": process.SYS_EXIT_GROUP, "rdi": code})
         leader.runs = False
+
+    def end_leader(self, status: int) -> None:
+        """Have the main thread end, alone, with that status, waitpid(2), and wait until it has.
+
+        It is let go first: as long as somebody traces it its parent would not hear of the end of
+        the process. Should we die the kernel kills the others, and with them all of the process.
+        """
+        leader = self.threads.pop(self.pid)
+        registers = {
+            **leader.registers,
+            "rip": self.code + machine.ONE,
+            "rax": process.SYS_EXIT,
+            "rdi": status >> 8,
+            "orig_rax": (1 << 64) - 1,
+        }
+        ptrace.write_register_set(leader.tid, ptrace.NT_PRSTATUS, machine.pack_registers(registers))
+        ptrace.write_signal_mask(leader.tid, ALL_SIGNALS)
+        ptrace.detach(leader.tid)
+        pause_s = 0.0
+        while proc.stat(self.pid, self.pid)[2] != "Z":
+            time.sleep(pause_s)
+            pause_s = min(pause_s + 0.00005, 0.002)
 
     def _write_text(self, address: int, content: bytes) -> None:
         os.pwrite(self.memory, content, address)
@@ -468,7 +493,7 @@ class Tracee:
     def _context(self, thread: Thread) -> bytes:
         if not thread.left_sequence:
             thread.left_sequence = True
-            thread.registers = leave_sequence(self.pid, thread.tid, thread.registers)
+            thread.registers = leave_sequence(self.witness, thread.tid, thread.registers)
         tgid, tid = self.own_numbers(thread)
         return machine.pack_context(
             machine.rewind(thread.registers), thread.mask, tgid, tid, self._signal
@@ -501,7 +526,7 @@ class Tracee:
         content, table = batch.pack()
         context = batch.base - machine.CONTEXT_BYTES
         whole = bytearray(self._context(thread) + content)
-        memory.write_process(self.pid, [(context, len(whole))], memoryview(whole))
+        memory.write_process(self.witness, [(context, len(whole))], memoryview(whole))
         self._launch(thread, machine.RUN, context, {"rbx": table})
 
     def finish(self, thread: Thread, batch: Batch) -> Batch:
@@ -510,7 +535,7 @@ class Tracee:
         self._put_back(thread)
         length = len(batch.pack()[0])
         content = bytearray(length)
-        memory.read_process(self.pid, [(batch.base, length)], memoryview(content))
+        memory.read_process(self.witness, [(batch.base, length)], memoryview(content))
         batch.take(bytes(content))
         batch.check(self.pid)
         return batch

@@ -177,7 +177,7 @@ def _meets(ranges: list[Range], vma: Vma) -> bool:
 
 @contextlib.contextmanager
 def _page_map(pid: int) -> Iterator[int]:
-    pagemap = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+    pagemap = os.open(f"/proc/{proc.witness(pid)}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
     try:
         yield pagemap
     finally:
@@ -205,11 +205,11 @@ def open_account(tracee: Tracee) -> int:
     that others keep of it end: beginning ours would make theirs miss what was written before.
     Precondition: an arena is mapped. Raises KernelError when this kernel keeps no accounts.
     """
-    used = set(map(int, os.listdir(f"/proc/{tracee.pid}/fd")))
-    others = [number for number in used if find_inode(tracee.pid, number)]
+    used = set(map(int, os.listdir(f"/proc/{tracee.witness}/fd")))
+    others = [number for number in used if find_inode(tracee.witness, number)]
     used.difference_update(others)
     lowest = next(n for n in range(len(used) + 1) if n not in used)
-    most = min(int(proc.status(tracee.pid)["FDSize"]), proc.limits(tracee.pid)[7][0])
+    most = min(int(proc.status(tracee.witness)["FDSize"]), proc.limits(tracee.pid)[7][0])
     number = next((n for n in range(most - 1, lowest, -1) if n not in used), lowest)
     batch = tracee.batch()
     for other in others:
@@ -222,7 +222,7 @@ def open_account(tracee: Tracee) -> int:
     if number != lowest:
         batch.call(process.SYS_FCNTL, lowest, process.F_DUPFD_CLOEXEC, number)
         batch.call(process.SYS_CLOSE, lowest)
-    tracee.run(tracee.threads[tracee.pid], batch)
+    tracee.run(tracee.speaker, batch)
     return number
 
 
@@ -238,14 +238,14 @@ def begin_account(
     else's userfaultfd); what is not under account then will count as written.
     """
     withdraw(tracee.pid)
-    pidfd = os.pidfd_open(tracee.pid)
+    pidfd = proc.open_shared(tracee.pid)
     try:
         ours = take_descriptor(pidfd, number)
     finally:
         os.close(pidfd)
     own = list(filter(holds_own_pages, vmas))
     try:
-        with _page_map(tracee.pid) as pagemap:
+        with _page_map(tracee.witness) as pagemap:
             before = [run for part in dense for run in _find_written(pagemap, *part)]
             left_out = common(find_dense(before), dense)
             written = intersect(before, left_out)
@@ -273,12 +273,13 @@ def protect(pid: int, ranges: Iterable[Range]) -> None:
 def end_account(tracee: Tracee, number: int) -> None:
     """Close the descriptor in the stopped process: its memory is under no account any more."""
     withdraw(tracee.pid)
-    tracee.run_one(tracee.threads[tracee.pid], Call(process.SYS_CLOSE, (number,)))
+    tracee.run_one(tracee.speaker, Call(process.SYS_CLOSE, (number,)))
 
 
 def find_inode(pid: int, number: int) -> int:
     """What tells an account's descriptor from others of its number; 0 if there is none there."""
     with contextlib.suppress(OSError):
+        pid = proc.witness(pid)
         if uffd.keeps_account(Path(f"/proc/{pid}/fdinfo/{number}").read_text()):
             return os.stat(f"/proc/{pid}/fd/{number}").st_ino
     return 0

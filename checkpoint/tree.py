@@ -75,7 +75,7 @@ def _living_children(pid: int) -> list[int]:
     with contextlib.suppress(NotFound):
         for child in proc.children(pid):
             with contextlib.suppress(NotFound):
-                if proc.stat(child)[2] not in "ZX":
+                if not proc.has_ended(child):
                     found.append(child)
     return found
 
@@ -116,7 +116,7 @@ def _stop_child(
         stat = proc.stat(pid)
     except NotFound:
         return False
-    if stat[2] in "ZX" and len(proc.threads(pid)) == 1:
+    if proc.has_ended(pid):
         if int(stat[_EXIT_SIGNAL]):
             ended[pid] = _describe_ended(pid, stat, parent)
         elif int(stat[_EXIT_CODE]) == signal.SIGKILL:
@@ -142,7 +142,7 @@ def _stop_child(
         return False
     if not subject.vmas:  # born since
         subject.places, subject.vmas = look_at_mappings(pid)
-        refuse_mappings(pid, subject.vmas)
+        refuse_mappings(subject.witness, subject.vmas)
         if any("um" in vma.flags for vma in subject.vmas):
             raise Busy(
                 f"pid {pid} was born just now, and its memory is still being brought in",

@@ -40,7 +40,7 @@ def close_unfinished(pid: int) -> None:
             and not journal_path(run_directory(), pid).exists()
         ):
             number = int(note["number"])
-            if os.readlink(f"/proc/{pid}/fd/{number}") == "anon_inode:[userfaultfd]":
+            if os.readlink(f"/proc/{proc.witness(pid)}/fd/{number}") == "anon_inode:[userfaultfd]":
                 close_descriptor(pid, number)
         path.unlink()
 

@@ -196,4 +196,5 @@ def _start_time(pid: int) -> bytes | None:
             fields = file.read().rpartition(b")")[2].split()
     except OSError:
         return None
-    return None if fields[0] in (b"Z", b"X") else fields[19]
+    ended = fields[0] == b"X" or (fields[0] == b"Z" and int(fields[17]) < 2)  # not others, either
+    return None if ended else fields[19]

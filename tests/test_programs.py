@@ -34,6 +34,7 @@ QUICK = [
     Case("cpu_clocks"),
     Case("ctypes_callbacks"),
     Case("deleted_files", ("{folder}",)),
+    Case("dead_main_thread"),
     Case("descriptors", ("{folder}",)),
     Case("filters"),
     Case("generators"),
@@ -61,7 +62,8 @@ QUICK = [
 # Their imports take seconds, so nothing but the essential is done with them.
 HEAVY = [Case("pandas_frame"), Case("sklearn_fit"), Case("torch_autograd")]
 ALL = [*QUICK, *HEAVY]
-SOME = [case for case in QUICK if case.name in ("descriptors", "memory_pattern", "signals")]
+SAMPLED = ("dead_main_thread", "descriptors", "memory_pattern", "signals")
+SOME = [case for case in QUICK if case.name in SAMPLED]
 
 every_program = pytest.mark.parametrize("case", ALL, ids=lambda case: case.id)
 quick_programs = pytest.mark.parametrize("case", QUICK, ids=lambda case: case.id)
@@ -346,13 +348,39 @@ def test_shell(start: Start, lzy: CommandLine, way: tuple[str, ...]) -> None:
 
 
 @pytest.mark.shows("survives", "io_urings, filters and locked memory of a descendant")
-@pytest.mark.parametrize("name", ["filters", "io_uring", "locked_memory"])
+@pytest.mark.parametrize("name", ["dead_main_thread", "filters", "io_uring", "locked_memory"])
 def test_what_a_descendant_has(start: Start, lzy: CommandLine, name: str) -> None:
     """The child of a shell has what few processes have; shell and child are one tree."""
     words = f"{sys.executable} {PROGRAMS / name}.py; true"
     program = start(command=["bash", "-c", words]).await_ready()
     lzy.dump(program)
     lzy.restore(program)
+    program.prove()
+
+
+def test_process_ends_as_its_main_thread_did(start: Start, lzy: CommandLine) -> None:
+    """Where the main thread ended long ago, its status is that of the process, after a move too."""
+    program = start("dead_main_thread").await_ready()
+    lzy.dump(program)
+    lzy.restore(program)
+    program.say("end")
+    assert wait_readable([program.pidfd], PATIENCE_S)
+    assert os.waitpid(program.pid, 0) == (program.pid, 7 << 8)  # It was left to us.
+
+
+@pytest.mark.parametrize(
+    "stage", ["dump.seized", "dump.prepared", "dump.described", "dump.split", "dump.committed"]
+)
+def test_checkpoint_killed_without_a_main_thread(
+    start: Start, lzy: CommandLine, stage: str
+) -> None:
+    """Whenever lzy dies at it, a process without a main thread runs on, and can be dumped."""
+    program = start("dead_main_thread").await_ready()
+    where = ("--store", str(lzy.store), "--name", "image", "--leave-running")
+    assert lzy.run("dump", str(program.pid), *where, kill_at=stage).returncode == -signal.SIGKILL
+    program.prove()
+    lzy.dump(program, "next")
+    lzy.restore(program, "next")
     program.prove()
 
 

@@ -175,13 +175,22 @@ def read_threads(pid: int) -> Facts:
         # Where it waits: the call, its arguments, its stack and instruction pointers. A relative
         # wait that was begun again is another call (restart_syscall(2)) until it is over.
         thread["system call"] = " ".join([number, *arguments])
+        if thread["stat/3"] == "Z":  # a main thread that has ended blocks whatever it likes
+            del thread["status/SigBlk"], thread["stat/32"]
         facts |= {f"task/{tid}/{name}": value for name, value in thread.items()}
     return facts
 
 
+def find_living(pid: int) -> int:
+    """A thread that has not ended, in whose folder of /proc is all that threads share."""
+    tids = sorted(map(int, os.listdir(f"/proc/{pid}/task")), key=lambda tid: (tid != pid, tid))
+    return next(tid for tid in tids if read_stat(f"/proc/{pid}/task/{tid}/stat")["stat/3"] != "Z")
+
+
 def read_everything(pid: int) -> Facts:
     """All facts about a process that waits, by name."""
-    base = f"/proc/{pid}"
+    living = find_living(pid)
+    base = f"/proc/{living}"
     facts = read_status(f"{base}/status") | read_stat(f"{base}/stat")
     for name in FILES:
         with contextlib.suppress(OSError):  # Not every kernel has every file.
@@ -189,10 +198,10 @@ def read_everything(pid: int) -> Facts:
     for name in LINKS:
         facts[name] = os.readlink(f"{base}/{name}")
     # Timers of the thread that made them come back on the clock that names it, pthread(7).
-    facts["timers"] = re.sub(r"ClockID: -\d+", "ClockID: *", facts["timers"])
+    facts["timers"] = re.sub(r"ClockID: -\d+", "ClockID: *", read(f"/proc/{pid}/timers"))
     facts["autogroup"] = read(f"{base}/autogroup").split()[-1]  # Its number is the kernel's.
     facts["session"] = f"{os.getsid(pid)} {os.getpgid(pid)}"
-    return facts | read_mappings(pid) | read_descriptors(pid) | read_threads(pid)
+    return facts | read_mappings(living) | read_descriptors(living) | read_threads(pid)
 
 
 def find_differences(before: Facts, after: Facts) -> list[str]:

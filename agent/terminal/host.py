@@ -552,10 +552,9 @@ class Host:
 def _start_of(pid: int) -> int:
     """When the process began, proc_pid_stat(5); 0 if there is none, or it has ended."""
     try:
-        fields = proc.stat(pid)
+        return 0 if pid <= 0 or proc.has_ended(pid) else proc.start_time(pid)
     except LzyError:
         return 0
-    return 0 if pid <= 0 or fields[2] in "ZX" else int(fields[21])
 
 
 def _load_screen(holdings: Holdings) -> Screen:

@@ -35,6 +35,7 @@ SYS_SETSID: Final = 112
 SYS_GETPGID: Final = 121
 SYS_RT_SIGTIMEDWAIT: Final = 128
 SYS_CHROOT: Final = 161
+SYS_EXIT: Final = 60
 SYS_EXIT_GROUP: Final = 231
 SYS_PIDFD_OPEN: Final = 434
 SYS_PIDFD_GETFD: Final = 438
@@ -250,8 +251,14 @@ def _effective() -> int:
     return int(found.split()[1], 16)
 
 
+_PIDFD_THREAD: Final = os.O_EXCL
 KCMP_FILES: Final = 2
 KCMP_FS: Final = 3
+
+
+def open_thread(tid: int) -> int:
+    """A pidfd of one thread, which need not lead its process. Source: pidfd_open(2), Linux 6.9."""
+    return os.pidfd_open(tid, _PIDFD_THREAD)
 
 
 def is_shared(first: int, second: int, what: int) -> bool:

@@ -78,7 +78,7 @@ def _find_target(
         holder = survey.holders[at]
         index = survey.index_of.get((at, number))
         if index is not None and kernel.watches_description(
-            holder.pid, number, own, number, occurrence
+            holder.witness, number, own, number, occurrence
         ):
             return index, False, holder.number
     for (at, candidate), index in survey.index_of.items():

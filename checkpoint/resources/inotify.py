@@ -111,7 +111,7 @@ def _path_of(folder: str, kind: int, handle: bytes) -> str:
 
 def _likely_paths(survey: Survey) -> Iterator[str]:
     """Folders the process uses, those above them, and what lies directly in them."""
-    starts = [os.readlink(f"/proc/{survey.pid}/cwd")]
+    starts = [os.readlink(f"/proc/{survey.witness}/cwd")]
     starts += [os.path.dirname(link) for link in survey.links.values() if link.startswith("/")]
     seen = set()
     for start in starts:

@@ -33,7 +33,7 @@ class ProcessDescriptor(Kind):
         if target <= 0:
             return {"form": "ended"}
         with contextlib.suppress(NotFound):
-            if proc.stat(target)[2] == "Z" and int(proc.stat(target)[3]) in (
+            if proc.has_ended(target) and int(proc.stat(target)[3]) in (
                 holder.pid for holder in survey.holders
             ):  # it has ended, and one of them has yet to wait for it
                 return {"form": "member", "target": proc.innermost(proc.status(target)["NSpid"])}

@@ -39,7 +39,7 @@ def is_socket_of(opened: Opened, families: tuple[int, ...], protocols: tuple[int
 
 def describe_socket(opened: Opened, sock: socket.socket) -> Entry:
     """Family, type, protocol, and the options that are not what a fresh socket has."""
-    if not opened.survey.once("same network", lambda: _same_network(opened.survey.pid)):
+    if not opened.survey.once("same network", lambda: _same_network(opened.survey.witness)):
         raise opened.refusal(
             "it belongs to another network namespace than lzy's",
             "run lzy in the network of the process (in its container, or with `nsenter -n`)",

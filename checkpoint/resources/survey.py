@@ -36,6 +36,13 @@ class Holder(NamedTuple):
     """Numbers that are not the program's own."""
     number: int = 0
     """The pid as the tree itself sees it; 0 for the first of the tree."""
+    task: int = 0
+    """The thread in which it is seen, where its main one has ended; see `proc.witness`."""
+
+    @property
+    def witness(self) -> int:
+        """By which /proc and kcmp(2) know what it has open."""
+        return self.task or self.pid
 
 
 class Opened:
@@ -47,11 +54,11 @@ class Opened:
         self.index = index
         self.places = places
         self.holder = survey.holders[places[0][0]]
-        self.pid = self.holder.pid
+        self.pid, self.witness = self.holder.pid, self.holder.witness
         self.numbers = [number for at, number in places if at == places[0][0]]
         number = self.numbers[0]
         self.number = number
-        self.proc_path = f"/proc/{self.pid}/fd/{number}"
+        self.proc_path = f"/proc/{self.witness}/fd/{number}"
         self.link = survey.links[places[0]]
         self.status: os.stat_result = os.stat(self.proc_path)
         self.information = survey.information[places[0]].splitlines()
@@ -118,7 +125,7 @@ class Survey:
 
     def __init__(self, holders: Sequence[Holder], objects: ObjectSink) -> None:
         self.holders = list(holders)
-        self.pid = holders[0].pid
+        self.pid, self.witness = holders[0].pid, holders[0].witness
         self.objects = objects
         self.duplicates: list[int] = []
         self.links: dict[tuple[int, int], str] = {}
@@ -161,7 +168,7 @@ class Survey:
         link = os.readlink(f"/proc/self/fd/{fd}")
         for opened in self.opened:
             if opened.link == link and not kernel.compare_descriptions(
-                opened.pid, opened.number, fd, os.getpid()
+                opened.witness, opened.number, fd, os.getpid()
             ):
                 return opened.index
         if not any(holder.pid == os.getpid() for holder in self.holders):
@@ -202,9 +209,11 @@ class Survey:
 
     def _look_at(self, at: int, groups: dict[str, list[tuple[int, int]]]) -> None:
         holder = self.holders[at]
-        directory = f"/proc/{holder.pid}/fd"
+        directory = f"/proc/{holder.witness}/fd"
         numbers = sorted(set(map(int, os.listdir(directory))) - holder.left_out)
-        folder = os.open(f"/proc/{holder.pid}/fdinfo", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        folder = os.open(
+            f"/proc/{holder.witness}/fdinfo", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+        )
         try:
             for number in numbers:
                 link = os.readlink(f"{directory}/{number}")
@@ -223,7 +232,7 @@ class Survey:
 
         def order(one: tuple[int, int], other: tuple[int, int]) -> int:
             return kernel.compare_descriptions(
-                self.holders[one[0]].pid, one[1], other[1], self.holders[other[0]].pid
+                self.holders[one[0]].witness, one[1], other[1], self.holders[other[0]].witness
             )
 
         groups: list[list[tuple[int, int]]] = []
@@ -380,7 +389,7 @@ def describe_together(holders: Sequence[Holder], objects: ObjectSink) -> list[di
                 pid=pid,
             ) from error
         for holder in holders:
-            if not os.path.isdir(f"/proc/{holder.pid}/fd"):
+            if not os.path.isdir(f"/proc/{holder.witness}/fd"):
                 raise NotFound(f"process {holder.pid} is gone", pid=holder.pid) from error
         raise KernelError(
             f"cannot describe the descriptors of process {pid} ({error.filename or 'system call'})",

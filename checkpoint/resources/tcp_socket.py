@@ -184,7 +184,7 @@ def _find_peer(opened: Opened, survey: Survey) -> Opened | None:
 def _aimed_at(opened: Opened) -> list[Any] | None:
     """Where a connection that is not yet established goes (getpeername does not tell)."""
     name = "tcp6" if _family(opened) == socket.AF_INET6 else "tcp"
-    with open(f"/proc/{opened.survey.pid}/net/{name}", encoding="ascii") as file:
+    with open(f"/proc/{opened.survey.witness}/net/{name}", encoding="ascii") as file:
         for line in file:
             words = line.split()
             if len(words) > 9 and words[9] == str(opened.status.st_ino):
@@ -261,7 +261,7 @@ def _crowded(survey: Survey) -> list[tuple[int, tuple[str, int]]]:
 def _received_unaccepted(opened: Opened, ends: tuple[tuple[str, int], tuple[str, int]]) -> bool:
     """Whether the unaccepted other end has bytes in its queue, from /proc/net/tcp."""
     for name in ("tcp", "tcp6"):
-        path = f"/proc/{opened.survey.pid}/net/{name}"
+        path = f"/proc/{opened.survey.witness}/net/{name}"
         with contextlib.suppress(FileNotFoundError), open(path, encoding="ascii") as file:
             next(file)
             for line in file:

@@ -42,8 +42,8 @@ class UnixSocket(Kind):
             entry["name"] = state.address_to_json(sock.getsockname())
             entry["shutdown"] = facts.shutdown
             if isinstance(entry["name"], str):
-                entry["file"] = _describe_file(entry["name"], facts, opened.pid)
-                entry["folder"] = os.readlink(f"/proc/{opened.pid}/cwd")
+                entry["file"] = _describe_file(entry["name"], facts, opened.witness)
+                entry["folder"] = os.readlink(f"/proc/{opened.witness}/cwd")
             if facts.state == kernel.TCP_LISTEN:
                 return entry | {"form": "listening", "backlog": facts.send_queue}
             entry["failed"] = bool(kernel.readiness(sock) & select.POLLERR)

@@ -581,9 +581,8 @@ def test_without_rights() -> None:
         assert subject.ask("hello") == "hello"
 
 
-@pytest.mark.shows("refused", "a process whose main thread has ended while others live")
 def test_main_thread_has_ended() -> None:
-    """A process whose main thread has ended while others live is refused, and they live on."""
+    """Where the main thread has ended while others live one of them speaks; they live on."""
     code = """
 def serve():
     while (line := hear()): say(line)
@@ -595,16 +594,18 @@ libc.syscall(60, 0)
     with living(code) as subject:
         subject.await_state("Z")
 
-        def refuse() -> None:
-            with pytest.raises(Unsupported, match="main thread"):
-                Tracee(subject.pid).seize()
+        def speak() -> None:
+            with stopped(subject.pid) as tracee:
+                assert subject.pid not in tracee.threads
+                tracee.prepare()
+                assert tracee.run_one(tracee.speaker, Call(SYS_GETPID)) == subject.pid
 
-        assert in_child(refuse, timeout_s=10) == 0
+        assert in_child(speak, timeout_s=10) == 0
         assert subject.ask("hello") == "hello"
 
 
 def test_main_thread_ends_while_it_is_seized() -> None:
-    """It ends after it was seized and before it stopped: refused at once, and the others go on."""
+    """It ends after it was seized and before it stopped: another speaks, and they go on."""
     code = """
 def serve():
     while (line := hear()) != "end": say(line)
@@ -623,14 +624,15 @@ libc.syscall(60, 0)
                 subject.await_state("Z")
             interrupt(tid)
 
-        def refuse() -> None:
+        def speak() -> None:
             ptrace.interrupt = wait_and_interrupt
             began = time.monotonic()
-            with pytest.raises(Unsupported, match="main thread"):
-                Tracee(subject.pid).seize()
+            with stopped(subject.pid) as tracee:
+                tracee.prepare()
+                assert tracee.run_one(tracee.speaker, Call(SYS_GETPID)) == subject.pid
             assert time.monotonic() < began + 5
 
-        assert in_child(refuse) == 0
+        assert in_child(speak) == 0
         assert subject.ask("hello") == "hello"
 
 

@@ -156,7 +156,7 @@ class Watch:
 
     def _list_sockets(self) -> None:
         """Renew what is known of its descriptors, if it may have changed."""
-        folder = f"/proc/{proc.witness(self._pid)}/fd"
+        folder = f"{self._find_folder()}/fd"
         number = os.stat(folder).st_size  # how many it has open, Linux 6.2
         self._listed -= 1
         if number and number == self._descriptors and self._listed > 0:
@@ -176,8 +176,13 @@ class Watch:
         self._inodes = frozenset(inodes)
         self._had_terminal = self._find_terminal()
 
+    def _find_folder(self) -> str:
+        """Where its descriptors are shown."""
+        task = proc.witness(self._pid)
+        return self._folder if task == self._pid else f"/proc/{task}"
+
     def _find_terminal(self) -> Terminal | None:
-        path = f"/proc/{proc.witness(self._pid)}/fd/0"
+        path = f"{self._find_folder()}/fd/0"
         try:
             found = os.stat(path)
             if stat.S_ISCHR(found.st_mode) and os.major(found.st_rdev) in _TERMINAL_MAJORS:

@@ -210,9 +210,8 @@ def release(
         choose=lambda ranges: heat.choose(ranges, wanted_bytes),
         progress=progress,
     )
-    memory.clear_access_bits(
-        proc.witness(pid)
-    )  # ours: what was read for the checkpoint counts as touched
+    # Ours: what was read for the checkpoint counts as touched.
+    memory.clear_access_bits(proc.witness(pid))
     _remove_earlier(store, report.image)
     return Round(
         report.resident_before_bytes,

@@ -466,7 +466,7 @@ class Tracee:
         leader.runs = False
 
     def end_leader(self, status: int) -> None:
-        """Have the main thread end, alone, with that status, waitpid(2), and wait until it has.
+        """Have the main thread end, alone, with that status (proc_pid_stat(5)), and wait for it.
 
         It is let go first: as long as somebody traces it its parent would not hear of the end of
         the process. Should we die the kernel kills the others, and with them all of the process.

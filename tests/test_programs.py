@@ -358,16 +358,6 @@ def test_what_a_descendant_has(start: Start, lzy: CommandLine, name: str) -> Non
     program.prove()
 
 
-def test_process_ends_as_its_main_thread_did(start: Start, lzy: CommandLine) -> None:
-    """Where the main thread ended long ago, its status is that of the process, after a move too."""
-    program = start("dead_main_thread").await_ready()
-    lzy.dump(program)
-    lzy.restore(program)
-    program.say("end")
-    assert wait_readable([program.pidfd], PATIENCE_S)
-    assert os.waitpid(program.pid, 0) == (program.pid, 7 << 8)  # It was left to us.
-
-
 @pytest.mark.parametrize(
     "stage", ["dump.seized", "dump.prepared", "dump.described", "dump.split", "dump.committed"]
 )

@@ -88,7 +88,7 @@ def talk() -> None:
     os.waitpid(child, 0)
     asked.put(False)
     ends(worker)
-    libc.syscall(60, 0)  # alone, so that the process ends as its main thread did
+    os._exit(0)
 
 
 class MainThread:

@@ -268,6 +268,8 @@ class Message:
         """The address as Python's socket module writes it; None or empty if there is none."""
         self.descriptors = descriptors
         """Duplicates of those that are under way with it (SCM_RIGHTS); ours to close."""
+        self.descriptions: list[int | None] = []
+        """What they are, once somebody has taken them to look."""
 
     def close(self) -> None:
         """Close the duplicates."""
@@ -321,6 +323,18 @@ def peek_messages(sock: socket.socket, largest_bytes: int, *, ended: bool) -> li
     finally:
         sock.setsockopt(socket.SOL_SOCKET, SO_PEEK_OFF, offset)
     return messages
+
+
+def most_pieces(sender: int) -> int:
+    """In how many pieces, at most, what is under way from a unix stream socket was sent.
+
+    All that is under way is on its sender's account, with the room that the kernel has made for it
+    (SIOCOUTQ; sock_alloc_send_pskb), and there is least room in a piece of a single byte.
+    """
+    one, two = socket.socketpair()
+    with one, two:
+        one.send(b"x")
+        return queued_to_send(sender) // queued_to_send(one.fileno())
 
 
 def _peek(sock: socket.socket, largest_bytes: int) -> Message | None:

@@ -97,6 +97,9 @@ class Kind:
         """Tell whether the description is of this kind."""
         raise NotImplementedError
 
+    def look(self, opened: Opened, survey: Survey) -> None:
+        """Find what is open only by way of it; before any is described, for all are neighbours."""
+
     def describe(self, opened: Opened, survey: Survey) -> Entry:
         """Say how to make it again, without changing it; raise Unsupported if that cannot be."""
         raise NotImplementedError

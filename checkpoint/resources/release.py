@@ -35,6 +35,8 @@ def hold_connections(
         found.update({place["description"]: (owner, int(n)) for n, place in places.items()})
     try:
         for index, entry in enumerate(table["descriptions"]):
+            if index not in found:
+                continue  # it is under way, and open nowhere
             if entry["kind"] == "tcp_socket" and entry["form"] != "listening":
                 fd = kernel.duplicate_from(*found[index])
                 held.append((fd, entry["form"] in ("connected", "waiting")))

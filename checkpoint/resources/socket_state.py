@@ -16,7 +16,7 @@ from ..linux import sockets as kernel
 if TYPE_CHECKING:
     from .assembly import Assembly
     from .kind import Entry
-    from .survey import Opened
+    from .survey import Opened, Survey
 
 
 @contextmanager
@@ -100,17 +100,28 @@ def settle_options(sock: socket.socket, entry: Entry) -> None:
     kernel.set_buffer_bytes(sock, entry["send_buffer_bytes"], entry["receive_buffer_bytes"])
 
 
-def peek(opened: Opened, sock: socket.socket, *, ended: bool = False) -> list[dict[str, Any]]:
+def peek(opened: Opened, sock: socket.socket) -> list[dict[str, Any]]:
     """The receive queue as `[{"data": base64, "from": address}]`; nothing is consumed."""
+    return describe_messages(opened, sock, look_at_queue(sock))
+
+
+def look_at_queue(sock: socket.socket, *, ended: bool = False) -> list[kernel.Message]:
+    """Everything in the receive queue; nothing is consumed. `ended`: nothing more can come."""
     largest_bytes = max(1 << 20, 2 * sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF))
-    messages = kernel.peek_messages(sock, largest_bytes, ended=ended)
-    if any(message.descriptors for message in messages):
-        try:
-            is_stream = sock.type == socket.SOCK_STREAM
-            return [_describe_message(opened, message, is_stream) for message in messages]
-        finally:
-            for message in messages:
-                message.close()
+    return kernel.peek_messages(sock, largest_bytes, ended=ended)
+
+
+def describe_messages(
+    opened: Opened,
+    sock: socket.socket,
+    messages: list[kernel.Message],
+    sender: Opened | None = None,
+) -> list[dict[str, Any]]:
+    """As `peek`, of what was looked at; `sender` is the other end of a stream, if it is there."""
+    if any(message.descriptions for message in messages):
+        if sock.type == socket.SOCK_STREAM:
+            _refuse_unclear(opened, messages, sender)
+        return [_describe_message(opened, message) for message in messages]
     if sock.type == socket.SOCK_STREAM:
         data = b"".join(message.data for message in messages)
         return [{"data": encode(data)}] if data else []
@@ -120,33 +131,49 @@ def peek(opened: Opened, sock: socket.socket, *, ended: bool = False) -> list[di
     ]
 
 
-_MAY_TRAVEL = ("file", "memfd", "device", "eventfd", "timerfd", "signalfd")
+_MAY_TRAVEL = (
+    "file", "memfd", "device", "eventfd", "timerfd", "signalfd",
+    "pipe", "unix_socket", "tcp_socket", "udp_socket",
+)  # fmt: skip
 
 
-def _describe_message(opened: Opened, message: kernel.Message, is_stream: bool) -> dict[str, Any]:
-    """A message with what is under way in it (SCM_RIGHTS), as indexes of descriptions.
+def find_travelling(messages: list[kernel.Message], survey: Survey) -> None:
+    """Say of each message which descriptions are under way in it (SCM_RIGHTS)."""
+    for message in messages:
+        survey.duplicates += message.descriptors
+        taken, message.descriptors = message.descriptors, []
+        message.descriptions = [survey.find_travelling(fd, _MAY_TRAVEL) for fd in taken]
 
-    A look at a stream gives descriptors together with whatever bytes come before (the kernel's
-    unix_stream_read_generic), so only of a single byte is it known that it brings them.
+
+def _refuse_unclear(opened: Opened, messages: list[kernel.Message], sender: Opened | None) -> None:
+    """Raise Unsupported if nothing tells with which bytes of a stream its descriptors were sent.
+
+    A look at a stream gives descriptors together with whatever bytes come before, up to the last of
+    those that they were sent with, however short the look (the kernel's unix_stream_read_generic).
+    So it is known of a single byte; and of several if no more pieces are under way than were seen.
     """
-    if is_stream and message.descriptors and len(message.data) > 1:
+    unclear = [message for message in messages if message.descriptions and len(message.data) > 1]
+    if unclear and (sender is None or kernel.most_pieces(sender.fd) > len(messages)):
         raise opened.refusal(
             "descriptors are on their way through it (SCM_RIGHTS), and nothing tells with which "
-            f"of {len(message.data)} bytes",
+            f"of {len(unclear[0].data)} bytes",
             "let the process receive them, then dump again",
         )
+
+
+def _describe_message(opened: Opened, message: kernel.Message) -> dict[str, Any]:
+    """A message with what is under way in it (SCM_RIGHTS), as indexes of descriptions."""
     described: dict[str, Any] = {
         "data": encode(message.data),
         "from": address_to_json(message.sender),
     }
-    while message.descriptors:
-        found = opened.survey.find_travelling(message.descriptors.pop(0), _MAY_TRAVEL)
-        if found is None:
-            raise opened.refusal(
-                "a descriptor is on its way through it (SCM_RIGHTS) that no process has open",
-                "let the process receive it, then dump again",
-            )
-        described.setdefault("descriptors", []).append(found)
+    if None in message.descriptions:
+        raise opened.refusal(
+            "a descriptor is on its way through it (SCM_RIGHTS) that no process has open",
+            "let the process receive it, then dump again",
+        )
+    if message.descriptions:
+        described["descriptors"] = message.descriptions
     return described
 
 

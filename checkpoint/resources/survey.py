@@ -159,12 +159,11 @@ class Survey:
         return self.once(("of kind", names), find)
 
     def find_travelling(self, fd: int, kinds: Sequence[str]) -> int | None:
-        """The index of the description behind `fd`, ours from now on, a duplicate of one under way.
+        """The index of the description behind `fd`, a duplicate of ours of one that is under way.
 
         If no process has it open it is taken into account as one of ours, if it is of one of
-        `kinds`, which have no neighbours; else None.
+        `kinds`; else None. Only while kinds look, before any is described.
         """
-        self.duplicates.append(fd)
         link = os.readlink(f"/proc/self/fd/{fd}")
         for opened in self.opened:
             if opened.link == link and not kernel.compare_descriptions(
@@ -179,7 +178,10 @@ class Survey:
         with open(f"/proc/self/fdinfo/{fd}", encoding="ascii") as file:
             self.links[place], self.information[place] = link, file.read()
         opened = Opened(self, len(self.opened), [place])
-        kind = _kind_of(opened)
+        try:
+            kind = _kind_of(opened)
+        except Unsupported:
+            return None
         if kind.name not in kinds:
             return None
         self.opened.append(opened)
@@ -206,6 +208,8 @@ class Survey:
                 self.refuse(error)
                 kind = Kind()
             self.kinds.append(kind)
+        for opened, kind in zip(self.opened, self.kinds, strict=True):  # and those found meanwhile
+            kind.look(opened, self)
 
     def _look_at(self, at: int, groups: dict[str, list[tuple[int, int]]]) -> None:
         holder = self.holders[at]

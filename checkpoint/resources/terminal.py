@@ -207,6 +207,8 @@ def _find_controls(survey: Survey) -> dict[tuple[int, int], dict[str, Any]]:
     """What `controls` says of (0, device), and of (pid, /dev/tty) for each process."""
     found: dict[tuple[int, int], dict[str, Any]] = {}
     for holder in survey.holders:
+        if holder.pid == os.getpid():  # what is under way is held by us meanwhile
+            continue
         if control := _find_control(holder.pid):
             device = control.pop("device")
             controls = {"controls": control}

@@ -35,6 +35,10 @@ class UnixSocket(Kind):
     def claims(self, opened: Opened) -> bool:
         return state.is_socket_of(opened, (socket.AF_UNIX,), (0,))
 
+    def look(self, opened: Opened, survey: Survey) -> None:
+        with contextlib.suppress(LzyError):  # then it is refused, when it is described
+            state.find_travelling(_messages(opened), survey)
+
     def describe(self, opened: Opened, survey: Survey) -> Entry:
         with state.borrowed(opened.fd) as sock:
             entry = state.describe_socket(opened, sock)
@@ -47,17 +51,21 @@ class UnixSocket(Kind):
             if facts.state == kernel.TCP_LISTEN:
                 return entry | {"form": "listening", "backlog": facts.send_queue}
             entry["failed"] = bool(kernel.readiness(sock) & select.POLLERR)
-            ended = bool(facts.shutdown & kernel.SHUT_READ_BIT)
-            entry["messages"] = state.peek(opened, sock, ended=ended)
-            return entry | self._describe_peer(opened, sock, facts, survey)
+            by_inode = {other.status.st_ino: other for other in survey.of_kind(self.name)}
+            peer = by_inode.get(facts.peer_inode or 0)
+            entry["messages"] = state.describe_messages(opened, sock, _messages(opened), peer)
+            return entry | self._describe_peer(opened, sock, facts, by_inode)
 
     def _describe_peer(
-        self, opened: Opened, sock: socket.socket, facts: kernel.UnixState, survey: Survey
+        self,
+        opened: Opened,
+        sock: socket.socket,
+        facts: kernel.UnixState,
+        by_inode: dict[int, Opened],
     ) -> Entry:
         if facts.peer_inode is None:
             # A stream's peer stays known after its death; without one it never was connected.
             return {"form": "unconnected"}
-        by_inode = {other.status.st_ino: other for other in survey.of_kind(self.name)}
         if peer := by_inode.get(facts.peer_inode):
             return {"form": "connected", "peer": peer.index}
         own = opened.status.st_ino
@@ -134,6 +142,20 @@ def _facts(opened: Opened) -> kernel.UnixState:
     return opened.survey.once(("unix", inode), ask)
 
 
+def _messages(opened: Opened) -> list[kernel.Message]:
+    """What is in its queue, looked at once: a second look passes over empty messages."""
+
+    def look() -> list[kernel.Message]:
+        facts = _facts(opened)
+        if facts.state == kernel.TCP_LISTEN:
+            return []
+        with state.borrowed(opened.fd) as sock:
+            ended = bool(facts.shutdown & kernel.SHUT_READ_BIT)
+            return state.look_at_queue(sock, ended=ended)
+
+    return opened.survey.once(("unix messages", opened.index), look)
+
+
 # --- making ----------------------------------------------------------------------------------
 
 
@@ -147,11 +169,13 @@ def _make_connected(index: int, entry: Entry, assembly: Assembly) -> None:
         _make_datagram(index, entry, assembly)
         return
     one, two = _pair(index, other_index, assembly)
-    if entry["type"] != socket.SOCK_DGRAM:
-        _queue(one, other["messages"], assembly)
-        _queue(two, entry["messages"], assembly)
+    # First of all they are there: they may be under way in themselves, or in one another.
     assembly.adopt(index, one.detach())
     assembly.adopt(other_index, two.detach())
+    if entry["type"] != socket.SOCK_DGRAM:
+        for sender, messages in ((index, other["messages"]), (other_index, entry["messages"])):
+            with state.borrowed(assembly.local[sender]) as sock:
+                _queue(sock, messages, assembly)
 
 
 def _pair(index: int, other_index: int, assembly: Assembly) -> tuple[socket.socket, socket.socket]:
@@ -212,11 +236,12 @@ def _make_gone(index: int, entry: Entry, assembly: Assembly) -> None:
         assembly.adopt(index, os.open(os.devnull, flags))
         return
     own, gone = socket.socketpair(entry["family"], entry["type"], entry["protocol"])
-    _queue(gone, entry["messages"], assembly)
-    if entry["failed"]:
-        own.send(b"x")  # to be closed with something unread is what resets the other end
-    gone.close()
     assembly.adopt(index, own.detach())
+    _queue(gone, entry["messages"], assembly)
+    if entry["failed"]:  # to be closed with something unread is what resets the other end
+        with state.borrowed(assembly.local[index]) as sock:
+            sock.send(b"x")
+    gone.close()
 
 
 def _is_stand_in(index: int, entry: Entry, assembly: Assembly) -> bool:
@@ -305,7 +330,9 @@ def _queue(sender: socket.socket, messages: list[dict[str, Any]], assembly: Asse
         kernel.set_buffer_bytes(sender, room, None)
     sender.setblocking(False)
     for piece, rights in zip(pieces, travelling, strict=True):
-        sender.sendmsg([piece], rights)
+        done = sender.sendmsg([piece], rights)
+        while done < len(piece):  # of a stream only; the first bytes bring the descriptors
+            done += sender.send(piece[done:])
 
 
 def _rights(message: dict[str, Any], assembly: Assembly) -> list[tuple[int, int, bytes]]:

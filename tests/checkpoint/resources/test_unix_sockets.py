@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import socket
 from pathlib import Path
 from typing import Any
@@ -311,15 +312,55 @@ def test_looking_at_descriptors_on_their_way_takes_nothing(cycle: Any) -> None:
     assert len(os.listdir("/proc/self/fd")) == before + 1  # the pidfd of the child
 
 
-@pytest.mark.shows("refused", "descriptors under way in a unix stream with more than a byte")
-def test_descriptors_with_some_bytes_of_a_stream_are_refused(cycle: Any) -> None:
-    """Nobody can tell which of the bytes brings them."""
+def send_with_counts(sender: socket.socket, pieces: list[tuple[bytes, int]]) -> None:
+    """Each piece in a message of its own, with so many eventfds that count where it is sent."""
+    at = 0
+    for piece, count in pieces:
+        counts = [os.eventfd(at + 1) for _ in range(count)]
+        socket.send_fds(sender, [piece], counts) if counts else sender.send(piece)
+        for descriptor in counts:
+            os.close(descriptor)
+        at += len(piece)
+
+
+@pytest.mark.parametrize("passing", [False, True], ids=["plain", "with credentials"])
+def test_descriptors_in_a_stream_arrive_with_their_bytes(cycle: Any, passing: bool) -> None:
+    """Each is received with the first of the bytes it was sent with, and not with others."""
+    sent = [(b"bytes", 1), (b"more of them", 2), (b"x", 1), (b"and so on", 3), (b"no more", 0)]
+
+    def hold() -> Any:
+        one, two = socket.socketpair()
+        if passing:
+            two.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+        send_with_counts(one, sent)
+        return one.detach(), two.detach()
+
+    def prove(state: Any) -> Any:
+        heard, found = b"", []
+        with socket.socket(fileno=state[1]) as two:
+            assert two.getsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED) == passing
+            two.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 0)
+            while len(heard) < sum(len(piece) for piece, _ in sent):
+                data, fds, _, _ = socket.recv_fds(two, 1, 8)  # a byte at a time: who brings what
+                heard += data
+                found += [(len(heard), os.eventfd_read(fd)) for fd in fds]
+        return heard, found
+
+    heard, found = cycle(hold, prove)
+    assert heard == b"".join(piece for piece, _ in sent)
+    assert len(found) == sum(count for _, count in sent)
+    assert all(at == count for at, count in found)
+
+
+@pytest.mark.shows("refused", "descriptors under way in a unix stream behind bytes sent without")
+@pytest.mark.parametrize("pieces", [[(b"before", 0), (b"with", 1)], [(b"x" * 5000, 1)]])
+def test_descriptors_with_unknown_bytes_of_a_stream_are_refused(cycle: Any, pieces: Any) -> None:
+    """Where there may be several pieces nobody can tell which of the bytes brings them."""
     from lzy.checkpoint.errors import Unsupported
 
     def hold() -> Any:
         one, two = socket.socketpair()
-        one.send(b"before")
-        socket.send_fds(one, [b"x"], [0])
+        send_with_counts(one, pieces)
         return one.detach(), two.detach()
 
     with pytest.raises(Unsupported, match="SCM_RIGHTS") as caught:
@@ -327,17 +368,62 @@ def test_descriptors_with_some_bytes_of_a_stream_are_refused(cycle: Any) -> None
     assert caught.value.remedy
 
 
-@pytest.mark.shows("refused", "an end of a pipe or socket under way that no process has open")
-def test_an_end_that_only_travels_is_refused(cycle: Any) -> None:
-    """Of a pipe whose end nobody has open, the neighbours cannot be found."""
-    from lzy.checkpoint.errors import Unsupported
+@pytest.mark.shows("survives", "ends of pipes and sockets that are under way and open nowhere else")
+def test_ends_that_only_travel_arrive(cycle: Any) -> None:
+    """As servers hand connections to workers: with what is queued in them, one within another."""
 
     def hold() -> Any:
         one, two = socket.socketpair()
         read, write = os.pipe()
-        socket.send_fds(one, [b"x"], [read])
+        near, far = socket.socketpair()
+        inner, outer = socket.socketpair()
+        os.write(write, b"in the pipe")
+        os.write(os.dup(outer.fileno()), b"deeper")
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            client = socket.create_connection(server.getsockname())
+            accepted, _ = server.accept()
+        client.sendall(b"request")
+        socket.send_fds(far, [b"queued!"], [inner.fileno()])
+        inner.close()
+        socket.send_fds(one, [b"x"], [read, near.fileno(), accepted.fileno()])
         os.close(read)
-        return one.detach(), two.detach(), write
+        near.close()
+        accepted.close()
+        kept = [it.detach() for it in (one, two, far, outer, client)]
+        return [*kept, write]
+
+    def prove(state: Any) -> Any:
+        _one, two, far, outer, client = (socket.socket(fileno=fd) for fd in state[:5])
+        _, (read, near, accepted), _, _ = socket.recv_fds(two, 9, 9)
+        os.write(state[5], b" and more")
+        heard = [os.read(read, 99)]
+        with socket.socket(fileno=near) as near, socket.socket(fileno=accepted) as accepted:
+            data, (inner,), _, _ = socket.recv_fds(near, 7, 9)
+            heard += [data, os.read(inner, 99), accepted.recv(99)]
+            for sender, receiver in ((accepted, client), (near, far)):
+                sender.send(b"answer")
+                heard.append(receiver.recv(9))
+            os.write(inner, b"out")
+            heard.append(outer.recv(9))
+        os.close(inner)
+        os.close(read)
+        return heard
+
+    assert cycle(hold, prove) == [
+        b"in the pipe and more", b"queued!", b"deeper", b"request", b"answer", b"answer", b"out",
+    ]  # fmt: skip
+
+
+@pytest.mark.shows("refused", "an epoll or the like under way that no process has open")
+def test_an_epoll_that_only_travels_is_refused(cycle: Any) -> None:
+    """What it watches it knows under the numbers of a process that has it open."""
+    from lzy.checkpoint.errors import Unsupported
+
+    def hold() -> Any:
+        one, two = socket.socketpair()
+        with select.epoll() as epoll:
+            socket.send_fds(one, [b"x"], [epoll.fileno()])
+        return one.detach(), two.detach()
 
     with pytest.raises(Unsupported, match="SCM_RIGHTS") as caught:
         cycle.describe(hold)

@@ -119,7 +119,7 @@ class MemberMemory:
             park += vma.length
         for start, end in subtract(join_ranges(gone), kept):
             if batch.full:
-                tracee.run(tracee.threads[tracee.pid], batch)
+                tracee.run(tracee.speaker, batch)
                 batch = tracee.batch()
             batch.call(process.SYS_MUNMAP, start, end - start)
         for place, length, target_start in parked:

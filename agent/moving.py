@@ -28,7 +28,7 @@ from ..checkpoint.errors import Busy, Incompatible, LzyError, NotFound
 from ..checkpoint.stages import reach
 from ..checkpoint.store import Store
 from .authority import node_subject
-from .operations import CHECKPOINT, MIGRATE, PREPARE, WAKE, Order
+from .operations import CHECKPOINT, MIGRATE, PREPARE, VERIFY, WAKE, Order
 from .session import Session
 from .state import (
     ACCEPTED,
@@ -68,6 +68,7 @@ class Mover:
         self._agent = agent
         self._leaving: set[str] = set()
         self._making: dict[tuple[str, int], asyncio.Task[dict[str, Any]]] = {}
+        self._prepared: dict[tuple[str, int], str] = {}
 
     def is_leaving(self, name: str) -> bool:
         """Whether a move of that session is under way now."""
@@ -137,7 +138,7 @@ class Mover:
                 moving = {"node": target.node, "address": target.address, "epoch": target.epoch,
                           "was_living": living, "wake": living or wake}  # fmt: skip
                 if session.is_living:
-                    await self._stop(session, moving, actor_uid, progress, report)
+                    await self._stop(session, target, moving, actor_uid, progress, report)
                 if session.record.moving.get("step") != ASKED:
                     agent.update(session, moving={**moving, "step": ASKED})
         except BaseException:
@@ -186,12 +187,24 @@ class Mover:
             done = await self._agent.operate(
                 session, CHECKPOINT, why="ahead of a move", actor_uid=actor_uid, progress=progress
             )
-            await target.prepare(done["image"], report)
+            ahead = target.prepare(done["image"], report)
             report["rounds"] += 1
             stored = int(done["stored_bytes"])
+            if not target.verified:  # what it writes until that is done goes ahead as well
+                await asyncio.gather(ahead, self._verify(session, target, done["image"]))
+                before = stored
+                continue
+            await ahead
             if stored <= _SMALL_BYTES or (before and stored > before / 2):
                 return
             before = stored
+
+    async def _verify(self, session: Session, target: _Target, image: str) -> None:
+        """Read all of an image that the last dump will build upon, so that it need not."""
+        order = self._agent.order_of(session.record, VERIFY, "ahead of a move", image)
+        order = order._replace(lock=order.lock.with_suffix(".verify"))  # nothing is done to it
+        self._agent.unpack(await self._agent.children.run(order, lambda _: None))
+        target.verified = image
 
     def _check_unchanged(self, session: Session, target: _Target) -> None:
         record = session.record
@@ -205,6 +218,7 @@ class Mover:
     async def _stop(
         self,
         session: Session,
+        target: _Target,
         moving: dict[str, Any],
         actor_uid: int | None,
         progress: Progress | None,
@@ -213,8 +227,10 @@ class Mover:
         """Dump it to its end; if that fails, it runs on and is not on its way any more."""
         agent = self._agent
         agent.update(session, moving={**moving, "step": STOPPING})
+        reach("move.stopping")
         try:
             order = agent.order(session, MIGRATE, f"migrate to {moving['node']}")
+            order = order._replace(verified=target.verified)
             done = await agent.carry_out(session, order, actor_uid, progress)
         except BaseException:
             if session.is_living:
@@ -333,7 +349,9 @@ class Mover:
         arrival = self._expect(name, epoch)
         order = self._order(PREPARE, arrival, image)
         outcome = await self._agent.children.run(order, lambda _: None)
-        return self._agent.unpack(outcome)
+        done = self._agent.unpack(outcome)
+        self._prepared[name, epoch] = image
+        return done
 
     def _expect(self, name: str, epoch: int) -> Arrival:
         arrival = self._agent.state.arrival(name, epoch)
@@ -370,6 +388,7 @@ class Mover:
         making = asyncio.ensure_future(self._make(arrival, asked))
         self._making[name, epoch] = making
         making.add_done_callback(lambda _: self._making.pop((name, epoch), None))
+        making.add_done_callback(lambda _: self._prepared.pop((name, epoch), None))
         making.add_done_callback(lambda done: done.cancelled() or done.exception())
         return await asyncio.shield(making)
 
@@ -392,7 +411,12 @@ class Mover:
                 order = self._order(PREPARE, arrival, record.image)
                 agent.unpack(await agent.children.run(order, lambda _: None))
             if asked["wake"]:
-                report = await agent.operate(session, WAKE, why=f"comes from {arrival.source}")
+                report = await agent.operate(
+                    session,
+                    WAKE,
+                    why=f"comes from {arrival.source}",
+                    prepared=self._prepared.get((arrival.name, arrival.epoch), ""),
+                )
         except LzyError as error:
             failure = error.message
         async with session.lock:
@@ -433,6 +457,7 @@ class Mover:
     def forget(self, name: str, epoch: int) -> dict[str, Any]:
         """An offer was withdrawn before its session stopped; the same may be offered again."""
         self._agent.state.forget_offer(name, epoch)
+        self._prepared.pop((name, epoch), None)
         return {}
 
     def conclude_all(self) -> None:
@@ -455,6 +480,8 @@ class _Target:
         self._agent, self.name, self.node, self.address, self.epoch = (
             agent, name, node, address, epoch,
         )  # fmt: skip
+        self.verified = ""
+        """The image of which all was read ahead of the move."""
 
     async def ask(self, verb: str, body: dict[str, Any], timeout_s: float = 60) -> dict[str, Any]:
         path = f"/v1/arrivals/{self.name}/{self.epoch}/{verb}"

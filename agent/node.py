@@ -258,6 +258,7 @@ class Agent:
         actor_uid: int | None = None,
         image: str = "",
         terminal: str = "",
+        prepared: str = "",
         progress: Progress | None = None,
         still_wanted: Callable[[], None] | None = None,
     ) -> dict[str, Any]:
@@ -279,6 +280,7 @@ class Agent:
                 if still_wanted:
                     still_wanted()
                 order = self.order(session, verb, why, image, terminal)
+                order = order._replace(prepared=prepared)
                 return await self.carry_out(session, order, actor_uid, progress)
         finally:
             session.waiting -= 1

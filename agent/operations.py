@@ -50,9 +50,10 @@ if TYPE_CHECKING:
     from ..checkpoint.image import Image
 
 CHECKPOINT, HIBERNATE, WAKE, DOZE, ROUSE = "checkpoint", "hibernate", "wake", "doze", "rouse"
-MIGRATE, PREPARE = "migrate", "prepare"
+MIGRATE, PREPARE, VERIFY = "migrate", "prepare", "verify"
 _LOCK_PATIENCE_S = 20.0
 _TELL_EVERY_S = 0.2
+_TAKES_DOWN_AFTER_S = 1.0
 
 Report = dict[str, Any]
 
@@ -77,6 +78,10 @@ class Order(NamedTuple):
     peer_subject: str = ""
     fleet: str = ""
     """and our certificates."""
+    prepared: str = ""
+    """Of an arrival: the image that was looked at just before, which has most of its packs."""
+    verified: str = ""
+    """Of a migration: the image that was read and found right just before."""
     listeners: dict[str, int] = {}  # noqa: RUF012 - never changed in place
     """Sockets that were kept for the session while it slept, by address."""
 
@@ -154,6 +159,8 @@ def _live(order: Order, writing: int) -> NoReturn:
         sys.stderr.flush()
         words = f"cannot {order.verb} {order.record.name}: {type(error).__name__}: {error}"
         teller.tell({"error": errors.describe(LzyError(words, remedy="see the agent's log"))})
+    if order.verb == MIGRATE:  # what it left to be taken down would be in the way of its next life
+        time.sleep(_TAKES_DOWN_AFTER_S)
     os._exit(0)
 
 
@@ -231,8 +238,20 @@ def _hibernate(order: Order, store: Store, teller: _Teller) -> Report:
 def _migrate(order: Order, store: Store, teller: _Teller) -> Report:
     record = _prepare(order, store)
     with hold_input(record.name):
-        report = dump(record.pid, store, name=record.name, why="migrate", progress=teller.progress)
+        report = dump(
+            record.pid,
+            store,
+            name=record.name,
+            why="migrate",
+            take_down=False,  # it stands still until we have said that it is gone
+            verified=order.verified,
+            progress=teller.progress,
+        )
     return {**report._asdict(), **_image_facts(store, record.name, report.image)}
+
+
+def _verify(order: Order, store: Store, teller: _Teller) -> Report:
+    return store.verify(order.image, teller.progress)._asdict()
 
 
 def _prepare_arrival(order: Order, store: Store, teller: _Teller) -> Report:
@@ -280,7 +299,11 @@ def _wake(order: Order, store: Store, teller: _Teller) -> Report:
     if living := find_living(store, record):
         return {"pid": living.pid, "start_time": living.start_time, "already": True}
     name = require_image(store, order.image or record.image or record.name)
-    with store.load(name) as image:
+    known: frozenset[bytes] = frozenset()
+    if order.prepared:
+        with store.load_unchecked(order.prepared) as before:
+            known = frozenset(pack for pack, _ in before.packs)
+    with store.load(name, known=known) as image:
         kept = find_terminal(record.name, record.owner_uid, image.document)
         options = _options(order._replace(terminal=kept or order.terminal), image)
         options = options._replace(listeners=order.listeners)
@@ -296,6 +319,7 @@ _VERBS = {
     HIBERNATE: _hibernate,
     MIGRATE: _migrate,
     PREPARE: _prepare_arrival,
+    VERIFY: _verify,
     DOZE: _doze,
     ROUSE: _rouse,
     WAKE: _wake,

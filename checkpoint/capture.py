@@ -22,7 +22,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from . import interrogate, proc, resources
+from . import interrogate, proc, resources, tracking
 from .away import Away, Doze, NotAsItIs, hold_pager, read_away
 from .beside import Beside
 from .bookkeeping import Bookkeeping
@@ -87,6 +87,8 @@ class Wishes(NamedTuple):
     carry_files: bool
     carry: Sequence[str]
     progress: Progress | None
+    take_down: bool = True
+    verified: str = ""
 
 
 class DumpReport(NamedTuple):
@@ -149,6 +151,7 @@ class Capture:
         self.written: list[Range] | None = None
         """What may have been written since `base`; None: any of it."""
         self.away = Away([], [])
+        self._is_known = False
         self.runs_on = False
         self.freeze_s = 0.0
         self.written_bytes = 0
@@ -235,7 +238,7 @@ class Capture:
             self.books.account = None
             self.base = self.store.load(doze.image)
         if self.base and not wishes.leave_running:  # what is taken from it is not read again
-            self.store.verify(self.base.name, wishes.progress)
+            self.store.verify(self.base.name, wishes.progress, known=wishes.verified)
 
     # -- while they stand still --------------------------------------------------------------------
 
@@ -257,6 +260,8 @@ class Capture:
                 reach("dump.prepared")
                 self.books.ask(opens=self._is_to_keep_account)
             subject.tracee.unmap_arena()
+        if not self.wishes.leave_running:
+            self.root.look_closely()
         refuse_sessions(self.tree, self.ended)
         reach("dump.asked")
 
@@ -293,9 +298,13 @@ class Capture:
             joined = not self.books.begun or self.books.begun.registered
             if joined and proc.read_bytes(root.witness, "maps") != now:
                 root.vmas = proc.mappings(self.pid)
+        elif self.books.account and not self.doze:
+            root.ranges, self.written = tracking.look_at_all(self.pid, root.vmas)
+            self._is_known = True
         else:
             self.written = self.books.read()
         if self.doze:
+            self._is_known = True
             with hold_pager(self.doze):
                 root.ranges = own_page_ranges(self.pid, root.vmas)
                 self.away = read_away(self.doze, root.ranges)
@@ -335,7 +344,7 @@ class Capture:
         for subject in self.tree:
             subject.settle(
                 as_seen=subject is root and self._is_as_seen,
-                dozes=self.doze is not None,
+                knows=subject is root and self._is_known,
                 goes_on=self.wishes.leave_running and not self.runs_on,
             )
         self.host = describe_host(
@@ -473,7 +482,7 @@ class Capture:
         else:
             self.freeze_s = time.monotonic() - self.frozen_at
             with Deferred():
-                end_tree(self.tree, self.ended, self.tables)
+                end_tree(self.tree, self.ended, self.tables, take_down=self.wishes.take_down)
             for subject in self.tree:
                 forget_lineage(subject.pid)
         reach("dump.ended")

@@ -18,7 +18,7 @@ from .linux import PAGE_BYTES, memory
 from .proc import Vma
 
 _RUNS_AT_ONCE = 512
-_CLOSE_BYTES = 1 << 20
+CLOSE_BYTES = 1 << 20
 
 
 def windows_of(ranges: Iterable[tuple[int, int]], window_pages: int) -> list[tuple[int, int]]:
@@ -77,7 +77,7 @@ def neighbourhoods(vmas: Iterable[Vma]) -> list[tuple[int, int]]:
     """
     found: list[tuple[int, int]] = []
     for vma in vmas:
-        if found and vma.start - found[-1][1] <= _CLOSE_BYTES:
+        if found and vma.start - found[-1][1] <= CLOSE_BYTES:
             found[-1] = (found[-1][0], vma.end)
         else:
             found.append((vma.start, vma.end))

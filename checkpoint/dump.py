@@ -40,6 +40,8 @@ def dump(
     rouse: bool = True,
     carry_files: bool = False,
     carry: Sequence[str] = (),
+    take_down: bool = True,
+    verified: str = "",
     progress: Progress | None = None,
 ) -> DumpReport:
     """Write an image of process `pid` and its descendants into `store`.
@@ -62,6 +64,12 @@ def dump(
     `carry_files`: mapped files travel in the image, too, and so do the files and folders of
     `carry`, whoever has them open (see `carried`).
 
+    Processes that are ended are gone when this returns. Unless `take_down` their memory may not be:
+    then it goes when ours does (see `remains`).
+
+    `verified`: an image of `store` of which all was just read and found right; what is taken from
+    it is not read once more.
+
     Raises NotFound, AccessDenied, Unsupported (naming what cannot be kept), Busy,
     StoreUnavailable; the process then runs on as before.
     """
@@ -78,8 +86,9 @@ def dump(
         variables = trim_if_idle(pid, notes)
 
     wishes = Wishes(
-        name, leave_running, window_pages, why, track, carry_files, tuple(carry), progress
-    )
+        name, leave_running, window_pages, why, track, carry_files, tuple(carry), progress,
+        take_down, verified,
+    )  # fmt: skip
 
     def write(doze: Doze | None) -> DumpReport:
         capture = Capture(pid, store, wishes, doze=doze, variables=variables, notes=notes)

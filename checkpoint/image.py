@@ -12,6 +12,7 @@ import json
 import os
 import struct
 from bisect import bisect_left
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import zstandard
@@ -434,11 +435,20 @@ class Image:
             self._buffers.append(buffer)
         return length_bytes
 
-    def check_packs(self) -> None:
-        """Check that each pack is there, has its size, header and trailer. Damaged if not."""
+    def check_packs(self, known: Collection[bytes] = ()) -> None:
+        """Check that each pack is there, has its size, header and trailer. Damaged if not.
+
+        Of the `known` ones, which the caller has just looked at, only that they have their size.
+        """
         for pack, length_bytes in self._packs:
             try:
-                found = read_trailer(self._files.open(pack).descriptor, pack)[0]
+                if pack in known:
+                    found = os.stat(pack_file(pack), dir_fd=self._folder).st_size
+                else:
+                    found = read_trailer(self._files.open(pack).descriptor, pack)[0]
+            except FileNotFoundError as error:
+                name = pack_file(pack)
+                raise Damaged(f"pack {name} is missing from the store", pack=name) from error
             except OSError as error:
                 raise StoreUnavailable(
                     f"cannot read pack {pack_file(pack)}: {error.strerror}"

@@ -1,12 +1,14 @@
 """The stages of dumps, restores, pagers and the agent, so that tests can end lzy at each of them.
 
 `LZY_TEST_KILL_AT=dump.seized lzy dump …` makes lzy kill itself (SIGKILL) on reaching that stage.
+`LZY_TEST_STAGES_TO=FILE` has the time of each written there, for who wants to know where it goes.
 """
 
 from __future__ import annotations
 
 import os
 import signal
+import time
 from typing import Final
 
 STAGES: Final = (
@@ -46,6 +48,7 @@ STAGES: Final = (
     "operation.recorded",
     "move.offered",
     "move.prepared",
+    "move.stopping",
     "move.stopped",
     "move.asked",
     "move.accepting",
@@ -66,9 +69,13 @@ STAGES: Final = (
 )
 
 _KILL_AT = os.environ.get("LZY_TEST_KILL_AT")
+_TELL_TO = os.environ.get("LZY_TEST_STAGES_TO")
 
 
 def reach(stage: str) -> None:
     """Say that `stage` is reached."""
+    if _TELL_TO:
+        with open(_TELL_TO, "a") as file:  # whole lines, whoever else writes; write(2), O_APPEND
+            file.write(f"{time.monotonic_ns()} {os.getpid()} {stage}\n")
     if stage == _KILL_AT:
         os.kill(os.getpid(), signal.SIGKILL)

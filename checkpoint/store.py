@@ -12,6 +12,7 @@ No global lock stops a reader, and a writer that dies leaves garbage, never dama
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -35,6 +36,8 @@ from .keys import SECRET_BYTES, StoreKeys, derive_keys
 from .unavailable import unavailable
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from .garbage import GarbageReport
     from .known import KnownChunks
     from .pending import Progress
@@ -185,19 +188,20 @@ class Store:
         found.sort(key=lambda image: (image.created_unix_s, image.name), reverse=True)
         return found
 
-    def load(self, name: str | None = None) -> Image:
+    def load(self, name: str | None = None, *, known: Collection[bytes] = ()) -> Image:
         """Load and authenticate an image, the latest when no name is given.
 
-        Each pack it names is checked to be there whole. As long as the image is open (also in
-        forked children that inherited it) it cannot be removed. `NAME#PID` is a process of the tree
-        by itself (`Image.member`). Raises NotFound, Damaged, StoreUnavailable.
+        Each pack it names is checked to be there whole (see `Image.check_packs`). As long as the
+        image is open (also in forked children that inherited it) it cannot be removed. `NAME#PID`
+        is a process of the tree by itself (`Image.member`). Raises NotFound, Damaged,
+        StoreUnavailable.
         """
         if name is None:
             name = self._latest()
         name, _, member = name.partition(MEMBER_MARK)
         image = self.load_unchecked(name)
         try:
-            image.check_packs()
+            image.check_packs(known)
             return image.member(int(member)) if member else image
         except BaseException:
             image.close()
@@ -314,12 +318,21 @@ class Store:
 
         return collect_garbage(self)
 
-    def verify(self, name: str, progress: Progress | None = None) -> VerifyReport:
-        """Read and authenticate every byte of an image. Raises Damaged at the first wrong one."""
-        from .verify import verify_image
+    def verify(
+        self, name: str, progress: Progress | None = None, *, known: str = ""
+    ) -> VerifyReport:
+        """Read and authenticate every byte of an image. Raises Damaged at the first wrong one.
 
+        But for what it has in common with the image `known`, if that is there.
+        """
+        from .verify import Place, list_places, verify_image
+
+        places: frozenset[Place] = frozenset()
+        if known:
+            with contextlib.suppress(LzyError), self.load_unchecked(known) as other:
+                places = list_places(other)
         with self.load(name) as image:
-            return verify_image(image, progress)
+            return verify_image(image, progress, known=places)
 
     # -- inside
 

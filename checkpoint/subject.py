@@ -127,18 +127,26 @@ class Subject:
         self.snapshot, obstacle = _split(self.tracee)
         return obstacle
 
-    def settle(self, *, as_seen: bool, dozes: bool, goes_on: bool) -> None:
+    def look_closely(self) -> None:
+        """Begin to read the flags and policies of its mappings, of one that stands still.
+
+        As soon as may be, for it takes long where there is much memory, and in a thread of its own.
+        """
+        self._seen = Beside(partial(_look_closely, self.source_pid))
+
+    def settle(self, *, as_seen: bool, knows: bool, goes_on: bool) -> None:
         """What the snapshot, or the stopped process, knows as well as the process did.
 
-        `as_seen`: flags and policies were read a moment ago; `dozes`: the ranges are known;
+        `as_seen`: flags and policies were read a moment ago; `knows`: its `ranges` are known;
         `goes_on`: it, without a snapshot, before `describe`.
         """
         self.own |= interrogate.describe_inherited(self.source_pid)
         self.mappings.reader = self.source_pid
-        if not dozes:
+        if not knows:
             self.ranges = own_page_ranges(self.source_pid, self.mappings.vmas)
         if not as_seen:  # only now: two looks at the same page tables wait for one another
-            self._seen = Beside(partial(_look_closely, self.source_pid))
+            if not self._seen:
+                self.look_closely()
             if goes_on:  # before it is described
                 self._renew()
 
@@ -232,6 +240,10 @@ class Subject:
             self._frames = None
         self.let_go()
         self.end_snapshot()
+        if self._seen:  # a dump that failed did not ask any more
+            with contextlib.suppress(LzyError, OSError):
+                self._seen.result()
+            self._seen = None
         if self.pidfd >= 0:
             os.close(self.pidfd)
             self.pidfd = -1

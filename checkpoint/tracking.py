@@ -25,6 +25,7 @@ from typing import NamedTuple
 
 from . import proc
 from .content import (
+    CLOSE_BYTES,
     behind_file,
     cut_ranges,
     holds_own_pages,
@@ -122,6 +123,65 @@ def written_ranges(pid: int, vmas: Iterable[Vma]) -> list[Range]:
         found += [(vma.start, vma.end) for vma in _find_strangers(pagemap, own)]
         found += [run for part in neighbourhoods(own) for run in _find_written(pagemap, *part)]
     return join_ranges(found)
+
+
+def look_at_all(pid: int, vmas: Iterable[Vma]) -> tuple[list[Range], list[Range]]:
+    """`content.own_page_ranges` and `written_ranges` in one look at the page tables.
+
+    Precondition: the process is stopped.
+    """
+    own = list(filter(holds_own_pages, vmas))
+    pages: list[Range] = []
+    written: list[Range] = []
+    dropped: list[Range] = []
+    outside: list[Range] = []
+    there = memory.PAGE_IS_PRESENT | memory.PAGE_IS_SWAPPED
+    nobodys = memory.PAGE_IS_FILE | memory.PAGE_IS_PFNZERO | memory.PAGE_IS_GUARD
+    with _page_map(pid) as pagemap:
+        for start, end, may_be_files in _places(own):
+            for begin, behind, flags in _describe(pagemap, start, end, may_be_files):
+                place = (begin, behind)
+                if not flags & nobodys:
+                    pages.append(place)
+                if not flags & memory.PAGE_IS_WPALLOWED:
+                    if not flags & memory.PAGE_IS_FILE:
+                        outside.append(place)
+                    continue
+                if flags & memory.PAGE_IS_WRITTEN and not flags & memory.PAGE_IS_FILE:
+                    written.append(place)
+                if flags & there == memory.PAGE_IS_SWAPPED:
+                    dropped.append(place)
+    written += cut_ranges(dropped, filter(behind_file, own))
+    written += [(vma.start, vma.end) for vma in own if _meets(outside, vma)]
+    return cut_ranges(join_ranges(pages), own), join_ranges(written)
+
+
+def _places(vmas: Sequence[Vma]) -> list[tuple[int, int, bool]]:
+    """Where to look, ascending, and whether pages of files can be there: that takes longest to see.
+
+    Large anonymous mappings by themselves, others together with those that are near.
+    """
+    large = [v for v in vmas if v.kind == "anonymous" and v.length > CLOSE_BYTES]
+    alone = set(large)
+    places = [
+        (start, end, True) for start, end in neighbourhoods(v for v in vmas if v not in alone)
+    ]
+    return sorted(places + [(vma.start, vma.end, False) for vma in large])
+
+
+def _describe(pagemap: int, start: int, end: int, may_be_files: bool) -> list[tuple[int, int, int]]:
+    """What pages there are, with all that `look_at_all` asks; as far as this kernel tells."""
+    there = memory.PAGE_IS_PRESENT | memory.PAGE_IS_SWAPPED
+    flags = there | memory.PAGE_IS_WPALLOWED | memory.PAGE_IS_WRITTEN | memory.PAGE_IS_PFNZERO
+    if may_be_files:
+        flags |= memory.PAGE_IS_FILE
+    try:
+        every = flags | memory.PAGE_IS_GUARD
+        return memory.describe_pages(pagemap, start, end, some=there, flags=every)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return memory.describe_pages(pagemap, start, end, some=there, flags=flags)
 
 
 def _find_written(pagemap: int, start: int, end: int, *, protect: bool = False) -> list[Range]:

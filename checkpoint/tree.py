@@ -205,11 +205,17 @@ def describe_ended(ended: list[Ended]) -> list[dict[str, Any]]:
     return [one._asdict() | {"parent": one.parent.number} for one in ended]
 
 
-def end_tree(tree: list[Subject], ended: list[Ended], tables: list[dict[str, Any]]) -> None:
+def end_tree(
+    tree: list[Subject],
+    ended: list[Ended],
+    tables: list[dict[str, Any]],
+    *,
+    take_down: bool = True,
+) -> None:
     """Kill the processes and wait until they are gone, their inner connections without a trace.
 
-    Children end before their parents, who still wait for them. Should we die in between, the
-    kernel kills the rest.
+    Unless `take_down` what is left of their memory goes when we do. Children end before their
+    parents, who still wait for them. Should we die in between, the kernel kills the rest.
     """
     others = {
         subject.number: table["descriptors"]
@@ -222,6 +228,11 @@ def end_tree(tree: list[Subject], ended: list[Ended], tables: list[dict[str, Any
             subject.tracee.die_with_us()
     for one in ended:
         one.parent.wait_for(one.pid)
+    if not take_down:
+        from .remains import hold_memory
+
+        for subject in tree:
+            hold_memory(subject.pid, subject.pidfd, [vma.start for vma in subject.vmas[:8]])
     parents = {subject.parent for subject in tree}
     for subject in tree:
         if subject not in parents:  # their memory is taken down side by side

@@ -175,25 +175,41 @@ def scan_pages(
     """
     flags = _SCAN_CHECK_WPASYNC if only_protectable else 0
     flags |= _SCAN_WP_MATCHING if protect else 0  # never without a vector: then it asks no flags
-    found: list[tuple[int, int]] = []
     wanted = every | none | some or PAGE_IS_PRESENT
+    masks = (none, every | none, some, wanted)
+    return _join([(a, b) for a, b, _ in _scan(pagemap, start, end, flags, masks)])
+
+
+def describe_pages(
+    pagemap: int, start: int, end: int, *, some: int, flags: int
+) -> list[tuple[int, int, int]]:
+    """Ranges of pages in [start, end) that have one of `some`, each with what it has of `flags`.
+
+    As several calls of `scan_pages`, in one look at the page tables. OSError(EINVAL) where a flag
+    is not known.
+    """
+    return _scan(pagemap, start, end, 0, (0, 0, some, flags))
+
+
+def _scan(
+    pagemap: int, start: int, end: int, how: int, masks: tuple[int, int, int, int]
+) -> list[tuple[int, int, int]]:
+    """PAGEMAP_SCAN; `masks`: inverted, all of, any of, and which flags are told."""
+    found: list[tuple[int, int, int]] = []
     while start < end:
         argument = ctypes.create_string_buffer(
-            struct.pack(
-                "<12Q", 96, flags, start, end, 0, _REGIONS_ADDRESS, _REGIONS, 0,
-                none, every | none, some, wanted,
-            ),
+            struct.pack("<12Q", 96, how, start, end, 0, _REGIONS_ADDRESS, _REGIONS, 0, *masks),
             96,
-        )  # fmt: skip
+        )
         count = libc.ioctl(pagemap, ctypes.c_ulong(_PAGEMAP_SCAN), ctypes.byref(argument))
         if count < 0:
             number = ctypes.get_errno()
             raise OSError(number, f"PAGEMAP_SCAN of {start:#x}-{end:#x}: {os.strerror(number)}")
         view = memoryview(_regions)[: 24 * count]
-        found += [(a, b) for a, b, _ in struct.iter_unpack("<QQQ", view)]
+        found += struct.iter_unpack("<QQQ", view)
         # When the vector is full, walk_end may lie before the last range it holds (seen on 6.18).
         start = found[-1][1] if count == _REGIONS else end
-    return _join(found)
+    return found
 
 
 _REGIONS: Final = 4096

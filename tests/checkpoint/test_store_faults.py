@@ -18,7 +18,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from memory import PAGE_BYTES, descriptors, files, patterned, read_space, write_image
 
 from lzy.checkpoint import packs, writer
-from lzy.checkpoint.errors import Busy, LzyError, StoreUnavailable
+from lzy.checkpoint.errors import Busy, Damaged, LzyError, StoreUnavailable
+from lzy.checkpoint.packs import PACK_HEADER_BYTES, pack_file
 from lzy.checkpoint.store import Store
 
 # Whatever changes a file system goes through one of these.
@@ -170,6 +171,55 @@ def test_every_step_fails(store: Store) -> None:
     else:
         pytest.fail("the dump never came to its end")
     assert outcomes.count("refused") > 15
+
+
+@pytest.mark.usefixtures("small_packs")
+def test_what_was_verified_is_not_read_again(store: Store) -> None:
+    """Of an image what it has in common with another is left out; all else is still read."""
+    old = patterned(100, seed=1)
+    write_image(store, "old", old, window_pages=4)
+    with store.load("old") as image:
+        shared = {pack for pack, _ in image.packs}
+    write_image(store, "new", old[: 40 * PAGE_BYTES] + patterned(60, seed=2), window_pages=4)
+    with store.load("new") as image:
+        own = {pack for pack, _ in image.packs} - shared
+    everything = store.verify("new")
+    rest = store.verify("new", known="old")
+    assert 0 < rest.content_bytes < everything.content_bytes
+    assert store.verify("new", known="new").content_bytes == 0
+    assert store.verify("new", known="gone").content_bytes == everything.content_bytes
+    for pack in (min(own), min(shared)):
+        damage(store.path / "packs" / pack_file(pack))
+    with pytest.raises(Damaged):
+        store.verify("new", known="old")
+    with pytest.raises(Damaged):
+        store.verify("new", known="gone")
+
+
+@pytest.mark.usefixtures("small_packs")
+def test_known_packs_are_there_with_their_size(store: Store) -> None:
+    """What was looked at a moment ago is not opened again, but it has to be there, and whole."""
+    write_image(store, "one", patterned(100, seed=1), window_pages=4)
+    with store.load("one") as image:
+        packs = [pack for pack, _ in image.packs]
+    with store.load("one", known=packs) as image:
+        assert not image.descriptors()[2:]  # no pack was opened
+    path = store.path / "packs" / pack_file(packs[0])
+    os.truncate(path, path.stat().st_size - 1)
+    with pytest.raises(Damaged, match="bytes instead of"):
+        store.load("one", known=packs)
+    path.unlink()
+    with pytest.raises(Damaged, match="is missing"):
+        store.load("one", known=packs)
+
+
+def damage(path: Path) -> None:
+    """Turn over one bit in the midst of the chunks of a pack."""
+    with open(path, "r+b") as file:
+        file.seek(PACK_HEADER_BYTES + 5)
+        (byte,) = file.read(1)
+        file.seek(PACK_HEADER_BYTES + 5)
+        file.write(bytes([byte ^ 1]))
 
 
 def test_file_size_limit(store: Store) -> None:

@@ -33,7 +33,7 @@ from deeds import (
 
 from lzy.checkpoint import doze as engine
 from lzy.checkpoint import proc, tracking
-from lzy.checkpoint.content import own_page_ranges
+from lzy.checkpoint.content import CLOSE_BYTES, join_ranges, own_page_ranges
 from lzy.checkpoint.dump import DumpReport, dump
 from lzy.checkpoint.errors import Busy
 from lzy.checkpoint.image import Image
@@ -174,6 +174,37 @@ def test_every_checkpoint_equals_the_memory(
             for deed, seed, _ in plan[:3]:
                 subject.do(DEEDS[deed], seed + 1)
             subject.checkpoint()
+    finally:
+        subject.close()
+
+
+@settings(
+    max_examples=EXAMPLES,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(plan=plans)
+def test_one_look_sees_what_several_do(
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+    plan: list[tuple[int, int, bool]],
+) -> None:
+    """What pages there are and which were written: as asked one after the other."""
+    folder = tmp_path_factory.mktemp("subject")
+    monkeypatch.setenv("LZY_HOME", str(folder / "home"))
+    subject = Subject(folder)
+    try:
+        subject.checkpoint()
+        for deed, seed, checkpointed in plan:
+            subject.do(DEEDS[deed], seed)
+            vmas = proc.mappings(subject.pid)
+            with stopped(subject.pid):
+                pages, written = tracking.look_at_all(subject.pid, vmas)
+                assert join_ranges(pages) == join_ranges(own_page_ranges(subject.pid, vmas))
+                assert written == tracking.written_ranges(subject.pid, vmas)
+            assert any(vma.length > CLOSE_BYTES for vma in vmas if vma.kind == "anonymous")
+            if checkpointed:
+                subject.checkpoint()
     finally:
         subject.close()
 

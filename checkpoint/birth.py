@@ -19,7 +19,7 @@ from typing import NamedTuple, NoReturn
 
 from . import machine, proc
 from .errors import Busy, LzyError, NotFound
-from .linux import process, ptrace
+from .linux import namespaces, process, ptrace
 from .linux.detached import close_all_but, forget_signals
 
 TRACE_OPTIONS = (
@@ -189,14 +189,17 @@ def _join_session(wanted: Wanted) -> None:
 def _make_namespace(wanted: Wanted, live: Callable[[], NoReturn]) -> int:
     """A new PID and mount namespace with its init, perhaps a stand-in parent, and the process."""
     flags = process.CLONE_NEWPID | process.CLONE_NEWNS
+    outside = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
     try:
         init = process.clone3(flags=flags)
     except OSError as error:
+        os.close(outside)
         raise LzyError(
             f"cannot make a PID namespace: {error.strerror}",
             remedy="run lzy as root (CAP_SYS_ADMIN); `lzy doctor` tells what is missing",
         ) from error
     if init:
+        os.close(outside)
         return init
     try:
         process.mount("none", "/", "", process.MS_REC | process.MS_PRIVATE)
@@ -214,6 +217,10 @@ def _make_namespace(wanted: Wanted, live: Callable[[], NoReturn]) -> int:
         if is_parent and process.clone3(set_tid=wanted.pid) == 0:
             _join_session(wanted)
             live()
+        if os.getpid() == 1:
+            # Files that we opened are called by where they are mounted as long as anybody is there.
+            with contextlib.suppress(OSError):  # not ours to enter, without root
+                namespaces.enter(f"/proc/self/fd/{outside}", namespaces.CLONE_NEWNS)
         _become_reaper()
     except BaseException as error:
         print(f"lzy: namespace: {error}", file=sys.stderr)

@@ -17,7 +17,6 @@ Its pager would take a snapshot for a forked child; what is to be written of it 
 from __future__ import annotations
 
 import errno
-import os
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -29,10 +28,7 @@ from .bookkeeping import Bookkeeping
 from .carried import Cargo
 from .content import (
     CopiedPages,
-    FilePages,
-    Objects,
     ProcessPages,
-    data_ranges,
     join_ranges,
     own_page_ranges,
     windows_of,
@@ -47,6 +43,8 @@ from .inheritance import length_bytes
 from .interrupts import Deferred
 from .lineage import forget_lineage
 from .linux import PAGE_BYTES, process
+from .named import describe_named, remove_own
+from .objects import Objects
 from .reporting import reporting
 from .resources.kind import load_kinds
 from .stages import reach
@@ -71,8 +69,7 @@ Range = tuple[int, int]
 
 DOCUMENT_FORMAT = 1
 FIRST_MEMBER_SPACE = 1 << 20  # of the image, for the processes behind the first; below: objects
-COPY_LIMIT_BYTES = 512 << 20  # so much memory of a process that dozes is copied
-SNAPSHOT_OBJECT_LIMIT_BYTES = 32 << 20  # shared memory up to here is copied while frozen
+COPY_LIMIT_BYTES = 512 << 20  # so much shared memory, or of a process that dozes, is copied
 _LITTLE = 32  # such a part of the memory is stored sooner than it is looked for in the store
 
 
@@ -175,13 +172,13 @@ class Capture:
                     self._ask()
                     self._describe_descriptors()
                     self._map()
-                    self._split(writer)
+                    self._split()
                 self._settle()
                 for subject in self.tree:
                     cargo.add_mapped(subject.source_pid, subject.mappings.vmas)
                 doubtful = self._write(writer)
                 summary = self._commit(writer, cargo, doubtful)
-            self._finish()
+            self._finish(summary.name)
         except ProcessLookupError as error:
             raise NotFound(f"process {self.pid} ended while it was dumped", pid=self.pid) from error
         except OSError as error:
@@ -315,10 +312,10 @@ class Capture:
             subject.map(self.objects)
         self._is_as_seen = bool(self.doze) and self.wishes.leave_running and now == root.places
 
-    def _split(self, writer: ImageWriter) -> None:
+    def _split(self) -> None:
         """Take the snapshots and let the processes go on, if they are to and can."""
-        if not self.obstacle and self.objects.total_bytes > SNAPSHOT_OBJECT_LIMIT_BYTES:
-            self.obstacle = f"it shares {self.objects.total_bytes >> 20} MiB of memory"
+        if not self.obstacle and self.objects.written_bytes > COPY_LIMIT_BYTES:
+            self.obstacle = f"it shares {self.objects.written_bytes >> 20} MiB of memory"
         for subject in self.tree:
             self.obstacle = self.obstacle or subject.split()
         if self.obstacle:  # what cannot all be looked at later, is looked at as it stands
@@ -326,7 +323,7 @@ class Capture:
                 subject.end_snapshot()
             return
         reach("dump.split")
-        self._write_objects(writer)
+        self.objects.copy_written(self.wishes.window_pages)
         self._let_go()
 
     def _let_go(self) -> None:
@@ -353,6 +350,8 @@ class Capture:
         root.ranges = join_ranges([*root.ranges, *self.away.missing])
         for subject in self.tree[1:]:
             subject.find_inherited()
+        ours = [pid for subject in self.tree for pid in (subject.pid, subject.snapshot)]
+        describe_named(self.objects, root.start_time, ours)
         reach("dump.writing")
 
     def _write(self, writer: ImageWriter) -> list[int]:
@@ -361,6 +360,8 @@ class Capture:
         others = sum(length_bytes(subject.fresh) for subject in self.tree[1:])
         total = self.objects.total_bytes + length_bytes(root.fresh) + others
         doubtful: list[int] = []
+        if base:
+            writer.expect_objects(base, FIRST_MEMBER_SPACE)
         if base and written is not None:
             try:
                 kept, fresh = plan_checkpoint(
@@ -382,15 +383,15 @@ class Capture:
         source: ProcessPages | CopiedPages = pages
         try:
             if wishes.leave_running and not self.runs_on:
-                source = self._copy_or_stay(writer, pages, fresh)
+                source = self._copy_or_stay(pages, fresh)
             if not base and (parent := self.session["parent"]):  # as the next wake may need it
                 fresh = order_windows(fresh, read_order(self.store.path, parent))
             if base and self.written_bytes < total // _LITTLE:
                 writer.expect_little(self.written_bytes)
             with reporting(wishes.progress, "writing", writer, total):
                 writer.add_space(source, fresh, space=0)
-                if not self.runs_on:
-                    self._write_objects(writer)
+                for number, content, windows in self.objects.contents(wishes.window_pages):
+                    writer.add_space(content, windows, space=number)
                 for space, subject in enumerate(self.tree[1:], FIRST_MEMBER_SPACE):
                     _write_member(writer, subject, space, wishes.window_pages)
         finally:
@@ -399,30 +400,20 @@ class Capture:
         return doubtful
 
     def _copy_or_stay(
-        self, writer: ImageWriter, source: ProcessPages, fresh: list[tuple[int, int]]
+        self, source: ProcessPages, fresh: list[tuple[int, int]]
     ) -> ProcessPages | CopiedPages:
         """Without a snapshot: a copy of little memory, and they go on; else they stay stopped."""
-        little = self.written_bytes <= COPY_LIMIT_BYTES
-        if not (self.doze and little and self.objects.total_bytes <= SNAPSHOT_OBJECT_LIMIT_BYTES):
+        if not self.doze or self.written_bytes + self.objects.written_bytes > COPY_LIMIT_BYTES:
             self.notes.append(f"stopped until written, no snapshot: {self.obstacle}")
             return source
         try:
             copied = CopiedPages(source, fresh)
         finally:
             source.close()
-        self._write_objects(writer)
+        self.objects.copy_written(self.wishes.window_pages)
         with Deferred():
             self._let_go()
         return copied
-
-    def _write_objects(self, writer: ImageWriter) -> None:
-        for number, descriptor in enumerate(self.objects.descriptors, 1):
-            length = os.fstat(descriptor).st_size
-            writer.add_space(
-                FilePages(descriptor),
-                windows_of(data_ranges(descriptor, length), self.wishes.window_pages),
-                space=number,
-            )
 
     # -- the manifest ------------------------------------------------------------------------------
 
@@ -471,7 +462,7 @@ class Capture:
 
     # -- afterwards --------------------------------------------------------------------------------
 
-    def _finish(self) -> None:
+    def _finish(self, image: str) -> None:
         """Only now are the processes ended, or let go."""
         if self.wishes.leave_running:
             if not self.runs_on:
@@ -485,6 +476,9 @@ class Capture:
                 end_tree(self.tree, self.ended, self.tables, take_down=self.wishes.take_down)
             for subject in self.tree:
                 forget_lineage(subject.pid)
+            if next(self.objects.named(), None):
+                with self.store.load(image) as whole:
+                    remove_own(self.objects, whole, self.notes)
         reach("dump.ended")
 
     def _explain(self, error: OSError) -> KernelError | StoreUnavailable:

@@ -5,6 +5,7 @@ Pages are named by windows (see `lzy.checkpoint`): (window-aligned address, mask
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import itertools
 import mmap
@@ -13,7 +14,6 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 
 from . import proc
-from .errors import Unsupported
 from .linux import PAGE_BYTES, memory
 from .proc import Vma
 
@@ -201,11 +201,16 @@ class ProcessPages:
 class CopiedPages:
     """A `PageSource` over a copy of those pages, so that the process can run on meanwhile."""
 
-    def __init__(self, source: ProcessPages, windows: Iterable[tuple[int, int]]) -> None:
+    def __init__(
+        self, source: ProcessPages | FilePages, windows: Iterable[tuple[int, int]]
+    ) -> None:
         runs = [run for address, mask in windows for run in _runs(address, mask)]
         self._starts = [address for address, _ in runs]
         self._offsets = [0, *itertools.accumulate(length for _, length in runs)]
-        self._content = memoryview(mmap.mmap(-1, self._offsets[-1] or PAGE_BYTES))
+        content = mmap.mmap(-1, self._offsets[-1] or PAGE_BYTES)
+        with contextlib.suppress(OSError):  # a kernel without them
+            content.madvise(mmap.MADV_HUGEPAGE)  # a third of the time goes into page faults
+        self._content = memoryview(content)
         for first in range(0, len(runs), _RUNS_AT_ONCE):
             part = runs[first : first + _RUNS_AT_ONCE]
             begin, end = self._offsets[first], self._offsets[first + len(part)]
@@ -261,21 +266,26 @@ def data_ranges(descriptor: int, length_bytes: int) -> list[tuple[int, int]]:
     The position of the description is left as it was.
     """
     own = os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY | os.O_CLOEXEC)
-    found: list[tuple[int, int]] = []
     try:
-        position = 0
-        while position < length_bytes:
-            try:
-                start = os.lseek(own, position, os.SEEK_DATA)
-                end = min(os.lseek(own, start, os.SEEK_HOLE), length_bytes)
-            except OSError as error:
-                if error.errno == errno.ENXIO:
-                    break
-                raise
-            found.append((start & -PAGE_BYTES, -(-end // PAGE_BYTES) * PAGE_BYTES))
-            position = end
+        return find_data(own, length_bytes)
     finally:
         os.close(own)
+
+
+def find_data(descriptor: int, length_bytes: int) -> list[tuple[int, int]]:
+    """As `data_ranges`; the position of the description is lost."""
+    found: list[tuple[int, int]] = []
+    position = 0
+    while position < length_bytes:
+        try:
+            start = os.lseek(descriptor, position, os.SEEK_DATA)
+            end = min(os.lseek(descriptor, start, os.SEEK_HOLE), length_bytes)
+        except OSError as error:
+            if error.errno == errno.ENXIO:
+                break
+            raise
+        found.append((start & -PAGE_BYTES, -(-end // PAGE_BYTES) * PAGE_BYTES))
+        position = end
     return join_ranges(found)
 
 
@@ -321,54 +331,3 @@ def join_ranges(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
         else:
             joined.append((start, end))
     return joined
-
-
-class Objects:
-    """Contents of files that no directory names (memfds, shared anonymous memory, deleted files).
-
-    Each becomes a space of the image, numbered from 1. Implements `ObjectSink` for `resources`.
-    """
-
-    def __init__(self) -> None:
-        self._numbers: dict[tuple[int, int], int] = {}
-        self.descriptors: list[int] = []
-        self.described: list[dict[str, object]] = []
-
-    def add_file(self, fd: int, *, key: tuple[int, int]) -> int:
-        """Take the content of the open file `fd`, known as `key` (device, inode); its number."""
-        if key in self._numbers:
-            return self._numbers[key]
-        try:
-            own = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise Unsupported(
-                f"cannot read the content of {os.readlink(f'/proc/self/fd/{fd}')}: "
-                f"{error.strerror}",
-                remedy="have the process close it",
-            ) from error
-        status = os.fstat(own)
-        number = self._numbers[key] = len(self.descriptors) + 1
-        self.descriptors.append(own)
-        self.described.append(
-            {
-                "space": number,
-                "length_bytes": status.st_size,
-                "name": os.readlink(f"/proc/self/fd/{own}"),
-                "mode": status.st_mode & 0o7777,
-                "owner": [status.st_uid, status.st_gid],
-            }
-        )
-        return number
-
-    def find(self, key: tuple[int, int]) -> int:
-        """The number of the content that is known as `key`, or 0."""
-        return self._numbers.get(key, 0)
-
-    @property
-    def total_bytes(self) -> int:
-        return sum(os.fstat(d).st_size for d in self.descriptors)
-
-    def close(self) -> None:
-        for descriptor in self.descriptors:
-            os.close(descriptor)
-        self.descriptors.clear()

@@ -17,12 +17,14 @@ from blake3 import blake3
 
 from . import interrogate, proc
 from .codec import Encoder
-from .content import Objects, ProcessPages, own_page_ranges, windows_of
+from .content import ProcessPages, own_page_ranges, windows_of
 from .errors import KernelError, LzyError, NotFound, Unsupported
 from .fitness import refuse_separate_threads, refuse_unfit
 from .interrupts import Deferred
 from .linux import PAGE_BYTES
 from .mapped import Mappings, find_refusals
+from .named import find_holders, key_of
+from .objects import Objects
 from .pages import page_runs
 from .resources.kind import Entry, all_kinds
 from .resources.survey import Holder, Survey
@@ -62,7 +64,8 @@ class Member(NamedTuple):
 class Foresight(NamedTuple):
     """What a dump would do; sizes in bytes, times in seconds.
 
-    `object_bytes`: shared memory, memory files and deleted files, which the image holds too.
+    `object_bytes`: shared memory, memory files and deleted files, which the image holds too;
+    `names` of them are in /dev/shm.
     `estimated_bytes`: what the store would grow by, were nothing of it in there; judged by a
     sample of `sampled_bytes`. `mapped_files` and `open_files` have to be there when it is restored.
     """
@@ -73,6 +76,7 @@ class Foresight(NamedTuple):
     object_bytes: int
     estimated_bytes: int
     sampled_bytes: int
+    names: int
     mapped_files: list[str]
     open_files: list[str]
     stopped_s: float
@@ -112,6 +116,7 @@ def foresee(pid: int) -> Foresight:
     try:
         looks, entries, stopped_s = _look(pids, objects, note)
         _judge(entries, findings)
+        _judge_names(objects, looks, findings)
         members: list[Member] = []
         mapped: set[str] = set()
         sizes: dict[int, list[tuple[int, int]]] = {}
@@ -122,6 +127,7 @@ def foresee(pid: int) -> Foresight:
                     Member(each, look.comm, look.threads, look.descriptors, _length(sizes[each]))
                 )
             mapped.update(vma.path for vma in look.vmas if vma.kind == "file")
+        mapped -= {described["path"] for _, described in objects.named()}
         opened = {
             entry["path"]
             for entry in entries
@@ -136,6 +142,7 @@ def foresee(pid: int) -> Foresight:
             object_bytes=objects.total_bytes,
             estimated_bytes=round((raw + objects.total_bytes) * (kept / sampled if sampled else 1)),
             sampled_bytes=sampled,
+            names=len(list(objects.named())),
             mapped_files=sorted(mapped),
             open_files=sorted(opened),
             stopped_s=stopped_s,
@@ -331,6 +338,23 @@ def _spell(address: Any) -> str:
         host, port = address[0], address[1]
         return f"[{host}]:{port}" if ":" in str(host) else f"{host}:{port}"
     return str(address or "somewhere")
+
+
+def _judge_names(objects: Objects, looks: dict[int, _Look], findings: list[Finding]) -> None:
+    """Add memory with a name that processes outside have, too: in it they go on."""
+    named = list(objects.named())
+    if not named:
+        return
+    keys = [key_of(objects.descriptors[number - 1]) for number, _ in named]
+    holders = find_holders(keys, looks)
+    for key, (_, described) in zip(keys, named, strict=True):
+        if others := holders[key]:
+            more = f" and {len(others) - 1} others" if len(others) > 1 else ""
+            words = (
+                f"{described['path']} is shared with pid {others[0]}{more}, outside of the image: "
+                "restored here it is as they have it by then, elsewhere as it is now"
+            )
+            findings.append(Finding(CHANGED, next(iter(looks)), [], words, ""))
 
 
 # -- how much ------------------------------------------------------------------------------------

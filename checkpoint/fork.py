@@ -12,13 +12,14 @@ import fcntl
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any
 
 from . import proc
 from .errors import AccessDenied, Busy, LzyError, NotFound, Unsupported
 from .history import check_free, check_session_name, free_session_name, split_name
-from .home import run_directory
+from .home import home, run_directory
+from .joining import has_named, own_folder
 from .linux import sockets
 from .linux.network import enter_apart, join_apart
 from .restore import Progress, RestoreReport, restore
@@ -54,7 +55,8 @@ def fork(
     """Make the process of `image` once more; (the name of its session, the restore's report).
 
     Its session is called `name`, else after the one it comes from. `apart`: with a network and an
-    IPC namespace of its own, which the calling thread enters, too. `reseed`: its interpreter draws
+    IPC namespace of its own, which the calling thread enters, too; and with a /dev/shm of its own,
+    which it has in any case if it has memory there. `reseed`: its interpreter draws
     other random numbers; the process runs by then, and is ended if it cannot be asked to. Raises
     Busy when the name is taken, or something that the original holds, or when the interpreter
     computes; what `restore` and `reseed.reseed` raise besides.
@@ -73,18 +75,20 @@ def fork(
         without_root = enter_if_needed(image.document, image.name, "new")
         if apart:
             _enter_apart()
+        has_own = apart or has_named(image.document)
         try:
-            report = restore(
-                image,
-                eager=eager or without_root,
-                pid_namespace="new",
-                stdin=stdin,
-                stdout=stdout,
-                stderr=stderr,
-                accept_changed_files=accept_changed_files,
-                session=name,
-                progress=progress,
-            )
+            with own_folder((store.path, home())) if has_own else nullcontext():
+                report = restore(
+                    image,
+                    eager=eager or without_root,
+                    pid_namespace="new",
+                    stdin=stdin,
+                    stdout=stdout,
+                    stderr=stderr,
+                    accept_changed_files=accept_changed_files,
+                    session=name,
+                    progress=progress,
+                )
         except Busy as error:
             if "path" in error.facts:  # a lock
                 raise Busy(
@@ -112,18 +116,26 @@ def fork(
 def enter_copy(pid: int) -> bool:
     """If lzy made namespaces for `pid` enter them, since only from there it can be dumped.
 
-    Those are the network of a copy that lives apart, and the users of what was restored without
-    root. Whether there are any. The calling thread's namespaces change; of containers and the like
-    nothing is entered. Precondition: the process has one thread.
+    Those are the network of a copy that lives apart, its /dev/shm, and the users of what was
+    restored without root. Whether there are any. The calling thread's namespaces change; of
+    containers and the like nothing is entered. Precondition: the process has one thread.
     """
     try:
-        other = [name for name in ("user", "net", "ipc") if not _is_ours(pid, name)]
-        if not other or not _has_own_init(pid):
+        first = _init_of(pid)
+        if not first or os.readlink(f"/proc/{first}/exe") != _INIT:
             return False
+        other = [name for name in ("user", "net", "ipc") if not _is_ours(pid, name)]
         if "user" in other and os.stat(f"/proc/{pid}").st_uid != os.geteuid():
             return False
         join_apart(pid, other)
-        return True
+        # Not that of a node that has its own /proc: there the numbers would be other ones.
+        same_proc = os.stat(f"/proc/{first}/root/proc").st_dev == os.stat("/proc").st_dev
+        if same_proc and not _is_ours(first, "mnt"):
+            here = os.getcwd()
+            join_apart(first, ["mnt"])
+            os.chdir(here)
+            return True
+        return bool(other)
     except (NotFound, FileNotFoundError, ProcessLookupError, PermissionError):
         return False  # it has gone, or is nobody's whom we may enter: the dump tells
 
@@ -131,12 +143,6 @@ def enter_copy(pid: int) -> bool:
 def _is_ours(pid: int, namespace: str) -> bool:
     path = f"/proc/self/ns/{namespace}"
     return os.stat(f"/proc/{pid}/ns/{namespace}").st_ino == os.stat(path).st_ino
-
-
-def _has_own_init(pid: int) -> bool:
-    """Whether the first process of its PID namespace is one that lzy made."""
-    first = _init_of(pid)
-    return bool(first) and os.readlink(f"/proc/{first}/exe") == _INIT
 
 
 def _init_of(pid: int) -> int:

@@ -346,6 +346,10 @@ class Image:
         )
         return content_id, pack, Stored(offset, stored_bytes, raw_bytes, encoding)
 
+    def is_content(self, chunk: int, content: bytes) -> bool:
+        """Whether that is the content of a chunk, by its id: nothing is read."""
+        return keyed_digest(self._chunk_key, content) == self.chunk_place(chunk)[0]
+
     def read_chunk(self, chunk: int, into: memoryview) -> int:
         """Read the content of a chunk into `into`, authenticated; answer its length in bytes.
 

@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from . import segments
-from .content import Objects
 from .elf import build_id
 from .errors import Busy, Unsupported
+from .named import FOLDER, open_named
+from .objects import Objects
 from .proc import Vma
 from .unnamed import copy_unnamed
 
@@ -82,6 +83,8 @@ class Mappings:
         """Whose root is looked at: that of its snapshot as soon as there is one; it may end."""
         self.vmas = vmas
         self._objects: dict[Vma, int] = {}
+        self._paths: dict[str, str] = {}
+        """Of memory with a name: what the kernel calls it to what it is called in /dev/shm."""
         self._statuses: dict[str, os.stat_result] = {}
         for path in {vma.path for vma in vmas if vma.kind == "file"}:
             with contextlib.suppress(OSError):  # `describe` tells what is wrong with it
@@ -115,10 +118,14 @@ class Mappings:
     def take_objects(self, objects: Objects) -> None:
         """Add what lies behind mappings whose file has no path: it lives in these mappings only.
 
-        Raises Unsupported where it cannot be opened.
+        And memory that has a name (`named`), unless it is a program's text. Raises Unsupported
+        where it cannot be opened.
         """
+        programs = {vma.path for vma in self.vmas if "x" in vma.permissions}
         for vma in self.vmas:
-            if vma.kind not in ("memory", "segment"):
+            if vma.path.startswith(FOLDER) and vma.path not in programs:
+                self._take_named(vma, objects)
+            if vma.kind not in ("memory", "segment") or vma in self._objects:
                 continue
             try:
                 descriptor = os.open(
@@ -143,6 +150,20 @@ class Mappings:
             finally:
                 os.close(descriptor)
 
+    def _take_named(self, vma: Vma, objects: Objects) -> None:
+        found = open_named(vma.path, (vma.device, vma.inode), f"/proc/{self.pid}/root")
+        if found is None:
+            return
+        descriptor, path = found
+        writes = vma.shared and "mw" in vma.flags
+        try:
+            self._objects[vma] = objects.add_named(
+                descriptor, key=(vma.device, vma.inode), path=path, writes=writes, maps=writes
+            )
+        finally:
+            os.close(descriptor)
+        self._paths[vma.path] = path
+
     def describe(self) -> list[dict[str, Any]]:
         """All mappings but vsyscall, in address order, JSON-able."""
         return [self._describe(vma) for vma in self.vmas if vma.kind != "vsyscall"]
@@ -156,14 +177,16 @@ class Mappings:
             "flags": sorted(vma.flags),
         }
         if vma.path:
-            described["path"] = vma.path
+            described["path"] = self._paths.get(vma.path, vma.path)
+        if vma.kind == "file" and vma in self._objects:
+            described["kind"] = "memory"
         if vma.kind in ("file", "memory", "ring", "segment"):
             described["offset"] = vma.offset
         if vma.kind == "ring":
             described["inode"] = vma.inode
         if vma.kind == "segment":
             described["segment"] = segments.describe_segment(vma)
-        if vma.kind in ("memory", "segment"):
+        if vma in self._objects:
             described["object"] = self._objects[vma]
         elif vma.kind == "file" and vma.path != "/dev/zero":
             described["file"] = self.describe_file(vma)

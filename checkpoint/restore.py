@@ -21,22 +21,22 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import birth, machine, proc, resources
-from .buffers import page_aligned
 from .errors import Busy, Damaged, LzyError, NotFound, Unsupported
 from .family import begin_guard, settle_family
 from .history import remember_restored
+from .home import home
 from .host import check_host
 from .image import MEMBER_MARK, Image
 from .interrupts import Deferred
-from .linux import PAGE_BYTES, process, ptrace
+from .linux import process, ptrace
 from .member import Member
 from .member_memory import HOLE_BYTES, Brought, is_readonly
 from .needed import Needs
-from .pages import page_runs
 from .stages import reach
 from .vdso import bridge
 
 if TYPE_CHECKING:
+    from .joining import NamedMemory
     from .segments import Segments
 
 Progress = Callable[[str, int, int], None]
@@ -110,6 +110,8 @@ class Restorer:
         self.members = [self.root]
         self.objects: list[int] = []
         self.segments: Segments | None = None
+        self.names: NamedMemory | None = None
+        self.apart = contextlib.ExitStack()
         self.files: dict[tuple[str, bool], int] = {}
         self.local: dict[int, int] = {}
         self._find_family(eager)
@@ -149,6 +151,7 @@ class Restorer:
             check_host(self.document["host"], self.image.name)
             if bridge(self.document):
                 self.notes.append("its vDSO is another kernel's; its functions lead to this one's")
+            pid_namespace = self._look_at_names(pid_namespace, options.accept_changed_files)
             wanted = self._wanted()
             new_namespace = self._choose_namespace(pid_namespace, wanted)
             options = self._open_files(options)
@@ -190,6 +193,8 @@ class Restorer:
             remember_restored(self.image, born.pid, self.session, self.notes)
             for member in self.members:
                 member.leave()
+            if self.names:
+                self.names.settle()
             # 6. They run, whether their pagers are ready or not: a fault waits for its pager.
             reach("restore.paging")
             self._commit()
@@ -206,13 +211,18 @@ class Restorer:
                         member.pager.wait()
             if self.segments:
                 self.segments.remove()
+            if self.names:
+                self.names.undo()
             raise
         finally:
             for member in self.members:
                 member.close()
+            if self.names:
+                self.names.close()
             resources.close_descriptors(self.local)
             for descriptor in [*self.objects, *self.files.values()]:
                 os.close(descriptor)
+            self.apart.close()
         pagers = self._await_pagers()
         return RestoreReport(
             image=self.image.name,
@@ -299,6 +309,28 @@ class Restorer:
         text = self.root.read_image(layout["env_start"], layout["env_end"] - layout["env_start"])
         return b"JPY_PARENT_PID=" in text
 
+    def _look_at_names(self, pid_namespace: str, accept_changed: bool) -> str:
+        """See what became of memory that has a name; which PID namespace is to be chosen then."""
+        if all("path" not in described for described in self.document["objects"]):
+            return pid_namespace
+        from .joining import NamedMemory, own_folder
+
+        self.names = NamedMemory(self.image, self.notes, accept_changed=accept_changed)
+        if not self.names.look():
+            return pid_namespace
+        if pid_namespace == "host":
+            raise Busy(
+                f"another life of {self.image.name} has its shared memory in /dev/shm",
+                remedy="end that, or restore with --copy",
+            )
+        self.apart.enter_context(own_folder((self.image.store_path, home())))
+        self.notes.append(
+            "another life of it has its shared memory: this one has a /dev/shm and a PID "
+            "namespace of its own"
+        )
+        self.names.look()
+        return "new"
+
     def _open_files(self, options: resources.RestoreOptions) -> resources.RestoreOptions:
         """Find every mapped file, the executable, the folder; see `needed`. The options then."""
         needs = Needs(self.image, accept_changed=options.accept_changed_files)
@@ -312,25 +344,18 @@ class Restorer:
     # -- 2. contents -----------------------------------------------------------------------------
 
     def _make_objects(self) -> None:
-        """Make a memory file for each unnamed file, and fill it."""
-        size = self.image.window_pages * PAGE_BYTES
-        buffer = page_aligned(size)[2]
+        """Make a memory file for each unnamed file, and fill it; open or make those with a name."""
+        if self.document["objects"]:
+            from .carried import write_content
         for described in self.document["objects"]:
+            if self.names and "path" in described:
+                self.objects.append(self.names.open(described))
+                continue
             name = os.path.basename(described["name"].removesuffix(" (deleted)"))
             name = name.removeprefix("memfd:")[:200] or "lzy"
             descriptor = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
             self.objects.append(descriptor)
-            os.ftruncate(descriptor, described["length_bytes"])
-            first, last = self.image.space_extent(described["space"])
-            for index in range(first, last):
-                address, mask, chunk = self.image.run(index)
-                self.image.read_chunk(chunk, buffer)
-                position = 0
-                for start, length in page_runs([(address, mask)]):
-                    wanted = min(length, described["length_bytes"] - start)
-                    if wanted > 0:
-                        os.pwrite(descriptor, buffer[position : position + wanted], start)
-                    position += length
+            write_content(self.image, described["space"], descriptor, described["length_bytes"])
             with contextlib.suppress(PermissionError):
                 os.fchown(descriptor, *described["owner"])
             os.fchmod(descriptor, described["mode"])

@@ -12,7 +12,6 @@ from typing import Any
 from . import interrogate, machine, proc
 from .beside import Beside
 from .content import (
-    Objects,
     ProcessPages,
     behind_file,
     cut_ranges,
@@ -26,6 +25,7 @@ from .inheritance import find_inherited, open_frames
 from .linux import memory, process, ptrace
 from .machine import Call
 from .mapped import Mappings, refuse_mappings
+from .objects import Objects
 from .proc import Vma
 from .tracee import Tracee
 

@@ -15,7 +15,7 @@ from .errors import Unsupported
 from .linux import PAGE_BYTES
 
 if TYPE_CHECKING:
-    from .content import Objects
+    from .objects import Objects
     from .proc import Vma
 
 _AT_ONCE_BYTES: Final = 1 << 20

@@ -166,6 +166,12 @@ class ImageWriter:
         chunks = {base.run(row)[2] for at in windows if (row := base.find_run(0, at)) >= 0}
         self._known.expect(base, (chunk for chunk in chunks if chunk < base.chunk_count))
 
+    def expect_objects(self, base: Image, end_space: int) -> None:
+        """Whatever is in spaces 1 to `end_space` may well be as `base` has it: look there first."""
+        first = base.space_extent(0)[1]
+        last = base.space_extent(end_space)[0]
+        self._known.expect(base, {base.run(row)[2] for row in range(first, last)})
+
     def find_changed(self, base: Image, windows: Iterable[int]) -> list[int]:
         """Which of these windows of space 0, which were read, are not as `base` has them."""
         fresh = self._tables.fresh_contents()

@@ -34,6 +34,7 @@ def as_document(foresight: Foresight) -> dict[str, object]:
         "findings": [finding._asdict() for finding in foresight.findings],
         "raw_bytes": foresight.raw_bytes,
         "object_bytes": foresight.object_bytes,
+        "names": foresight.names,
         "estimated_bytes": foresight.estimated_bytes,
         "sampled_bytes": foresight.sampled_bytes,
         "mapped_files": foresight.mapped_files,
@@ -55,7 +56,8 @@ def describe(foresight: Foresight) -> list[str]:
     ]
     memory = f"{size(foresight.raw_bytes)}"
     if foresight.object_bytes:
-        memory += f" and {size(foresight.object_bytes)} of shared memory and unnamed files"
+        names = f" ({count(foresight.names, 'name')} in /dev/shm)" if foresight.names else ""
+        memory += f" and {size(foresight.object_bytes)} of shared memory and unnamed files{names}"
     if foresight.sampled_bytes:
         memory += (
             f"; the store would grow by about {size(foresight.estimated_bytes)} "

@@ -42,11 +42,12 @@ class _Held:
 class Object(_Held):
     """A memory object (memfd, shared memory, deleted file) by its space's number; a carried file.
 
-    Only the latter has a path.
+    Only the latter has a path, and memory in /dev/shm.
     """
 
     space: int
     path: str = ""
+    carried: bool = False
 
 
 @dataclass
@@ -122,6 +123,8 @@ def weigh(image: Image) -> tuple[list[Mapping], list[Object]]:
         for entry in image.document.get("carried", ())
         if "space" in entry
     }
+    described = image.document.get("objects", ())
+    named = {each["space"]: each["path"] for each in described if "path" in each}
     here = 0  # the first mapping that ends behind the window at hand; both are sorted
     for index in range(image.run_count):
         address, mask, chunk = image.run(index)
@@ -129,7 +132,8 @@ def weigh(image: Image) -> tuple[list[Mapping], list[Object]]:
             space = image.runs[3 * index + 2] >> 32
             if space in members:
                 continue
-            held = objects.setdefault(space, Object(space, carried.get(space, "")))
+            path = carried.get(space, named.get(space, ""))
+            held = objects.setdefault(space, Object(space, path, space in carried))
             held.hold(mask.bit_count(), _stored(image, chunk, mask, mask, stored_per_page))
             continue
         while here < len(mappings) and mappings[here].end <= address:
@@ -179,7 +183,9 @@ def _read_mapping(vma: dict[str, Any]) -> Mapping:
 def _name(held: Mapping | Object) -> str:
     """What a person calls it: its file, else its kind."""
     if isinstance(held, Object):
-        return f"{held.path} (carried)" if held.path else f"memory object {held.space}"
+        if held.carried:
+            return f"{held.path} (carried)"
+        return held.path or f"memory object {held.space}"
     return held.path or held.kind or "anonymous"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -25,6 +26,8 @@ from living import (
     wait_readable,
 )
 
+from lzy.checkpoint.linux import namespaces
+
 PR_SET_CHILD_SUBREAPER = 36
 
 
@@ -35,21 +38,31 @@ def _adopt_orphans() -> None:
     assert libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0
 
 
+@pytest.fixture(scope="session")
+def own_shared_memory() -> bool:
+    """Root's tests have a /dev/shm of their own, so that whatever is left there is theirs."""
+    if os.geteuid() == 0:
+        namespaces.enter_own_folder("/dev/shm", 1 << 30)
+    return os.geteuid() == 0
+
+
 @pytest.fixture
-def nothing_left_behind(_adopt_orphans: None, tmp_path: Path) -> Iterator[None]:
+def nothing_left_behind(
+    _adopt_orphans: None, own_shared_memory: bool, tmp_path: Path
+) -> Iterator[None]:
     """After the test no process of its making is alive, and no mount or shared memory is new.
 
     Only mounts in the test's folder and over /proc count: other tests may run beside this one.
     """
 
-    def is_lzys(name: str) -> bool:
-        return "lzy" in name and "lzy-test-" not in name  # those are programs', and removed below
+    def is_ours(name: str) -> bool:
+        return own_shared_memory or ("lzy" in name and "lzy-test-" not in name)
 
     def surroundings() -> tuple[list[str], list[str]]:
         lines = Path("/proc/self/mountinfo").read_text().splitlines()
         places = [line.split()[4] for line in lines]
         mine = [place for place in places if place == "/proc" or place.startswith(str(tmp_path))]
-        return sorted(mine), sorted(filter(is_lzys, os.listdir("/dev/shm")))
+        return sorted(mine), sorted(filter(is_ours, os.listdir("/dev/shm")))
 
     before, children_before = surroundings(), set(list_children(os.getpid()))
     yield
@@ -82,7 +95,10 @@ def remove_names(pids: Iterable[int]) -> None:
     for pid in pids:
         for name in (f"*lzy-test-{pid}-*", f"sem.loky-{pid}-*"):
             for path in Path("/dev/shm").glob(name):
-                path.unlink(missing_ok=True)
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink(missing_ok=True)
         if (segment := libc.shmget(0x6C000000 | pid, 0, 0)) >= 0:
             libc.shmctl(segment, 0, None)  # IPC_RMID
         for name in ("one", "empty"):

@@ -24,7 +24,7 @@ EXPECTED = {
     "with the pid of who took it, which is lzy now; `tree_locks` proves that it holds",
     r"system call: '1 .*' -> '1 ": "write(2) told that it had written a part when it was stopped, "
     "as at any signal; the rest is another call",
-    r"maps/.*'sem\.\w+ \(deleted\)'.*-> .*'/dev/shm/sem\.": "sem_open(3) makes a semaphore under a "
+    r"maps/.*'sem\.\w+ \(deleted\)'.*-> .*'sem\.": "sem_open(3) makes a semaphore under a "
     "passing name; it is mapped under that by which others have found it",
 }
 

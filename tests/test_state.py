@@ -120,7 +120,8 @@ def read_mappings(pid: int) -> Facts:
         path = name[0].strip() if name else ""
         if path.startswith("anon_inode:"):
             inode = "*"
-        if path.endswith("(deleted)") or path.startswith(("/memfd:", "/dev/zero", "/SYSV")):
+        in_memory = ("/memfd:", "/dev/zero", "/SYSV", "/dev/shm/")
+        if path.endswith("(deleted)") or path.startswith(in_memory):
             device, inode = "*", "*"  # Made again: another inode, whatever it is called.
             path = last_name(path)
         what = (permissions, device, inode, path, " ".join(sorted(flags)))

@@ -30,6 +30,7 @@ QUICK = [
     Case("tree_lineage"),
     Case("tree_locks", ("{folder}",)),
     Case("tree_memory"),
+    Case("tree_names"),
     Case("tree_orphans"),
     Case("tree_pipes"),
     Case("tree_sockets", ("{folder}",)),
@@ -43,8 +44,8 @@ QUICK = [
 HEAVY = [Case("tree_loader"), Case("tree_workers", ("loky",))]
 ALL = [*QUICK, *HEAVY]
 
-#: What these change in files, or in memory that has a name, outlasts their first life.
-SHARED_WITH_FILES = ("tree_descriptors", "tree_memory", "tree_workers")
+#: What this one changes in files outlasts its first life.
+SHARED_WITH_FILES = ("tree_descriptors",)
 
 every_tree = pytest.mark.parametrize("case", ALL, ids=lambda case: case.id)
 quick_trees = pytest.mark.parametrize("case", QUICK, ids=lambda case: case.id)

@@ -165,14 +165,18 @@ def file_system_type(fd: int) -> int:
     return int(struct.unpack_from("=Q", buffer)[0]) & 0xFFFFFFFF
 
 
-def birth_ns(path: str) -> int:
-    """When the file at `path` was made, in ns; 0 where the file system does not tell.
+def birth_ns(path: str | int) -> int:
+    """When the file at `path` (or open as that) was made, in ns; 0 if the file system says not.
 
     With device and inode it tells a file from a later one that got the inode. Source: statx(2).
     """
     buffer = ctypes.create_string_buffer(256)
     wanted, at_fdcwd, no_follow = 0x800, -100, 0x100  # STATX_BTIME, AT_FDCWD, AT_SYMLINK_NOFOLLOW
-    _checked(_statx(at_fdcwd, os.fsencode(path), no_follow, wanted, buffer))
+    empty_path = 0x1000  # AT_EMPTY_PATH
+    if isinstance(path, int):
+        _checked(_statx(path, b"", empty_path, wanted, buffer))
+    else:
+        _checked(_statx(at_fdcwd, os.fsencode(path), no_follow, wanted, buffer))
     if not struct.unpack_from("=I", buffer)[0] & wanted:
         return 0
     seconds, rest_ns = struct.unpack_from("=qI", buffer, 80)

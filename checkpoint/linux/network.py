@@ -9,13 +9,19 @@ import struct
 from collections.abc import Sequence
 
 from . import syscall
+from .namespaces import CLONE_NEWNS
 from .process import unshare
 from .users import CLONE_NEWUSER
 
 CLONE_NEWIPC = 0x08000000
 CLONE_NEWNET = 0x40000000
 _SYS_SETNS = 308
-_KINDS = {"user": CLONE_NEWUSER, "net": CLONE_NEWNET, "ipc": CLONE_NEWIPC}
+_KINDS = {
+    "user": CLONE_NEWUSER,
+    "net": CLONE_NEWNET,
+    "ipc": CLONE_NEWIPC,
+    "mnt": CLONE_NEWNS,
+}
 _SIOCGIFFLAGS = 0x8913
 _SIOCSIFFLAGS = 0x8914
 _IFF_UP = 0x1

@@ -271,16 +271,17 @@ def unshare(flags: int) -> None:
     syscall(SYS_UNSHARE, flags)
 
 
-def mount(source: str, target: str, kind: str, flags: int) -> None:
+def mount(source: str, target: str, kind: str, flags: int, options: str = "") -> None:
     """mount(2)."""
     libc.mount.argtypes = [ctypes.c_char_p] * 3 + [ctypes.c_ulong, ctypes.c_char_p]
-    if libc.mount(source.encode(), target.encode(), kind.encode(), flags, None) < 0:
+    if libc.mount(source.encode(), target.encode(), kind.encode(), flags, options.encode()) < 0:
         error = ctypes.get_errno()
         raise OSError(error, f"{os.strerror(error)}: mount {kind} on {target}")
 
 
 MS_REC: Final = 0x4000
 MS_PRIVATE: Final = 1 << 18
+MS_SLAVE: Final = 1 << 19
 MS_NOSUID: Final = 2
 MS_NODEV: Final = 4
 MS_NOEXEC: Final = 8

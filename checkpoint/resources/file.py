@@ -6,7 +6,8 @@ else's doing. A program that has a file open for writing, without a lock, must c
 writing it too (a log, a history, a database between transactions): the very same file may hold
 something else by then, as it may after a long SIGSTOP. What the process only reads, has locked, or
 finds replaced by another file must be unchanged. A file without a path (deleted, replaced,
-O_TMPFILE) travels in the image. O_PATH descriptors are names and nothing else.
+O_TMPFILE) travels in the image, as memory with a name does (`lzy.checkpoint.named`). O_PATH
+descriptors are names and nothing else.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import Incompatible
 from ..linux import descriptors as kernel
+from ..named import open_named
 from .kind import Entry, Kind
 
 if TYPE_CHECKING:
@@ -40,6 +42,15 @@ class File(Kind):
         entry: Entry = {"path": opened.link, "mode": status.st_mode}
         if own := _path_in_own_proc(opened.link, opened.pid):
             return entry | {"form": "own", "path": own}
+        if not opened.is_path_only and opened.mode == stat.S_IFREG:
+            key = (status.st_dev, status.st_ino)
+            if (found := open_named(opened.link, key)) is not None:
+                reader, path = found
+                survey.duplicates.append(reader)
+                number = survey.objects.add_named(
+                    reader, key=key, path=path, writes=opened.writable
+                )
+                return entry | {"form": "named", "path": path, "object": number}
         if _leads_to(opened.link, status):
             if opened.is_path_only:
                 return entry | {"form": "name"}
@@ -80,7 +91,7 @@ class File(Kind):
         }
 
     def check(self, entry: Entry, assembly: Assembly) -> None:
-        if entry["form"] in ("own", "unlinked"):
+        if entry["form"] in ("own", "unlinked", "named"):
             return
         path = entry["path"]
         try:
@@ -123,7 +134,7 @@ class File(Kind):
         if entry["form"] == "own":
             # /proc/PID of the process itself: it alone can open it, when it exists.
             return os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
-        if entry["form"] == "unlinked":
+        if entry["form"] in ("unlinked", "named"):
             content = assembly.objects.open(entry["object"])
             try:
                 fd = _open_again(content, flags)

@@ -37,6 +37,12 @@ class ObjectSink(Protocol):
         """
         ...
 
+    def add_named(
+        self, fd: int, *, key: tuple[int, int], path: str, writes: bool, maps: bool = False
+    ) -> int:
+        """As `add_file`, of memory that is at `path` in /dev/shm (`lzy.checkpoint.named`)."""
+        ...
+
 
 class ObjectSource(Protocol):
     """Where those contents come from when the process is made again (the engine's)."""
@@ -51,6 +57,11 @@ class NoObjects:
 
     def add_file(self, fd: int, *, key: tuple[int, int]) -> int:
         raise Unsupported("a file without a path is open, and nothing keeps its content", fd=fd)
+
+    def add_named(
+        self, fd: int, *, key: tuple[int, int], path: str, writes: bool, maps: bool = False
+    ) -> int:
+        raise Unsupported(f"{path} is memory, and nothing keeps its content", fd=fd)
 
     def open(self, number: int) -> int:
         raise Unsupported(f"the image has no object {number}")

@@ -17,7 +17,6 @@ from subjects import living
 from lzy.checkpoint import proc
 from lzy.checkpoint.content import (
     FilePages,
-    Objects,
     ProcessPages,
     cut_ranges,
     data_ranges,
@@ -26,6 +25,7 @@ from lzy.checkpoint.content import (
     windows_of,
 )
 from lzy.checkpoint.linux import PAGE_BYTES
+from lzy.checkpoint.objects import Objects
 
 # -- models --------------------------------------------------------------------------------------
 

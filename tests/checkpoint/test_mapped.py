@@ -17,9 +17,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from subjects import PRELUDE, living
 
 from lzy.checkpoint import proc
-from lzy.checkpoint.content import Objects
 from lzy.checkpoint.errors import Unsupported
 from lzy.checkpoint.mapped import Mappings, refuse_mappings
+from lzy.checkpoint.objects import Objects
 
 if TYPE_CHECKING:
     from living import CommandLine, Program

@@ -23,7 +23,7 @@ PATIENCE_S = 30.0
 RSEQ_BYTES = 32  # what the kernel writes to a thread's rseq area each time it runs
 
 #: A family made at random from a seed: mappings made, written, moved, protected, given back, with
-#: forks in between, so that generations share this and that.
+#: forks in between, so that generations share this and that; some has a name in /dev/shm.
 FAMILY = """
 import ctypes, mmap, os, random, signal, sys
 chance = random.Random(int(sys.argv[1]))
@@ -40,18 +40,32 @@ def new():
     size = chance.randrange(1, 400) * PAGE
     shared = chance.random() < 0.15
     place = libc.mmap(None, size, 3, (1 if shared else 2) | 32, -1, 0)
-    areas.append([place, size])
+    areas.append([place, size, not shared])  # behind the end of shared memory there is none
     if chance.random() < 0.2:
         libc.madvise(place, size, 14)
 
 def from_file():
     file = os.open(sys.argv[2], os.O_RDONLY)
     size = chance.randrange(1, 20) * PAGE
-    areas.append([libc.mmap(None, size, 3, 2, file, 0), size])
+    areas.append([libc.mmap(None, size, 3, 2, file, 0), size, False])
     os.close(file)
 
+def named(root=os.getpid(), count=[0]):
+    count[0] += 1
+    path = f"/dev/shm/lzy-test-{root}-{os.getpid()}-{count[0]}"
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+    size = chance.randrange(1, 90) * PAGE
+    os.ftruncate(file, size + chance.choice((0, 0, 100, 800 * PAGE)))
+    areas.append([libc.mmap(None, size, 3, 1, file, 0), size, False])
+    if chance.random() < 0.3:
+        areas.append([libc.mmap(None, size, 3, 2, file, 0), size, False])
+    if chance.random() < 0.3:
+        os.unlink(path)
+    if chance.random() < 0.7:
+        os.close(file)
+
 def write(area):
-    place, size = area
+    place, size, _ = area
     for _ in range(chance.randrange(1, 40)):
         at = chance.randrange(size)
         length = min(chance.choice((1, 100, 5000, 90000)), size - at)
@@ -59,10 +73,10 @@ def write(area):
         ctypes.memset(place + at, fill, length)
 
 def move(area):
-    size = max(PAGE, area[1] + chance.randrange(-50, 50) * PAGE)
+    size = max(PAGE, area[1] + chance.randrange(-50, 50 if area[2] else 1) * PAGE)
     found = libc.mremap(area[0], area[1], size, 1)
     if found is not None and found != 2**64 - 1:
-        area[:] = [found, size]
+        area[:2] = [found, size]
 
 def give_back(area):
     at = chance.randrange(area[1] // PAGE)
@@ -75,9 +89,9 @@ def cut(area):
         area[1] = half
 
 def act():
-    deed = chance.choice((new, from_file, write, write, write, move, give_back, cut))
-    if deed in (new, from_file) or not areas:
-        (new if deed is not from_file else from_file)()
+    deed = chance.choice((new, from_file, named, write, write, write, move, give_back, cut))
+    if deed in (new, from_file, named) or not areas:
+        (deed if deed in (from_file, named) else new)()
     else:
         deed(chance.choice(areas))
 
@@ -147,6 +161,8 @@ def family(seed: int, folder: Path) -> Iterator[list[int]]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         child.wait()
+        for left in Path("/dev/shm").glob(f"lzy-test-{child.pid}-*"):
+            left.unlink()
 
 
 def spans(maps: str) -> list[list[object]]:

@@ -38,8 +38,9 @@ memory = mmap.mmap(file, size)
 print("ready", flush=True)
 for line in sys.stdin:
     word = line.rstrip("\\n").encode()
-    print(memory[: len(word)].decode(), flush=True)
+    before = memory[: len(word)].decode()
     memory[: len(word)] = word
+    print(before, flush=True)
 """
 
 

@@ -41,6 +41,7 @@ from .host import describe_host
 from .increment import TooScattered, plan_checkpoint
 from .inheritance import length_bytes
 from .interrupts import Deferred
+from .ipc import describe_ipc
 from .lineage import forget_lineage
 from .linux import PAGE_BYTES, process
 from .named import describe_named, remove_own
@@ -138,6 +139,7 @@ class Capture:
         self.tree: list[Subject] = []
         """Who was stopped, the root first, parents before their children."""
         self.ended: list[Ended] = []
+        self.system_v: dict[str, Any] = {}
         self.objects = Objects()
         self.tables: list[dict[str, Any]] = []
         """The descriptors of each of `tree`."""
@@ -260,6 +262,7 @@ class Capture:
         if not self.wishes.leave_running:
             self.root.look_closely()
         refuse_sessions(self.tree, self.ended)
+        self.system_v = describe_ipc(subject.pid for subject in self.tree)
         reach("dump.asked")
 
     @property
@@ -458,6 +461,8 @@ class Capture:
             ]
         if self.ended:
             document["zombies"] = describe_ended(self.ended)
+        if self.system_v:
+            document["system_v"] = self.system_v
         return document
 
     # -- afterwards --------------------------------------------------------------------------------

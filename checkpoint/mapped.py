@@ -58,7 +58,8 @@ def _obstacle(vma: Vma) -> tuple[str, str] | None:
     if "ht" in vma.flags:
         return "huge-page (hugetlbfs)", "use transparent huge pages instead"
     if path.startswith("/[aio]"):
-        return "asynchronous I/O (io_setup)", "end what uses it"
+        way = "have the program end it (io_destroy), or do without (CAIO_IMPL=thread for aiofile)"
+        return "asynchronous I/O (io_setup)", way
     if path.startswith(("/dev/nvidia", "/dev/dri")):
         return "GPU", "free the GPU first; GPU processes are not supported yet"
     if path.startswith("/dev/") and not path.startswith(("/dev/shm/", "/dev/zero")):

@@ -37,6 +37,7 @@ from .vdso import bridge
 
 if TYPE_CHECKING:
     from .joining import NamedMemory
+    from .ipc import Ipc
     from .segments import Segments
 
 Progress = Callable[[str, int, int], None]
@@ -112,6 +113,7 @@ class Restorer:
         self.segments: Segments | None = None
         self.names: NamedMemory | None = None
         self.apart = contextlib.ExitStack()
+        self.ipc: Ipc | None = None
         self.files: dict[tuple[str, bool], int] = {}
         self.local: dict[int, int] = {}
         self._find_family(eager)
@@ -158,6 +160,7 @@ class Restorer:
             # 2. Contents of unnamed files, then the descriptors, all in this process.
             self._make_objects()
             self._make_segments()
+            self._find_ipc()
             self.local = resources.make_descriptors(self.table, _Source(self.objects), options)
             reach("restore.checked")
             # 3. A process with the old pid, stopped in our stub.
@@ -176,6 +179,8 @@ class Restorer:
                 settle_family(self.members, self.document.get("zombies", ()))
             if self.segments:
                 self.segments.detach()
+            if self.ipc:
+                self.ipc.make(root.tracee)
             # 5. All the rest.
             for member in self.members:
                 member.reinstate()
@@ -209,8 +214,9 @@ class Restorer:
                 if member.pager:
                     with contextlib.suppress(LzyError):
                         member.pager.wait()
-            if self.segments:
-                self.segments.remove()
+            for made in (self.segments, self.ipc):
+                if made:
+                    made.remove()
             if self.names:
                 self.names.undo()
             raise
@@ -368,6 +374,13 @@ class Restorer:
 
             self.segments = Segments()
             self.segments.make(vmas, self.objects)
+
+    def _find_ipc(self) -> None:
+        """Which System V semaphores and message queues are missing here."""
+        if "system_v" in self.document:
+            from .ipc import Ipc
+
+            self.ipc = Ipc(self.document["system_v"])
 
     # -- 3. birth --------------------------------------------------------------------------------
 

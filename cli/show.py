@@ -232,6 +232,10 @@ def as_document(image: Image, mappings: list[Mapping], objects: list[Object]) ->
             {"descriptor": number, "kind": kind, "words": words}
             for number, kind, words in _descriptors(document)
         ],
+        "system_v": [
+            {"kind": kind, "number": number, "words": words}
+            for kind, number, words in _system_v(document)
+        ],
     }
 
 
@@ -270,7 +274,24 @@ def describe(
     lines += _section(f"{count(len(mappings), 'mapping')}", _mapping_rows(mappings, rows))
     descriptors = _descriptors(document)
     lines += _section(f"{count(len(descriptors), 'descriptor')}", _descriptor_rows(descriptors))
+    if found := _system_v(document):
+        rows_of_it = [(kind, str(number), words) for kind, number, words in found]
+        lines += _section("System V", table(["kind", "number", "holds"], rows_of_it, right=(1,)))
     return lines
+
+
+def _system_v(document: dict[str, Any]) -> list[tuple[str, int, str]]:
+    """(kind, number, what it holds) of semaphores and message queues."""
+    found = document.get("system_v", {})
+    rows = []
+    for one in found.get("sem", ()):
+        values = " ".join(map(str, one["values"][:8])) + " …" * (len(one["values"]) > 8)
+        rows.append(("semaphores", one["number"], values))
+    for one in found.get("msg", ()):
+        messages = one["messages"]
+        words = "not read" if messages is None else count(len(messages), "message")
+        rows.append(("message queue", one["number"], words))
+    return rows
 
 
 def _section(title: str, lines: list[str]) -> list[str]:

@@ -101,6 +101,11 @@ def remove_names(pids: Iterable[int]) -> None:
                     path.unlink(missing_ok=True)
         if (segment := libc.shmget(0x6C000000 | pid, 0, 0)) >= 0:
             libc.shmctl(segment, 0, None)  # IPC_RMID
+        if (semaphores := libc.semget(0x6C000000 | pid, 0, 0)) >= 0:
+            libc.semctl(semaphores, 0, 0)
+        for key in (0x6C000000, 0x6D000000):
+            if (queue := libc.msgget(key | pid, 0)) >= 0:
+                libc.msgctl(queue, 0, None)
         for name in ("one", "empty"):
             libc.mq_unlink(f"/lzy-test-{pid}-{name}".encode())
 

@@ -58,6 +58,7 @@ QUICK = [
     Case("sqlite_transaction", ("{folder}/base", "wal")),
     Case("stacks"),
     Case("system_v_memory"),
+    Case("system_v_queues"),
 ]
 # Their imports take seconds, so nothing but the essential is done with them.
 HEAVY = [Case("pandas_frame"), Case("sklearn_fit"), Case("torch_autograd")]

@@ -205,6 +205,20 @@ def test_ordinary_mappings_are_not_refused() -> None:
         refuse_mappings(7, [vma])
 
 
+@pytest.mark.shows("refused", "asynchronous I/O (io_setup)")
+def test_a_context_of_asynchronous_io_is_refused() -> None:
+    """Nobody tells whether requests are in flight in it."""
+    code = """
+context = ctypes.c_ulong()
+assert libc.syscall(206, 8, ctypes.byref(context)) == 0
+say("ready"); hear()
+"""
+    with living(code) as subject:
+        with pytest.raises(Unsupported, match="io_setup") as caught:
+            refuse_mappings(subject.pid, proc.mappings(subject.pid))
+        assert "io_destroy" in caught.value.remedy
+
+
 @pytest.mark.shows("refused", "a part of System V shared memory (the rest is unmapped)")
 def test_a_part_of_system_v_memory_is_refused() -> None:
     """shmat(2) attaches all of it."""

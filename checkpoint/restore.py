@@ -36,8 +36,8 @@ from .stages import reach
 from .vdso import bridge
 
 if TYPE_CHECKING:
-    from .joining import NamedMemory
     from .ipc import Ipc
+    from .joining import NamedMemory
     from .segments import Segments
 
 Progress = Callable[[str, int, int], None]

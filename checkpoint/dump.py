@@ -15,7 +15,7 @@ from . import proc, tracking
 from .away import Doze, NotAsItIs, find_doze
 from .capture import COPY_LIMIT_BYTES, Capture, DumpReport, Wishes
 from .content import intersect, join_ranges, own_page_ranges
-from .errors import Busy, LzyError
+from .errors import Busy, LzyError, Unsupported
 from .fitness import Progress, refuse_unfit
 from .history import ASKED
 from .tree import refuse_ourselves
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from .store import Store
 
 __all__ = ["DumpReport", "dump"]
+
+_PASSES_WITHIN_S, _PAUSE_S = 1.5, 0.013
 
 
 def dump(
@@ -70,6 +72,9 @@ def dump(
     `verified`: an image of `store` of which all was just read and found right; what is taken from
     it is not read once more.
 
+    What is just on its way somewhere where it cannot be seen (see `Opened.refusal`) gets a
+    second and a half to arrive.
+
     Raises NotFound, AccessDenied, Unsupported (naming what cannot be kept), Busy,
     StoreUnavailable; the process then runs on as before.
     """
@@ -91,8 +96,16 @@ def dump(
     )  # fmt: skip
 
     def write(doze: Doze | None) -> DumpReport:
-        capture = Capture(pid, store, wishes, doze=doze, variables=variables, notes=notes)
-        return capture.run()._replace(total_s=time.monotonic() - began)
+        tries_until, said = time.monotonic() + _PASSES_WITHIN_S, len(notes)
+        while True:
+            capture = Capture(pid, store, wishes, doze=doze, variables=variables, notes=notes)
+            try:
+                return capture.run()._replace(total_s=time.monotonic() - began)
+            except Unsupported as error:
+                if not error.facts.get("passes") or time.monotonic() > tries_until:
+                    raise
+            del notes[said:]
+            time.sleep(_PAUSE_S)  # it runs meanwhile
 
     doze = _find_fit_doze(pid, store, window_pages, leave_running and rouse)
     if doze and not proc.children(pid):

@@ -375,6 +375,47 @@ def test_checkpoint_killed_without_a_main_thread(
     program.prove()
 
 
+CALLER = """
+import os, socket, sys, threading, time
+server = socket.create_server(("127.0.0.1", 0))
+done, called = [0], threading.Event()
+def call():
+    with socket.create_connection(server.getsockname()) as client:
+        client.sendall(b"?")
+        called.set()
+        client.recv(1)
+        done[0] += 1
+def serve():
+    while True:
+        called.clear()
+        threading.Thread(target=call).start()
+        called.wait()
+        time.sleep(0.02)  # meanwhile nobody has accepted what was sent to
+        accepted, _ = server.accept()
+        with accepted:
+            accepted.recv(1)
+            accepted.sendall(b"!")
+        time.sleep(0.03)
+threading.Thread(target=serve, daemon=True).start()
+print("ready", flush=True)
+for line in sys.stdin: print(done[0], flush=True)
+"""
+
+
+def test_what_passes_is_waited_for(start: Start, lzy: CommandLine) -> None:
+    """A connection that is not accepted yet, and has bytes in it, holds a dump up for a moment."""
+    program = start(command=[sys.executable, "-c", CALLER]).await_ready()
+    for name in ("one", "two"):
+        lzy.dump(program, name, "--leave-running")
+    lzy.dump(program)
+    lzy.restore(program)
+    before = int(program.ask("?"))
+    deadline = time.monotonic() + PATIENCE_S
+    while int(program.ask("?")) == before:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 @pytest.mark.shows("survives", "a sleep in the kernel: as long as it would have been")
 def test_sleep(start: Start, lzy: CommandLine) -> None:
     """sleep(1), which is nothing but one system call: it sleeps as long as it would have."""

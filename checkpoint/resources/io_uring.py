@@ -82,7 +82,7 @@ class Ring(Kind):
             )
         )  # fmt: skip
         if flags & kernel.SETUP_POLLED_BY_THREAD and head != tail:
-            raise opened.refusal("the io_uring is just taking requests", _AWAIT_IT)
+            raise opened.refusal("the io_uring is just taking requests", _AWAIT_IT, passes=True)
         in_flight = (head - dropped - answered - lost) % (1 << 32)
         if in_flight >= 1 << 31:
             raise opened.refusal(
@@ -96,6 +96,7 @@ class Ring(Kind):
                 f"the io_uring has {in_flight or 'some'} requests in flight (or made some that are "
                 "not answered)",
                 _AWAIT_IT,
+                passes=True,
             )
         if head > _MOST_REQUESTS:
             raise opened.refusal(f"the io_uring has had {head} requests, too many", _CLOSE_IT)

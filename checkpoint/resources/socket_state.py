@@ -158,6 +158,7 @@ def _refuse_unclear(opened: Opened, messages: list[kernel.Message], sender: Open
             "descriptors are on their way through it (SCM_RIGHTS), and nothing tells with which "
             f"of {len(unclear[0].data)} bytes",
             "let the process receive them, then dump again",
+            passes=True,
         )
 
 
@@ -171,6 +172,7 @@ def _describe_message(opened: Opened, message: kernel.Message) -> dict[str, Any]
         raise opened.refusal(
             "a descriptor is on its way through it (SCM_RIGHTS) that no process has open",
             "let the process receive it, then dump again",
+            passes=True,
         )
     if message.descriptions:
         described["descriptors"] = message.descriptions

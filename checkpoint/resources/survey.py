@@ -109,14 +109,18 @@ class Opened:
         names = ", ".join(map(str, self.numbers))
         return f"descriptor {names} of process {self.pid} ({self.link})"
 
-    def refusal(self, reason: str, remedy: str) -> Unsupported:
-        """The error that says why this description cannot be made again, and a way out."""
+    def refusal(self, reason: str, remedy: str, *, passes: bool = False) -> Unsupported:
+        """The error that says why this description cannot be made again, and a way out.
+
+        `passes`: a process that lives changes it by itself, so that a dump tries again first.
+        """
         return Unsupported(
             f"{self}: {reason}",
             remedy=remedy,
             pid=self.pid,
             descriptor=self.number,
             link=self.link,
+            passes=passes,
         )
 
 

@@ -227,7 +227,9 @@ def _peek_with_bytes_under_way(
             if kernel.arrived_tcp_bytes(sock) == arrived:
                 data = b"".join(state.decode(message["data"]) for message in messages)
                 return [{"data": state.encode(data + unsent)}] if data or unsent else []
-    raise opened.refusal("bytes do not cease to arrive at it", "dump again a little later")
+    raise opened.refusal(
+        "bytes do not cease to arrive at it", "dump again a little later", passes=True
+    )
 
 
 def _find_waiting_room(entry: Entry, opened: Opened, survey: Survey) -> int | None:
@@ -242,6 +244,7 @@ def _find_waiting_room(entry: Entry, opened: Opened, survey: Survey) -> int | No
             raise opened.refusal(
                 "it has sent bytes to a connection that is not accepted yet",
                 "let the process accept it, then dump again",
+                passes=True,
             )
         return listener
     return None

@@ -75,6 +75,7 @@ class UnixSocket(Kind):
                     raise opened.refusal(
                         "it has sent bytes to a connection that is not accepted yet",
                         "let the process accept it, then dump again",
+                        passes=True,
                     )
                 return {"form": "waiting", "listener": other.index}
         with contextlib.suppress(OSError):

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import mmap
 import os
 import stat
 from collections.abc import Iterable, Sequence
@@ -295,9 +296,15 @@ def _write(image: Image, entry: Entry, place: str, *, mode: int, as_it_was: bool
         os.unlink(temporary)
 
 
-def write_content(image: Image, space: int, descriptor: int, length_bytes: int) -> None:
-    """Give an empty file the content that a space of an image holds."""
+def write_content(
+    image: Image, space: int, descriptor: int, length_bytes: int, *, mapped: bool = False
+) -> None:
+    """Give an empty file the content that a space of an image holds.
+
+    `mapped`: through a mapping, since it is of huge pages, to which write(2) does not write.
+    """
     os.ftruncate(descriptor, length_bytes)
+    memory = mmap.mmap(descriptor, length_bytes) if mapped and length_bytes else None
     buffer = page_aligned(image.window_pages * PAGE_BYTES)[2]
     first, last = image.space_extent(space)
     for index in range(first, last):
@@ -306,12 +313,16 @@ def write_content(image: Image, space: int, descriptor: int, length_bytes: int) 
         position = 0
         for start, length in page_runs([(address, mask)]):
             wanted = min(length, length_bytes - start)
-            if (
+            if memory is not None:
+                memory[start : start + wanted] = buffer[position : position + wanted]
+            elif (
                 wanted > 0
                 and os.pwrite(descriptor, buffer[position : position + wanted], start) != wanted
             ):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             position += length
+    if memory is not None:
+        memory.close()
 
 
 def _checked(name: str) -> str:

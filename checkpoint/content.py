@@ -66,7 +66,8 @@ def cut_windows(
 
 def holds_own_pages(vma: Vma) -> bool:
     """Whether pages of this VMA can exist nowhere but in this process."""
-    return vma.kind in ("anonymous", "file", "memory") and not vma.shared and "dp" not in vma.flags
+    kinds = ("anonymous", "file", "memory", "huge")
+    return vma.kind in kinds and not vma.shared and "dp" not in vma.flags
 
 
 def neighbourhoods(vmas: Iterable[Vma]) -> list[tuple[int, int]]:

@@ -61,6 +61,8 @@ def _is_part(vma: Vma, other: Vma) -> bool:
     """Whether the other mapping has all of this one, as it is but for what mprotect(2) changes."""
     if not holds_own_pages(vma) or other.shared or vma.end > other.end:
         return False
+    if "ht" in vma.flags:  # its pages cannot be given back in part
+        return False
     if vma.kind != other.kind or vma.flags & AS_MAPPED != other.flags & AS_MAPPED:
         return False
     return vma.kind == "anonymous" or (

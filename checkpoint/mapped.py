@@ -55,8 +55,8 @@ def _refuse_closed_rings(pid: int, inodes: set[int]) -> None:
 def _obstacle(vma: Vma) -> tuple[str, str] | None:
     """What kind of mapping it is that cannot be made again, and a way out."""
     path = vma.path
-    if "ht" in vma.flags:
-        return "huge-page (hugetlbfs)", "use transparent huge pages instead"
+    if "ht" in vma.flags and vma.kind in ("file", "segment"):
+        return "huge-page (hugetlbfs)", "use anonymous memory (MAP_HUGETLB) or a memfd instead"
     if path.startswith("/[aio]"):
         way = "have the program end it (io_destroy), or do without (CAIO_IMPL=thread for aiofile)"
         return "asynchronous I/O (io_setup)", way
@@ -134,6 +134,12 @@ class Mappings:
                     os.O_RDONLY | os.O_CLOEXEC,
                 )
             except PermissionError:
+                if "ht" in vma.flags:
+                    raise Unsupported(
+                        f"pid {self.pid} shares memory of huge pages at {vma.start:#x}",
+                        remedy="run lzy as root, which may open what is mapped",
+                        pid=self.pid,
+                    ) from None
                 self._objects[vma] = copy_unnamed(self.pid, vma, self.vmas, objects)
                 continue
             except OSError as error:

@@ -198,6 +198,10 @@ class MemberMemory:
                 how |= memory.MAP_GROWSDOWN
             if not self._has_pages(vma):
                 protection = _protection(vma)
+        elif vma["kind"] == "huge":
+            from .linux.hugepages import MAP_HUGETLB, size_flag
+
+            how |= memory.MAP_ANONYMOUS | MAP_HUGETLB | size_flag(proc.huge_page_bytes(flags))
         else:
             offset = vma["offset"]
             if is_readonly(vma):

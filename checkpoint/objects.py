@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from .content import CopiedPages, FilePages, data_ranges, windows_of
 from .errors import Unsupported
+from .setaside import page_bytes_of
 
 if TYPE_CHECKING:
     from .worker import PageSource
@@ -53,6 +54,8 @@ class Objects:
                 "owner": [status.st_uid, status.st_gid],
             }
         )
+        if size_bytes := page_bytes_of(own):
+            self.described[-1]["huge_page_bytes"] = size_bytes
         return number
 
     def add_named(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -18,6 +18,8 @@ _HEADER = re.compile(
     rb"^([0-9a-f]+)-([0-9a-f]+) (....) ([0-9a-f]+) ([0-9a-f]+):([0-9a-f]+) (\d+) *(.*)$"
 )
 _KEYED = re.compile(rb"\nProtectionKey: +[1-9]")
+_PAGE_SIZE = re.compile(rb"\nKernelPageSize: +(\d+) kB")
+_HUGE_PAGES = b"/anon_hugepage (deleted)"  # what the kernel calls memory by MAP_HUGETLB
 _PIECE_BYTES = 512  # less than smaps says of any mapping
 _PIECES = 512
 _PF_EXITING, _PF_IO_WORKER = 0x4, 0x10  # linux/sched.h
@@ -33,8 +35,9 @@ class Vma(NamedTuple):
     """One mapped range: addresses, permissions, what is behind it, and the kernel's VmFlags.
 
     `kind` is anonymous, file (behind a path), memory (shared anonymous or deleted or memfd:
-    content that lives in no directory), ring (of an io_uring), segment (of System V
-    shared memory), vdso, vvar or vsyscall.
+    content that lives in no directory), huge (private, of huge pages that are set aside), ring (of
+    an io_uring), segment (of System V shared memory), vdso, vvar or vsyscall. Besides the kernel's
+    flags there are `pk`, under a protection key, and `h2048`, of pages of so many KiB (with `ht`).
     """
 
     start: int
@@ -91,8 +94,15 @@ def _with_flags(text: bytes) -> Iterator[tuple[bytes, frozenset[str]]]:
             flags = known[words] = frozenset(words.decode().split())
         if has_keys and _KEYED.search(details):
             flags |= {"pk"}
+        if "ht" in flags and (size := _PAGE_SIZE.search(details)):
+            flags |= {f"h{size[1].decode()}"}
         yield details, flags
         details = following
+
+
+def huge_page_bytes(flags: Iterable[str]) -> int:
+    """How large the pages that are set aside are, of a mapping with these flags; 0: ordinary."""
+    return next((int(f[1:]) << 10 for f in flags if f[0] == "h" and f[1:].isdigit()), 0)
 
 
 def _vma(line: bytes, flags: frozenset[str]) -> Vma:
@@ -101,6 +111,8 @@ def _vma(line: bytes, flags: frozenset[str]) -> Vma:
         raise ValueError(f"no mapping of /proc/PID/maps: {line!r}")
     start, end, permissions, offset, major, minor, inode, name = match.groups()
     path, kind, device = _behind(name, inode, major, minor)
+    if name == _HUGE_PAGES and permissions.endswith(b"p"):
+        kind = "huge"
     return Vma(
         int(start, 16),
         int(end, 16),

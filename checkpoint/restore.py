@@ -153,6 +153,7 @@ class Restorer:
             check_host(self.document["host"], self.image.name)
             if bridge(self.document):
                 self.notes.append("its vDSO is another kernel's; its functions lead to this one's")
+            self._look_at_huge_pages()
             pid_namespace = self._look_at_names(pid_namespace, options.accept_changed_files)
             wanted = self._wanted()
             new_namespace = self._choose_namespace(pid_namespace, wanted)
@@ -315,6 +316,17 @@ class Restorer:
         text = self.root.read_image(layout["env_start"], layout["env_end"] - layout["env_start"])
         return b"JPY_PARENT_PID=" in text
 
+    def _look_at_huge_pages(self) -> None:
+        """Raise Incompatible if there are not as many free as are needed."""
+        members = [self.document, *self.document.get("members", ())]
+        objects = self.document["objects"]
+        if any("huge_page_bytes" in described for described in objects) or any(
+            vma["kind"] == "huge" for member in members for vma in member["vmas"]
+        ):
+            from .setaside import refuse_too_few
+
+            refuse_too_few(self.image.name, members, objects)
+
     def _look_at_names(self, pid_namespace: str, accept_changed: bool) -> str:
         """See what became of memory that has a name; which PID namespace is to be chosen then."""
         if all("path" not in described for described in self.document["objects"]):
@@ -359,9 +371,18 @@ class Restorer:
                 continue
             name = os.path.basename(described["name"].removesuffix(" (deleted)"))
             name = name.removeprefix("memfd:")[:200] or "lzy"
-            descriptor = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            huge = described.get("huge_page_bytes", 0)
+            if huge:
+                from .setaside import make_file
+
+                descriptor = make_file(name, huge)
+            else:
+                descriptor = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
             self.objects.append(descriptor)
-            write_content(self.image, described["space"], descriptor, described["length_bytes"])
+            length_bytes = described["length_bytes"]
+            write_content(
+                self.image, described["space"], descriptor, length_bytes, mapped=bool(huge)
+            )
             with contextlib.suppress(PermissionError):
                 os.fchown(descriptor, *described["owner"])
             os.fchmod(descriptor, described["mode"])

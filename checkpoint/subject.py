@@ -265,6 +265,8 @@ def why_no_snapshot(vmas: list[Vma]) -> str:
             continue
         if "dc" in vma.flags:
             return f"the mapping at {vma.start:#x} is not inherited (MADV_DONTFORK)"
+        if "ht" in vma.flags and not vma.shared:
+            return f"the mapping at {vma.start:#x} is of huge pages: a copy may find none free"
         if "wf" in vma.flags:
             return f"the mapping at {vma.start:#x} is wiped on fork"
     return ""

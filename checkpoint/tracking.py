@@ -315,9 +315,11 @@ def begin_account(
             written += _find_dropped(pagemap, own)
             strangers = _find_strangers(pagemap, own)
             for vma in strangers:
+                written.append((vma.start, vma.end))
+                if "ht" in vma.flags:  # of huge pages that are set aside: never under account
+                    continue
                 uffd.register(ours, vma.start, vma.end - vma.start, uffd.REGISTER_MODE_WP)
                 _find_written(pagemap, vma.start, vma.end, protect=True)
-                written.append((vma.start, vma.end))
     finally:
         os.close(ours)
     return Begun(join_ranges(written), found, left_out, bool(strangers))

@@ -167,14 +167,14 @@ def test_deleted_file_is_carried_in_the_image(tmp_path: Path) -> None:
         ("/dev/nvidia0", set(), "GPU"),
         ("/dev/fb0", set(), "device"),
         ("anon_inode:[perf_event]", set(), "perf_event"),
-        ("", {"ht"}, "huge-page"),
+        ("/mnt/huge/file", {"ht"}, "huge-page"),
         ("", {"ss"}, "shadow stack"),
         ("/x", {"pf", "io"}, "device memory"),
     ],
 )
 @pytest.mark.shows(
     "refused",
-    "mappings: asynchronous I/O, GPUs, devices, perf, hugetlbfs, shadow stacks",
+    "mappings: asynchronous I/O, GPUs, devices, perf, files on hugetlbfs, shadow stacks",
 )
 def test_mappings_that_cannot_be_made_again(path: str, flags: set[str], word: str) -> None:
     """Each is named with its address and a way out."""

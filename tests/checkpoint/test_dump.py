@@ -104,20 +104,11 @@ def test_who_is_not_there(store: Store) -> None:
     assert store.images() == []
 
 
-def test_main_thread_has_ended(store: Store) -> None:
-    """A process that lives on without its main thread is no zombie; it is refused as it is."""
-    code = "threading.Thread(target=hear).start(); say('ready'); libc.syscall(60, 0)"
-    with living(code) as subject:
-        subject.await_state("Z")
-        with pytest.raises(Unsupported, match="main thread") as caught:
-            dump(subject.pid, store)
-        assert caught.value.remedy
-
-
 def test_kernel_thread(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """A thread of the kernel has no memory: refused as what it is."""
     monkeypatch.setattr(proc, "status", lambda pid: {"Tgid": str(pid), "State": "S (sleeping)"})
     monkeypatch.setattr(proc, "read_bytes", lambda pid, name: b"")
+    monkeypatch.setattr(proc, "witness", lambda pid: pid)
     monkeypatch.setattr(proc, "is_ending", lambda pid: False)
     with pytest.raises(Unsupported, match="kernel thread"):
         dump(2, store)

@@ -24,6 +24,7 @@ from .interrogate import decode, encode
 from .linux import ipc as kernel
 from .tracee import Tracee
 
+_NOT_FOR_US = (errno.EACCES, errno.EIDRM, errno.EINVAL)  # others' rights; or it is gone meanwhile
 _NAMES = {kernel.SEMAPHORES: ("semaphores", "s"), kernel.QUEUES: ("message queue", "q")}
 
 
@@ -35,7 +36,13 @@ def describe_ipc(pids: Iterable[int]) -> dict[str, Any]:
     for kind in _NAMES:
         for one in kernel.list_all(kind):
             if alone or one.users & members:
-                found.setdefault(kind, []).append(_describe(kind, one))
+                try:
+                    described = _describe(kind, one)
+                except OSError as error:
+                    if error.errno not in _NOT_FOR_US:
+                        raise
+                else:
+                    found.setdefault(kind, []).append(described)
     return {"boot_id": proc.boot_id(), "namespace": _namespace(), **found} if found else {}
 
 
@@ -57,9 +64,9 @@ def _describe(kind: str, one: kernel.Found) -> dict[str, Any]:
         return described | {"values": kernel.read_values(one.number, one.size)}
     described["room_bytes"] = kernel.read_room_bytes(one.number)
     try:
-        messages = kernel.read_messages(one.number, one.size) if one.size else []
+        messages = kernel.read_messages(one.number, one.size)
     except OSError as error:
-        if error.errno not in (errno.ENOSYS, errno.EACCES):
+        if error.errno != errno.ENOSYS:
             raise
         return described | {"messages": None}
     return described | {"messages": [[it.kind, encode(it.content)] for it in messages]}

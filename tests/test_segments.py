@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -160,3 +161,24 @@ def test_restore_killed_among_semaphores_and_queues(start: Start, lzy: CommandLi
         )
     lzy.restore(program)
     program.prove()
+
+
+def test_what_is_taken_of_semaphores_and_queues() -> None:
+    """What one of the processes was the last to use, messages without a byte too; nothing else."""
+    from lzy.checkpoint.ipc import describe_ipc
+
+    queue, semaphores = libc.msgget(0, 0o600), libc.semget(0, 2, 0o600)
+    try:
+        assert libc.msgsnd(queue, (7).to_bytes(8, "little"), ctypes.c_size_t(0), 0) == 0
+        assert libc.semctl(semaphores, 1, SETVAL, 4) == 0
+        found = describe_ipc([os.getpid()])
+        ours = {kind: [it for it in found[kind] if it["number"] == number] for kind, number in
+                (("msg", queue), ("sem", semaphores))}  # fmt: skip
+        assert ours["msg"][0]["messages"] == [[7, ""]]
+        assert ours["sem"][0]["values"] == [0, 4]
+        others = describe_ipc([1])
+        assert queue not in [it["number"] for it in others.get("msg", ())]
+        assert semaphores not in [it["number"] for it in others.get("sem", ())]
+    finally:
+        libc.msgctl(queue, REMOVE, None)
+        libc.semctl(semaphores, 0, REMOVE)

@@ -4,10 +4,12 @@ Whoever leads a process group cannot begin a session (setsid(2)), and what a she
 So the process makes a child that never runs, gives it a group of its own, joins that, and is free
 to leave; reptyr(1) found that way. It opens the new terminal beforehand: nothing after that can
 fail for want of anything. Its descriptors of the old terminal become ones of the new, in one list
-of calls, which it makes to the end by itself should lzy die.
+of calls, which it makes to the end by itself should lzy die. Who leads the session of its terminal
+(what a terminal emulator started, not a shell) keeps that session and changes its terminal.
 
-Its shell is told that it has stopped, and then that it runs on: so it gives its prompt again, and
-knows the process as a job in the background.
+Its shell notices nothing: the process stays its child and runs. Somebody is to stand for it on the
+old terminal; when he leaves, `give_prompt` tells the shell that the process has stopped, and then
+that it runs on: so the shell gives its prompt, and knows a job in the background.
 """
 
 from __future__ import annotations
@@ -43,6 +45,8 @@ class Place(NamedTuple):
     settings: bytes
     numbers: list[int]
     """The process's descriptors of it."""
+    shell_pid: int
+    """Its parent, which waits for it on that terminal; 0 if it leads the session there."""
 
 
 class _Watch(NamedTuple):
@@ -63,21 +67,18 @@ def look_at_terminal(pid: int) -> Place:
     if find_by_device(device):
         raise _refusal(pid, "lzy keeps it already", "see lzy ps, and lzy console")
     own, group, session = (int(status[key].split()[0]) for key in ("NSpid", "NSpgid", "NSsid"))
-    if own == session:
-        raise _refusal(
-            pid,
-            "it leads the session of its terminal, which has no shell that would get it back",
-            "hibernate and wake the session: it comes back on a terminal that lzy keeps",
-        )
+    leads = own == session
+    if int(stat[6]) != os.stat(device).st_rdev:
+        raise _refusal(pid, "it is of another session than that terminal", f"lzy attach {pid}")
     others = [
         int(name)
         for name in filter(str.isdecimal, os.listdir("/proc"))
-        if int(name) != pid and _is_with(int(name), pid, group, int(stat[6]))
+        if int(name) != pid and _is_with(int(name), pid, group, int(stat[6]), leads=leads)
     ]
     if others:
         raise _refusal(
             pid,
-            f"process {others[0]} is with it on the terminal, as in a pipeline",
+            f"process {others[0]} is with it on the terminal, as in a pipeline or a shell",
             "hibernate and wake the session, or take what stands alone",
         )
     descriptor = os.open(device, os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -87,11 +88,12 @@ def look_at_terminal(pid: int) -> Place:
     finally:
         os.close(descriptor)
     rows, columns = struct.unpack_from("=HH", window)
-    return Place(device, rows, columns, settings if int(stat[7]) == group else b"", numbers)
+    used = settings if int(stat[7]) == group else b""
+    return Place(device, rows, columns, used, numbers, 0 if leads else int(stat[3]))
 
 
 def take_over(pid: int, place: Place, device: str) -> None:
-    """Give the process the terminal `device` in place of `place`'s, and its shell the prompt.
+    """Give the process the terminal `device` in place of `place`'s; one that is stopped goes on.
 
     Raises AccessDenied, NotFound, Unsupported, KernelError; it then stays where it is.
     """
@@ -108,14 +110,20 @@ def take_over(pid: int, place: Place, device: str) -> None:
             _end_clone(tracee, leader, clone)
     finally:
         tracee.let_go()
-    if not was_stopped:
+    if was_stopped:
+        os.kill(pid, signal.SIGCONT)
+    os.kill(pid, signal.SIGWINCH)  # it is to paint itself
+
+
+def give_prompt(pid: int) -> None:
+    """Have the shell of a process that was taken give its prompt; the process runs on."""
+    with contextlib.suppress(NotFound, ProcessLookupError, PermissionError):
         os.kill(pid, signal.SIGSTOP)
         deadline = time.monotonic() + _STOPS_WITHIN_S
         while proc.stat(pid)[2] != "T" and time.monotonic() < deadline:
             time.sleep(0.005)
         time.sleep(0.05)  # its shell may be about to look
-    os.kill(pid, signal.SIGCONT)
-    os.kill(pid, signal.SIGWINCH)  # it is to paint itself
+        os.kill(pid, signal.SIGCONT)
 
 
 def _move(tracee: Tracee, leader: Thread, clone: int, place: Place, device: str) -> None:
@@ -129,8 +137,13 @@ def _move(tracee: Tracee, leader: Thread, clone: int, place: Place, device: str)
     watches = _find_watches(tracee.pid, place.numbers)
     batch = tracee.batch()
     batch.call(process.SYS_SETPGID, inner, inner, what="a group for the clone")
-    batch.call(process.SYS_SETPGID, 0, inner, what="leave its group")
-    batch.call(process.SYS_SETSID, what="begin a session")
+    if place.shell_pid:
+        batch.call(process.SYS_SETPGID, 0, inner, what="leave its group")
+        batch.call(process.SYS_SETSID, what="begin a session")
+    else:  # the clone's group gets the SIGHUP that a leader who leaves causes, tty_ioctl(4)
+        group, old = batch.put(struct.pack("=i", inner)), place.numbers[0]
+        batch.call(process.SYS_IOCTL, old, kernel.TIOCSPGRP, group, what="put the clone in front")
+        batch.call(process.SYS_IOCTL, old, kernel.TIOCNOTTY, what="leave its terminal")
     batch.call(process.SYS_IOCTL, number, kernel.TIOCSCTTY, 0, tolerate=True)
     for watch in watches:
         batch.call(process.SYS_EPOLL_CTL, watch.epoll, 2, watch.number, 0, tolerate=True)
@@ -145,8 +158,9 @@ def _move(tracee: Tracee, leader: Thread, clone: int, place: Place, device: str)
         tracee.run(leader, batch)
     except KernelError:
         own = proc.innermost(tracee.status(leader)["NSpid"])
-        for call in (Call(process.SYS_SETPGID, (0, own)), Call(process.SYS_CLOSE, (number,))):
-            tracee.run_one(leader, call)
+        if place.shell_pid:
+            tracee.run_one(leader, Call(process.SYS_SETPGID, (0, own)))
+        tracee.run_one(leader, Call(process.SYS_CLOSE, (number,)))
         raise
 
 
@@ -188,15 +202,19 @@ def _find_descriptors(pid: int) -> tuple[str, list[int]]:
     return device, sorted(n for n, link in links.items() if device and link in (device, "/dev/tty"))
 
 
-def _is_with(other: int, pid: int, group: int, terminal: int) -> bool:
-    """Whether another process would be parted: of the same group, or a child on the terminal."""
+def _is_with(other: int, pid: int, group: int, terminal: int, *, leads: bool) -> bool:
+    """Whether another process would be parted: of the same group, or a child on the terminal.
+
+    Of who leads the session there (`leads`), everybody on the terminal.
+    """
     try:
         stat = proc.stat(other)
     except NotFound:
         return False
     if stat[2] in "ZX":
         return False
-    return int(stat[4]) == group or (int(stat[3]) == pid and int(stat[6]) == terminal)
+    on_terminal = int(stat[6]) == terminal
+    return int(stat[4]) == group or (on_terminal and (leads or int(stat[3]) == pid))
 
 
 def _information(pid: int, number: int) -> str:

@@ -37,7 +37,7 @@ def _complete(ctx: click.Context, parameter: click.Parameter, typed: str) -> lis
       lzy attach kernel-3f2a.json           the kernel of a Jupyter connection file
       lzy attach Sales.ipynb                the kernel of an open notebook
       lzy attach 4121 --hibernate-after 2h --doze-after 10m
-      lzy attach 4121 --take-terminal       lzy console reaches it; its shell has its prompt again
+      lzy attach 4121 --leave-terminal      whose terminal is its own affair
     """
 )
 @click.argument("process", metavar="PID|FILE", shell_complete=_complete)
@@ -49,15 +49,16 @@ def _complete(ctx: click.Context, parameter: click.Parameter, typed: str) -> lis
     "--hibernate-after", type=Duration(never=True), help="Idle this long, it is hibernated."
 )
 @click.option(
-    "--take-terminal",
-    is_flag=True,
-    help="Move it, as it runs, to a terminal that lzy keeps.",
+    "--take-terminal/--leave-terminal",
+    default=None,
+    help="Have lzy keep its terminal, so that lzy console reaches it; the one it is in goes on "
+    "showing it. By default, if it reads from one and that can be done.",
 )
 @json_option
 def attach(
     process: str,
     name: str | None,
-    take_terminal: bool,
+    take_terminal: bool | None,
     doze_after: float | None,
     hibernate_after: float | None,
     as_json: bool,
@@ -72,14 +73,23 @@ def attach(
     given = {"doze_after_s": doze_after, "hibernate_after_s": hibernate_after}
     settings = {n: None if v == float("inf") else v for n, v in given.items() if v is not None}
     pid = find_process(process)
-    body: dict[str, Any] = {"pid": pid, "settings": settings, **find_node(pid)}
+    found = find_node(pid)
+    body: dict[str, Any] = {"pid": pid, "settings": settings, **found}
     body |= {"name": name} if name else {}
-    if take_terminal:
+    answer, words = None, ""
+    if take_terminal or (take_terminal is None and "pid" not in found and _reads_terminal(pid)):
+        from ..checkpoint.errors import AccessDenied, Unsupported
         from .taking import attach_and_take
 
-        answer = attach_and_take(Client(), pid, body)
-    else:
+        try:
+            answer = attach_and_take(Client(), pid, body)
+        except (Unsupported, AccessDenied) as error:
+            if take_terminal:
+                raise
+            words = error.message
+    if answer is None:
         answer = Client().post("/v1/sessions", body, timeout_s=60)
+        answer["notes"] += [words] if words else []
     session = answer["session"]
     if as_json:
         say_json({**session, "notes": answer["notes"]})
@@ -120,6 +130,17 @@ def detach(name: str | None, as_json: bool) -> None:
         elif session["image"]:
             left = f"lzy restore {session['image']} brings it back"
         say([f"{paint(session['name'], 'bold')} is detached; {left}"])
+
+
+def _reads_terminal(pid: int) -> bool:
+    """Whether it reads from somebody's terminal, not one that lzy keeps."""
+    from ..checkpoint.kept import find_by_device
+
+    try:
+        device = os.readlink(f"/proc/{pid}/fd/0")
+    except OSError:
+        return False
+    return device.startswith("/dev/pts/") and not find_by_device(device)
 
 
 def find_process(asked: str) -> int:

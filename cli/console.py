@@ -94,6 +94,7 @@ def console(name: str | None, detach_key: bytes, prints: bool, as_json: bool) ->
         with Line(chosen) as line:
             told = line.ask("look")
         told.pop("leave")
+        told.pop("modes_off")
         if as_json:
             say_json(told)
         else:
@@ -180,7 +181,7 @@ class _Console:
             since_s = time.monotonic()
             while True:
                 try:
-                    sock = _open(self._session)
+                    sock = open_console(self._session)
                 except OSError:
                     passed_s = time.monotonic() - since_s
                     if passed_s > (_COMES_BACK_WITHIN_S if find_kept(self._session) else 0.5):
@@ -310,7 +311,8 @@ class _Console:
         return window_size()[1]
 
 
-def _open(session: str) -> socket.socket:
+def open_console(session: str) -> socket.socket:
+    """A connection to the host of a session's terminal. Raises OSError."""
     from ..agent.terminal.frames import socket_path
 
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)

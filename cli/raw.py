@@ -10,7 +10,7 @@ import signal
 import struct
 import termios
 import tty
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 STDIN, STDOUT = 0, 1
@@ -34,10 +34,10 @@ def write(data: bytes) -> None:
 
 
 @contextlib.contextmanager
-def signals() -> Iterator[int]:
-    """A descriptor that tells of signals: the window's changes, and those that would end us."""
+def signals(*more: int) -> Iterator[int]:
+    """A descriptor that tells of signals: the window's changes, those that would end us, `more`."""
     reading, writing = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-    numbers = (signal.SIGWINCH, signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGCONT)
+    numbers = (signal.SIGWINCH, signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGCONT, *more)
     before = {number: signal.signal(number, lambda *_: None) for number in numbers}
     waking = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
     try:
@@ -53,6 +53,10 @@ def signals() -> Iterator[int]:
 class Borrowed:
     """Our terminal while it is somebody else's."""
 
+    def __init__(self, settings: list[Any] | None = None) -> None:
+        self.settings = settings
+        """What it is given back with, as tcgetattr(3) tells it; at first, what it had."""
+
     def leave(self, how: bytes) -> None:
         """Take the program's modes off (`how`, if that is known), and go below what is shown."""
         write(how or _PLAIN + b"\x1b[999;1H\r\n")
@@ -65,8 +69,11 @@ _PLAIN = (
 
 
 @contextlib.contextmanager
-def raw_mode(is_terminal: bool) -> Iterator[Borrowed]:
-    """Raw mode while the block runs. A child puts the settings back if we are killed."""
+def raw_mode(is_terminal: bool, if_killed: Callable[[], None] | None = None) -> Iterator[Borrowed]:
+    """Raw mode while the block runs. A child puts the settings back if we are killed.
+
+    It then does `if_killed`, too.
+    """
     if not is_terminal:
         yield Borrowed()
         return
@@ -74,19 +81,23 @@ def raw_mode(is_terminal: bool) -> Iterator[Borrowed]:
     reading, writing = os.pipe2(os.O_CLOEXEC)
     watcher = os.fork()
     if watcher == 0:
-        _watch_over(reading, writing, before)
+        _watch_over(reading, writing, before, if_killed)
     os.close(reading)
+    borrowed = Borrowed(before)
     try:
         tty.setraw(STDIN, termios.TCSADRAIN)
-        yield Borrowed()
+        yield borrowed
     finally:
-        termios.tcsetattr(STDIN, termios.TCSADRAIN, before)
+        with contextlib.suppress(termios.error):  # it has hung up
+            termios.tcsetattr(STDIN, termios.TCSADRAIN, borrowed.settings or before)
         os.write(writing, b"k")
         os.close(writing)
         os.waitpid(watcher, 0)
 
 
-def _watch_over(reading: int, writing: int, before: list[Any]) -> None:
+def _watch_over(
+    reading: int, writing: int, before: list[Any], if_killed: Callable[[], None] | None
+) -> None:
     """In the child: if the parent ends without a word, give the terminal back for it."""
     try:
         os.close(writing)
@@ -96,5 +107,7 @@ def _watch_over(reading: int, writing: int, before: list[Any]) -> None:
         if not os.read(reading, 1):
             termios.tcsetattr(STDIN, termios.TCSANOW, before)
             write(_PLAIN + b"\r\n")
+            if if_killed:
+                if_killed()
     finally:
         os._exit(0)

@@ -19,6 +19,8 @@ class Console:
         self.window: tuple[int, int] | None = None
         self.is_shown = False
         """It has said hello, and gets what is printed."""
+        self.is_bridge = False
+        """It stands in the terminal that the program was taken from, and shows what was there."""
         self.is_behind = False
         """It is so slow that output was left out: it is painted anew when it has caught up."""
         self.holds = False

@@ -12,7 +12,9 @@ from typing import Any, Final
 from ...checkpoint.home import home
 
 HELLO: Final = 1
-"""First of a console: JSON with `rows`, `columns`; the answer is what paints the screen."""
+"""First of a console: JSON with `rows`, `columns`; the answer is what paints the screen.
+
+With `paints` false nothing is painted: the console shows what is there already."""
 INPUT: Final = 2
 """What somebody typed."""
 RESIZE: Final = 3

@@ -404,7 +404,9 @@ class Host:
             self._come_forward(console)
             if kind == HELLO:
                 console.is_shown = True
-                self._paint(console)
+                console.is_bridge = not asked.get("paints", True)
+                if not console.is_bridge:
+                    self._paint(console)
                 self._own.is_awaited = False
                 if self._is_over:
                     self._leave()
@@ -507,6 +509,7 @@ class Host:
             "unread_input_bytes": len(self._input),
             "screen": self._screen.text(),
             "leave": self._screen.unpaint().decode(),
+            "modes_off": self._screen.leave_modes().decode(),
         }
 
     # -- beginning and end
@@ -543,6 +546,8 @@ class Host:
             with contextlib.suppress(OSError):
                 console.socket.settimeout(1.0)
                 console.flush()
+                while console.is_bridge and console.socket.recv(65536):
+                    pass  # it wants the settings that the program has left
         self._save()
         for path in (kept_path(self._own.session), socket_path(self._own.session)):
             path.unlink(missing_ok=True)

@@ -115,16 +115,20 @@ class Screen:
 
         That is plain modes, the first screen, and the cursor below what is shown there.
         """
+        first = self._pages[0]
+        last = max([first.y, *(y for y, row in enumerate(first.rows) if not row.is_blank)])
+        step = "" if first.rows[last].is_blank else "\r\n"
+        below = f"\x1b[?6l\x1b[{last + 1};1H{step}\x1b[J"
+        return self.leave_modes() + below.encode()
+
+    def leave_modes(self) -> bytes:
+        """What takes a terminal back to plain modes and the first screen; the cursor stays."""
         modes = "".join(f"\x1b[?{mode}l" for mode in sorted(self.modes & _KEPT_MODES - {7, 12}))
         keys = "\x1b[>4m" if self._keys else ""
         shape = "\x1b[0 q" if self._cursor_shape else ""
         leave = "\x1b[?1049l" if self.is_alternate else ""
-        plain = "\x1b[?7h\x1b>\x1b[4l\x1b[?6l\x1b[r\x1b[0m"
-        first = self._pages[0]
-        last = max([first.y, *(y for y, row in enumerate(first.rows) if not row.is_blank)])
-        step = "" if first.rows[last].is_blank else "\r\n"
-        below = f"\x1b[{last + 1};1H{step}\x1b[J"
-        return f"{modes}{keys}{shape}{plain}{leave}\x1b[?25h{below}".encode()
+        plain = "\x1b[?7h\x1b>\x1b[4l\x1b7\x1b[r\x1b8\x1b[0m"
+        return f"{modes}{keys}{shape}{plain}{leave}\x1b[?25h".encode()
 
     def _paint_page(self, page: _Page) -> str:
         rows = [row.paint() for row in page.rows]

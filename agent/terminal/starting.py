@@ -45,9 +45,9 @@ def start_keeper(
     """Make a terminal of so many rows and columns for a session, and have it kept.
 
     `command` is started on it, with our environment and directory. `settings` is a struct termios2,
-    `screen` what it shows at first (`Screen.save`). `is_awaited`: the caller is about to connect,
-    and wants to see how the program ended even if that takes no time. `owner_uid`: who may connect
-    besides us and root.
+    `screen` what it shows at first (`Screen.save`; empty: nothing). `is_awaited`: the caller is
+    about to connect, and wants to see how the program ended even if that takes no time.
+    `owner_uid`: who may connect besides us and root.
 
     Raises NotFound or AccessDenied (there is no such command), Busy (the session has a terminal),
     LzyError.
@@ -64,7 +64,7 @@ def start_keeper(
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         (home() / "agent").mkdir(mode=0o700, exist_ok=True)
-        log = os.open(_log_path(), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        log = os.open(log_path(), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     except PermissionError as error:
         raise AccessDenied(
             f"terminals are kept under {folder}, where you may not write",
@@ -101,7 +101,8 @@ def start_keeper(
     return Kept(told["pid"], told["device"], told["keeper_pid"])
 
 
-def _log_path() -> Path:
+def log_path() -> Path:
+    """What keepers, and who shows programs in their old terminals, say when something is wrong."""
     return home() / "agent" / "terminals.log"
 
 
@@ -110,7 +111,7 @@ def _explain(session: str, command: list[str] | None, told: dict[str, Any]) -> L
     if not number:
         if "already" in words:
             return Busy(words, remedy=f"lzy console {session} connects to it")
-        return LzyError(f"no terminal for {session}: {words}", remedy=f"see {_log_path()}")
+        return LzyError(f"no terminal for {session}: {words}", remedy=f"see {log_path()}")
     failed = f"cannot start {command[0] if command else '?'}: {words}"
     if number == 2:
         return NotFound(failed, remedy="give a program that is on PATH, or the path of one")

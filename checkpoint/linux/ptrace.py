@@ -17,6 +17,7 @@ from . import libc
 PTRACE_CONT: Final = 7
 PTRACE_SINGLESTEP: Final = 9
 PTRACE_DETACH: Final = 17
+PTRACE_SYSCALL: Final = 24
 PTRACE_SETOPTIONS: Final = 0x4200
 PTRACE_GETEVENTMSG: Final = 0x4201
 PTRACE_GETREGSET: Final = 0x4204
@@ -31,6 +32,7 @@ PTRACE_SECCOMP_GET_FILTER: Final = 0x420C
 PTRACE_SECCOMP_GET_METADATA: Final = 0x420D
 PTRACE_GET_RSEQ_CONFIGURATION: Final = 0x420F
 
+PTRACE_O_TRACESYSGOOD: Final = 1 << 0
 PTRACE_O_TRACEFORK: Final = 1 << 1
 PTRACE_O_TRACECLONE: Final = 1 << 3
 PTRACE_O_TRACEEXEC: Final = 1 << 4
@@ -46,6 +48,8 @@ PTRACE_PEEKSIGINFO_SHARED: Final = 1
 
 NT_PRSTATUS: Final = 1
 NT_X86_XSTATE: Final = 0x202
+
+_CALL_STOP = 5 | 0x80  # SIGTRAP, marked
 
 WALL: Final = 0x40000000  # __WALL: wait for children of every kind, wait(2)
 
@@ -82,6 +86,16 @@ def interrupt(tid: int) -> None:
 def resume(tid: int, signal: int = 0) -> None:
     """Let a stopped thread go on, delivering `signal` unless it is 0."""
     _call(PTRACE_CONT, tid, 0, signal)
+
+
+def resume_to_call(tid: int, signal: int = 0) -> None:
+    """As `resume`, until the thread enters or leaves a system call; see `is_at_call`."""
+    _call(PTRACE_SYSCALL, tid, 0, signal)
+
+
+def is_at_call(status: int) -> bool:
+    """Whether waitpid's status is of such a stop; with PTRACE_O_TRACESYSGOOD."""
+    return os.WIFSTOPPED(status) and os.WSTOPSIG(status) == _CALL_STOP
 
 
 def single_step(tid: int) -> None:

@@ -67,7 +67,7 @@ def start(shell: pexpect.spawn, code: str, folder: Path, after: str = "") -> int
 def test_repl_is_taken_from_a_shell(
     terminals: Terminals, lzy: CommandLine, service: Service, shell: pexpect.spawn
 ) -> None:
-    """It keeps its pid and what it knows; its shell has its prompt; lzy console reaches it.
+    """It keeps its pid and what it knows, and its shell waits for it; lzy console reaches it.
 
     There it leads a session: Ctrl-C reaches it, and it sleeps and wakes as others do.
     """
@@ -79,9 +79,7 @@ def test_repl_is_taken_from_a_shell(
     pid = child_of(shell)
     taken = lzy.succeed("attach", str(pid), "--name", "calm", "--take-terminal")
     assert taken["pid"] == pid
-    shell.expect_exact("Stopped")
-    shell.send("echo shell $((1 + 1))\r")
-    shell.expect_exact("shell 2")
+    assert child_of(shell) == pid
     device = terminals.look()["device"]
     assert {os.readlink(f"/proc/{pid}/fd/{number}") for number in range(3)} == {device}
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -99,6 +97,10 @@ def test_repl_is_taken_from_a_shell(
     service.wait_until(lambda: not service.look()["operation"], "nothing is done to it")
     assert not Path(f"/proc/{pid}/task/{pid}/children").read_text()  # no zombie of ours
     service.do("hibernate")
+    shell.expect_exact("lzy: calm hibernates")
+    shell.expect_exact("Killed")
+    shell.send("echo shell $((1 + 1))\r")
+    shell.expect_exact("shell 2")
     person.types("x + 2\r")
     person.sees("43")
     person.types("raise SystemExit(3)\r")
@@ -112,9 +114,10 @@ def test_event_loop_watches_the_new_terminal(
     service.begin().set()
     pid = start(shell, LOOP, tmp_path)
     lzy.succeed("attach", str(pid), "--name", "calm", "--take-terminal")
+    shell.send("\x1a")
     shell.expect_exact("Stopped")
-    shell.send("echo mine\r")
-    shell.expect_exact("mine")
+    shell.send("bg; echo mine\r")
+    shell.expect_exact("\nmine")
     person = terminals.person("console", "calm")
     person.types("hello\r")
     person.sees("heard hello")

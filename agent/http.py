@@ -246,7 +246,7 @@ async def _answer_lines(writer: asyncio.StreamWriter, lines: AsyncIterator[Any])
     """Documents, a line each, in chunks as they come, until there are no more."""
     writer.write(_head(200, "application/x-ndjson", {}, "Transfer-Encoding: chunked"))
     await writer.drain()
-    async with contextlib.aclosing(lines) as following:  # type: ignore[type-var]
+    async with contextlib.aclosing(lines) as following:  # type: ignore[type-var]  # it has aclose
         async for document in following:
             line = json.dumps(document).encode() + b"\n"
             writer.write(b"%x\r\n%s\r\n" % (len(line), line))

@@ -304,7 +304,7 @@ class State:
                 "INSERT INTO arrivals VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (name, epoch)"
                 " DO UPDATE SET state = excluded.state, document = excluded.document,"
                 " unix_s = excluded.unix_s",
-                arrival._replace(document=json.dumps(arrival.document)),  # type: ignore[arg-type]
+                arrival._replace(document=json.dumps(arrival.document)),  # type: ignore[arg-type]  # as a row has it
             )
             if insert:
                 self._insert(insert)

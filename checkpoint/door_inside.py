@@ -6,6 +6,10 @@ imports only what every interpreter has built in (not even `__future__`, hence t
 nothing of the program's where that can be avoided, prints nothing, and catches everything.
 """
 
+# What is looked at are other people's objects, of packages that are not ours to import: nothing of
+# them is known but `object`.
+# mypy: disable-error-code="attr-defined,arg-type,call-overload,index,misc,operator,union-attr"
+
 import gc
 import itertools
 import sys
@@ -102,7 +106,7 @@ def reseed() -> "dict[str, object]":
 
     def renew(name: str, generator: object, how: "object") -> None:
         try:
-            if how(generator) is not False:  # type: ignore[operator]
+            if how(generator) is not False:
                 counts[name] = counts.get(name, 0) + 1
         except Exception as error:
             failures.append(f"a generator of {name}: {type(error).__name__}: {error}"[:WORDS_LIMIT])
@@ -138,12 +142,12 @@ def reseed() -> "dict[str, object]":
 
 def seed_bits(generator: object) -> None:
     """Give a bit generator of numpy the state that a new one of its kind has."""
-    fresh = type(generator)().state  # type: ignore[attr-defined]
-    lock = generator.lock  # type: ignore[attr-defined]
+    fresh = type(generator)().state
+    lock = generator.lock
     if not lock.acquire(timeout=TIME_LIMIT_S):
         raise RuntimeError("it is in use")
     try:
-        generator.state = fresh  # type: ignore[attr-defined]
+        generator.state = fresh
     finally:
         lock.release()
 
@@ -153,10 +157,10 @@ def forget_gauss(state: object) -> None:
 
     Its bit generator is seeded by itself.
     """
-    kept = state.get_state(legacy=False)  # type: ignore[attr-defined]
+    kept = state.get_state(legacy=False)
     if kept.get("has_gauss"):
-        fresh = type(state._bit_generator)().state  # type: ignore[attr-defined]
-        state.set_state({**kept, "state": fresh["state"], "has_gauss": 0, "gauss": 0.0})  # type: ignore[attr-defined]
+        fresh = type(state._bit_generator)().state
+        state.set_state({**kept, "state": fresh["state"], "has_gauss": 0, "gauss": 0.0})
 
 
 # -- what there is -----------------------------------------------------------------------------
@@ -245,19 +249,19 @@ class Survey:
     def inside(self, thing: object, kind: type) -> "tuple[list[object], float]":
         """What it refers to, or a sample of that, and how many each of those stands for."""
         if self.array and issubclass(kind, self.array):
-            parts = [thing.base] if thing.base is not None else []  # type: ignore[attr-defined]
-            if thing.dtype.hasobject:  # type: ignore[attr-defined]
-                step = thing.size // SAMPLE + 1  # type: ignore[attr-defined]
-                return parts + thing.flat[::step].tolist(), float(step)  # type: ignore[attr-defined]
+            parts = [thing.base] if thing.base is not None else []
+            if thing.dtype.hasobject:
+                step = thing.size // SAMPLE + 1
+                return parts + thing.flat[::step].tolist(), float(step)
             return parts, 1.0
-        if kind in (list, tuple, dict, set, frozenset) and len(thing) > SAMPLE:  # type: ignore[arg-type]
-            whole = len(thing)  # type: ignore[arg-type]
+        if kind in (list, tuple, dict, set, frozenset) and len(thing) > SAMPLE:
+            whole = len(thing)
             step = whole // SAMPLE + 1
             if kind in (list, tuple):
-                parts = list(thing[::step])  # type: ignore[index]
+                parts = list(thing[::step])
             else:
-                keys = thing if kind is not dict else thing.items()  # type: ignore[attr-defined]
-                parts = list(itertools.islice(keys, 0, None, step))  # type: ignore[arg-type]
+                keys = thing if kind is not dict else thing.items()
+                parts = list(itertools.islice(keys, 0, None, step))
                 if kind is dict:
                     parts = [part for pair in parts for part in pair]
             return parts, float(step)
@@ -265,8 +269,8 @@ class Survey:
 
     def storage(self, tensor: object) -> "tuple[int, int]":
         """Bytes of a tensor's storage here and on a device; nothing if they were counted."""
-        storage = tensor.untyped_storage()  # type: ignore[attr-defined]
-        device = str(tensor.device)  # type: ignore[attr-defined]
+        storage = tensor.untyped_storage()
+        device = str(tensor.device)
         place = (device, storage.data_ptr())
         if place in self.owners:
             return 0, 0
@@ -293,7 +297,7 @@ def list_variables(limit: int) -> "dict[str, object]":
         hidden |= {name for name in names if is_history(name)}
         for name in ("Out", "_oh"):
             if type(names.get(name)) is dict:
-                outputs.update(names[name])  # type: ignore[call-overload]
+                outputs.update(names[name])
                 survey.owners[id(names[name])] = ""
     rows = [
         survey.weigh(name, value)
@@ -301,12 +305,12 @@ def list_variables(limit: int) -> "dict[str, object]":
         if type(name) is str and name not in hidden and not is_plumbing(name, value)
     ]
     rows += [survey.weigh(f"Out[{number}]", value) for number, value in outputs.items()]
-    rows.sort(key=lambda row: (-row["bytes"] - row["device_bytes"], row["name"]))  # type: ignore[operator]
+    rows.sort(key=lambda row: (-row["bytes"] - row["device_bytes"], row["name"]))
     return {
         "rows": rows[:limit],
         "names": len(rows),
-        "bytes": sum(row["bytes"] for row in rows),  # type: ignore[misc]
-        "device_bytes": sum(row["device_bytes"] for row in rows),  # type: ignore[misc]
+        "bytes": sum(row["bytes"] for row in rows),
+        "device_bytes": sum(row["device_bytes"] for row in rows),
         "complete": survey.complete,
         "took_s": round(time.monotonic() - began_s, 4),
     }
@@ -353,11 +357,11 @@ def describe(thing: object) -> "dict[str, object]":
     try:
         if kind in (list, tuple, dict, set, frozenset, str, bytes, bytearray):
             units = {dict: "keys", str: "characters", bytes: "bytes", bytearray: "bytes"}
-            words = f"{len(thing):,} {units.get(kind, 'items')}"  # type: ignore[arg-type]
+            words = f"{len(thing):,} {units.get(kind, 'items')}"
         elif module.split(".")[0] in ("numpy", "pandas", "torch", "polars", "pyarrow"):
             shape = getattr(thing, "shape", None)
             if isinstance_of(shape, (tuple,)) or type(shape).__name__ == "Size":
-                words = " × ".join(str(int(length)) for length in shape)  # type: ignore[union-attr]
+                words = " × ".join(str(int(length)) for length in shape)
             dtype = getattr(thing, "dtype", None)
             if dtype is not None:
                 words = f"{words} {dtype}".strip()

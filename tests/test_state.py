@@ -248,7 +248,7 @@ COMPARED = [
 
 
 def identify(case: object) -> str:
-    return case if isinstance(case, str) else "-".join(w for w in case if "{" not in w)  # type: ignore[attr-defined]
+    return case if isinstance(case, str) else "-".join(w for w in case if "{" not in w)  # type: ignore[attr-defined]  # a pair
 
 
 @pytest.mark.parametrize(("name", "arguments", "way"), COMPARED, ids=identify)

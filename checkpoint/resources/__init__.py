@@ -52,7 +52,7 @@ __all__ = [
 
 def load_kinds() -> None:
     """Load all that `describe_descriptors` needs, so that a frozen process need not wait for it."""
-    from . import release, survey  # noqa: F401
+    from . import release, survey  # noqa: F401 - loaded for later
 
     all_kinds()
 

@@ -226,7 +226,7 @@ def test_refusals_of_the_engine_are_told(start: Start, running: Service) -> None
     """What cannot be dumped is refused when it is attached, with the engine's own words."""
     program = start("heap")
     with pytest.raises(LzyError, match="lzy's own agent"):
-        running.client.post("/v1/sessions", {"pid": running.agent.pid})  # type: ignore[union-attr]
+        running.client.post("/v1/sessions", {"pid": running.agent.pid})  # type: ignore[union-attr]  # it runs
     with pytest.raises(LzyError, match="kernel thread"):
         running.client.post("/v1/sessions", {"pid": 2})
     with pytest.raises(LzyError, match="checkpoints"):

@@ -58,7 +58,7 @@ def test_a_writer_that_is_killed_leaves_all_or_nothing(state: State, tmp_path: P
     child = os.fork()
     if child == 0:
         other = State(path)
-        other._tell = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign]
+        other._tell = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign]  # killed in its midst
         other.update(RECORD, kind="held", hold_until_unix_s=9.0)
         os._exit(1)
     assert os.WIFSIGNALED(os.waitpid(child, 0)[1])

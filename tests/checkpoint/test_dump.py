@@ -10,7 +10,6 @@ import struct
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -398,7 +397,10 @@ say("ready"); say(place, guarded, content.hex()); hear()
 
 def test_default_names_are_sound() -> None:
     """Whatever a program is called, its image's name is a plain file name."""
-    name: Callable[[str], str] = lambda comm: default_name(comm, 7, 1.25)  # noqa: E731
+
+    def name(comm: str) -> str:
+        return default_name(comm, 7, 1.25)
+
     assert name("python3.11") == "python3.11-7-19700101T000001.250"
     assert name(") R \udcff\n").startswith("R---7-") or name(") R \udcff\n").split("-7-")[0]
     assert "/" not in name("../../etc")

@@ -225,7 +225,7 @@ def test_reaper_ends_as_its_child_ended(end: object, argument: int, expected: in
 
     def become_reaper() -> None:
         if os.fork() == 0:
-            end(argument)  # type: ignore[operator]
+            end(argument)  # type: ignore[operator]  # one with an argument
             os._exit(99)
         execute(machine.REAPER)
 

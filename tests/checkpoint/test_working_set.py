@@ -207,7 +207,7 @@ def test_a_course_comes_to_everything(
         missing.add(
             min(first, last) * PAGE_BYTES, max(first, last) * PAGE_BYTES, shift * PAGE_BYTES
         )
-    windows = Windows(Tables(stored))  # type: ignore[arg-type]
+    windows = Windows(Tables(stored))  # type: ignore[arg-type]  # as much as is asked
     wanted = {
         page
         for start, end, shift in missing
@@ -238,7 +238,7 @@ def test_a_walk_is_followed_twice_as_far_each_time() -> None:
     """Two walks at once: each is found again, and gone ahead of by 2, 4, 8 windows."""
     missing = MissingPages()
     missing.add(0, 1000 * WINDOW_BYTES)
-    windows = Windows(Tables(set(range(1000))))  # type: ignore[arg-type]
+    windows = Windows(Tables(set(range(1000))))  # type: ignore[arg-type]  # as much as is asked
     course = Course(missing)
 
     def fault(number: int) -> list[int]:

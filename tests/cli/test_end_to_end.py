@@ -143,7 +143,7 @@ def test_every_answer_to_programs_is_documented(lzy: Run, program: Program) -> N
     assert restored["pid"] == restored["pid_in_namespace"] == program.pid
     ask("pager", "--status")
     assert program.tell("two") == "one two"
-    assert [image["name"] for image in ask("images")["images"]] == [dumped["image"], "kept"]  # type: ignore[attr-defined]
+    assert [image["name"] for image in ask("images")["images"]] == [dumped["image"], "kept"]  # type: ignore[attr-defined]  # a list, by the line above
     assert ask("verify", "kept")["image"] == "kept"
     assert ask("rm", "kept") == {"removed": ["kept"]}
     ask("gc")

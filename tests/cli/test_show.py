@@ -71,7 +71,7 @@ def test_pages_belong_to_the_mappings_they_are_in() -> None:
         [4000, 600, 50],
         document,
     )
-    mappings, objects = weigh(image)  # type: ignore[arg-type]
+    mappings, objects = weigh(image)  # type: ignore[arg-type]  # as much of one as is looked at
     assert [m.path for m in mappings] == ["/lib/a.so", "[heap]", ""]
     assert [m.raw_bytes // PAGE for m in mappings] == [2, 3, 5]
     assert [m.stored_bytes for m in mappings] == [2000, 2100, 500]
@@ -82,9 +82,9 @@ def test_pages_belong_to_the_mappings_they_are_in() -> None:
 def test_an_image_of_another_version_is_shown_as_far_as_it_goes() -> None:
     """Missing keys of the document do not keep a person from seeing the rest."""
     image = Image([], [], {})
-    mappings, objects = weigh(image)  # type: ignore[arg-type]
-    assert "calm" in describe(image, mappings, objects, 5)[0]  # type: ignore[arg-type]
-    document = as_document(image, mappings, objects)  # type: ignore[arg-type]
+    mappings, objects = weigh(image)  # type: ignore[arg-type]  # as much of one as is looked at
+    assert "calm" in describe(image, mappings, objects, 5)[0]  # type: ignore[arg-type]  # as much of one as is looked at
+    document = as_document(image, mappings, objects)  # type: ignore[arg-type]  # as much of one as is looked at
     assert document["mappings"] == document["descriptors"] == []
 
 
@@ -104,7 +104,7 @@ def test_threads_and_descriptors_are_grouped() -> None:
         },
     }
     image = Image([], [], document)
-    text = "\n".join(describe(image, [], [], 5))  # type: ignore[arg-type]
+    text = "\n".join(describe(image, [], [], 5))  # type: ignore[arg-type]  # as much of one as is looked at
     assert "13 threads" in text
     assert "3 descriptors" in text
     assert [line.split() for line in text.splitlines() if line.startswith(("blas", "pipe"))] == [

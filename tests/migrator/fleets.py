@@ -33,7 +33,7 @@ briefly = limits(max_examples=50, deadline=None)
 
 
 def node(name: str = "n", cpus: float = 4, gib: float = 16, gpus: int = 0, **more: object):
-    return NodeFacts(name, cpus, int(gib * GIB), gpus, **more)  # type: ignore[arg-type]
+    return NodeFacts(name, cpus, int(gib * GIB), gpus, **more)  # type: ignore[arg-type]  # whatever a test names
 
 
 def session(name: str = "s", state: str = RUNNING, on: str = "n", gib: float = 1, **more: object):

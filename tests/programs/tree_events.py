@@ -36,18 +36,18 @@ def be_loop() -> Answer:
         pipe = asyncio.subprocess.PIPE
         cat = await asyncio.create_subprocess_exec("cat", stdin=pipe, stdout=pipe)
         loop.call_later(0.05, event.set)
-        return cat, loop.create_task(cat.stdout.readline())  # type: ignore[union-attr]
+        return cat, loop.create_task(cat.stdout.readline())  # type: ignore[union-attr]  # a pipe
 
     cat, line = loop.run_until_complete(begin())
 
     async def go_on() -> bytes:
         await asyncio.wait_for(event.wait(), PATIENCE_S)
         if not line.done():
-            cat.stdin.write(b"through cat\n")  # type: ignore[union-attr]
+            cat.stdin.write(b"through cat\n")  # type: ignore[union-attr]  # a pipe
         return await asyncio.wait_for(line, PATIENCE_S)
 
     async def end() -> int:
-        cat.stdin.close()  # type: ignore[union-attr]
+        cat.stdin.close()  # type: ignore[union-attr]  # a pipe
         return await asyncio.wait_for(cat.wait(), PATIENCE_S)
 
     return lambda word: loop.run_until_complete(go_on() if word == "go on" else end())

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 torch.set_num_threads(1)
 
 
-class Numbers(Dataset):  # type: ignore[type-arg]
+class Numbers(Dataset):  # type: ignore[type-arg]  # torch names no type
     def __len__(self) -> int:
         return 96
 

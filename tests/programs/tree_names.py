@@ -47,7 +47,7 @@ def value_of(posix: int) -> int:
 
 
 def main() -> None:
-    multiprocessing.current_process()._config["semprefix"] = f"/{PREFIX}"  # type: ignore[attr-defined]
+    multiprocessing.current_process()._config["semprefix"] = f"/{PREFIX}"  # type: ignore[attr-defined]  # nothing public sets it
     context = multiprocessing.get_context("spawn")
     block = shared_memory.SharedMemory(f"{PREFIX}block", create=True, size=SIZE)
     block.buf[: 40 * PAGE] = b"".join(bytes([n % 251 + 1]) * 64 for n in range(40 * PAGE // 64))

@@ -154,12 +154,12 @@ def remove_own(objects: Objects, image: Image, notes: list[str]) -> None:
             staying.append(described["path"])
     if gone:
         notes.append(
-            f"{gone} names in {FOLDER} ({-(-gone_bytes // 1024)} KiB), which only it used, went "
-            "with it, and come back with it"
+            f"{gone} name{'s' * (gone > 1)} in {FOLDER} ({-(-gone_bytes // 1024)} KiB), which only "
+            f"it used, went with it, and come{'s' * (gone == 1)} back with it"
         )
     if staying:
         more = f" and {len(staying) - 3} more" if len(staying) > 3 else ""
-        notes.append(f"{', '.join(staying[:3])}{more} stays: it is not (only) the process's")
+        notes.append(f"what others may need stays: {', '.join(staying[:3])}{more}")
 
 
 def _remove(described: dict[str, Any], fd: int, image: Image) -> bool:

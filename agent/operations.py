@@ -25,6 +25,7 @@ from ..checkpoint import doze as dozing
 from ..checkpoint import proc
 from ..checkpoint.dump import dump
 from ..checkpoint.errors import Busy, Incompatible, KernelError, LzyError, NotFound
+from ..checkpoint.fork import enter_copy
 from ..checkpoint.history import list_numbers, require_image
 from ..checkpoint.host import check_host
 from ..checkpoint.journal import is_held, journal_path
@@ -340,6 +341,7 @@ def _prepare(order: Order, store: Store) -> Record:
     own = find_lineage(record.pid, store)
     if own is None and record.image:  # that small file was lost
         write_lineage(record.pid, store.path, record.name, record.number, record.image)
+    enter_copy(record.pid)
     return record
 
 

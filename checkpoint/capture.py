@@ -491,7 +491,8 @@ class Capture:
                 forget_lineage(subject.pid)
             if next(self.objects.named(), None):
                 with self.store.load(image) as whole:
-                    remove_own(self.objects, whole, self.notes)
+                    taken_down = self.wishes.take_down
+                    remove_own(self.objects, whole, self.notes, taken_down=taken_down)
         reach("dump.ended")
 
     def _explain(self, error: OSError) -> KernelError | StoreUnavailable:

@@ -23,6 +23,7 @@ from .content import find_data, windows_of
 from .errors import LzyError
 from .linux import PAGE_BYTES, tmpfs
 from .linux.descriptors import birth_ns
+from .linux.namespaces import sees_all
 
 if TYPE_CHECKING:
     from .image import Image
@@ -140,15 +141,20 @@ def key_of(fd: int) -> Key:
 # -- names that go with their tree -----------------------------------------------------------------
 
 
-def remove_own(objects: Objects, image: Image, notes: list[str]) -> None:
-    """Remove names that were only the tree's, which has ended; say what went and what stays."""
+def remove_own(
+    objects: Objects, image: Image, notes: list[str], *, taken_down: bool = True
+) -> None:
+    """Remove names that were only the tree's, which has ended; say what went and what stays.
+
+    Unless `taken_down` its memory is still held by us, and /proc has to tell who else has it.
+    """
     gone_bytes, gone, staying = 0, 0, []
     for number, described in objects.named():
         if number not in objects.mapped:
             continue  # it was used as a file: who looks for it finds it
         fd = objects.descriptors[number - 1]
         length_bytes = os.fstat(fd).st_blocks * 512
-        if described["own"] and _remove(described, fd, image):
+        if described["own"] and _remove(described, fd, image, taken_down):
             gone, gone_bytes = gone + 1, gone_bytes + length_bytes
         elif os.fstat(fd).st_nlink:
             staying.append(described["path"])
@@ -162,13 +168,16 @@ def remove_own(objects: Objects, image: Image, notes: list[str]) -> None:
         notes.append(f"what others may need stays: {', '.join(staying[:3])}{more}")
 
 
-def _remove(described: dict[str, Any], fd: int, image: Image) -> bool:
+def _remove(described: dict[str, Any], fd: int, image: Image, taken_down: bool) -> bool:
+    key = key_of(fd)
     try:
         with tmpfs.held_alone(fd) as alone:
-            if not alone or not holds_same(image, described, fd):
+            if not alone and (taken_down or not sees_all() or find_holders([key], ())[key]):
+                return False
+            if not holds_same(image, described, fd):
                 return False
             status = os.lstat(described["path"])
-            if (status.st_dev, status.st_ino) != key_of(fd) or tmpfs.is_asked_for(fd):
+            if (status.st_dev, status.st_ino) != key or (alone and tmpfs.is_asked_for(fd)):
                 return False
             os.unlink(described["path"])
             return True

@@ -79,12 +79,14 @@ def doze(
     With --limit only what is cold goes, again and again as it grows, until it ends or Ctrl-C.
     """
     from ..checkpoint import doze as engine
+    from ..checkpoint.fork import enter_copy
     from .progress import ProgressLine
 
     if once and limit is None:
         raise click.UsageError("--once goes with --limit.")
     opened = open_store(store, create=True)
     pid = find_process(opened, process)
+    enter_copy(pid)
     if limit is not None:
         _keep_below(pid, opened, limit, name, once, as_json)
         return

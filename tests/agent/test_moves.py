@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -51,6 +52,22 @@ def test_session_moves_there_and_back(pair: Pair, program: Program) -> None:
     pair.move("source", requests={})
     assert pair.prove(program) == "source"
     assert pair.target.client.get("/v1/node")["free_gpus"] == 1
+
+
+@pytest.mark.slow
+def test_memory_with_names_moves(pair: Pair, start: Start) -> None:
+    """A tree's names in /dev/shm go from the one node to the other, with what is in them."""
+    program = start("tree_names").await_ready()
+    pair.begin()
+    pair.source.attach(program)
+    names = {name for name in os.listdir("/dev/shm") if f"-{program.pid}-" in name}
+    for to in ("target", "source"):
+        pair.move(to)
+        there, session = pair.await_settled()
+        adopt(program, session["pid"])
+        program.prove()
+        assert there == to
+        assert names <= set(os.listdir("/dev/shm"))
 
 
 def test_pages_follow_where_stores_are_apart(

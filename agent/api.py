@@ -74,6 +74,7 @@ ROUTES: Final = (
            "node": Field("string", "its name", 1, 32, required=True),
            "address": Field("string", "where its agent listens", 1, 200, required=True),
            "requests": Field("object", "cpu, memory_bytes, gpu: what it asks for"),
+           "bytes_per_s": Field("number", "how fast; 0: as it goes", 0, 1e12),
            "wake": Field("boolean", "false: if it hibernates, it goes on doing so")}),
     Route("POST", f"{_S}/requests", "requests", "What it asks for of a node (the migrator only).",
           {"requests": Field("object", "cpu, memory_bytes, gpu, node", required=True)}),
@@ -286,6 +287,7 @@ class Api:
                 asked.get("requests", session.record.requests),
                 why=asked.get("reason", "asked"),
                 wake=asked.get("wake", True),
+                bytes_per_s=asked.get("bytes_per_s", 0.0),
                 actor_uid=request.uid,
                 progress=progress,
             )

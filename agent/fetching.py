@@ -1,7 +1,9 @@
 """An image of another node's store into ours: its manifest names the packs, those we lack come.
 
 What comes is authenticated (both stores have one secret) before it gets its name, packs before the
-manifest, so that whoever is killed has at most a few packs that no image needs.
+manifest, so that whoever is killed has at most a few packs that no image needs. Unless it is to be
+used at once: then the manifest comes first, and what packs are left for later are read where they
+are meanwhile (`elsewhere`).
 """
 
 from __future__ import annotations
@@ -9,7 +11,9 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import time
 from collections.abc import Callable
+from typing import NamedTuple
 from urllib.parse import quote
 
 from ..checkpoint.errors import Busy, Damaged, StoreUnavailable
@@ -24,8 +28,26 @@ _SILENT_S = 30.0
 Progress = Callable[[str, int, int], None]
 
 
-def fetch_image(store: Store, name: str, peer: Peer, progress: Progress) -> int:
-    """Have image `name` in `store` as `peer` has it; how many bytes had to come.
+class Fetched(NamedTuple):
+    """How many bytes have come, and how many were left for later."""
+
+    length_bytes: int
+    left_bytes: int
+
+
+def fetch_image(
+    store: Store,
+    name: str,
+    peer: Peer,
+    progress: Progress,
+    *,
+    most_bytes: int | None = None,
+    bytes_per_s: float = 0.0,
+) -> Fetched:
+    """Have image `name` in `store` as `peer` has it.
+
+    If more than `most_bytes` would have to come, only the manifest does, and its packs are left for
+    a later call. `bytes_per_s`: no faster than that, if not 0.
 
     Raises Damaged (it is not authentic here: another secret, or it was altered on its way), Busy
     (another image has that name), StoreUnavailable.
@@ -43,14 +65,18 @@ def fetch_image(store: Store, name: str, peer: Peer, progress: Progress) -> int:
             raise
         with image:
             missing = [pack for pack in image.packs if not _has(store, pack[0])]
-            total = fetched + sum(length for _, length in missing)
+            left = sum(length for _, length in missing)
+            if most_bytes is not None and left > most_bytes:
+                _place_manifest(store, name, manifest)
+                return Fetched(fetched, left)
+            total = fetched + left
             for pack, length_bytes in missing:
-                _fetch_pack(store, peer, pack, length_bytes)
+                _fetch_pack(store, peer, pack, length_bytes, bytes_per_s)
                 fetched += length_bytes
                 progress("fetching", fetched, total)
         os.fsync(store.packs)
         _place_manifest(store, name, manifest)
-        return fetched
+        return Fetched(fetched, 0)
     except OSError as error:
         raise StoreUnavailable(f"cannot fetch image {name}: {error}") from error
     finally:
@@ -73,14 +99,19 @@ def _has(store: Store, pack: bytes) -> bool:
     return True
 
 
-def _fetch_pack(store: Store, peer: Peer, pack: bytes, length_bytes: int) -> None:
+def _fetch_pack(
+    store: Store, peer: Peer, pack: bytes, length_bytes: int, bytes_per_s: float
+) -> None:
     draft = f"{pack_file(pack)}.{os.urandom(6).hex()}"
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
     descriptor = os.open(draft, flags, 0o600, dir_fd=store.temporary)
     try:
         with contextlib.closing(peer.open(f"/v1/packs/{pack.hex()}", _SILENT_S)) as answer:
-            while piece := answer.read(_PIECE_BYTES):
+            at_once = min(_PIECE_BYTES, int(bytes_per_s / 8) or 1) if bytes_per_s else _PIECE_BYTES
+            while piece := answer.read(at_once):
                 _write(descriptor, piece)
+                if bytes_per_s:  # who sends waits when nobody reads
+                    time.sleep(len(piece) / bytes_per_s)
         if os.fstat(descriptor).st_size != length_bytes:
             raise Damaged(f"{peer.where} sent another length of pack {pack.hex()}")
         read_index(descriptor, pack, store.keys)

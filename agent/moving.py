@@ -20,8 +20,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import time
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.errors import Busy, Incompatible, LzyError, NotFound
@@ -43,12 +46,17 @@ from .state import (
 )
 
 if TYPE_CHECKING:
+    from ..checkpoint.image import Image
     from .node import Agent
 
 STOPPING, ASKED, BACK = "stopping", "asked", "back"
 """Steps of `Record.moving`: its process is being ended; the target was asked; it wakes here."""
 
 _SMALL_BYTES = 16 << 20
+_AT_ONCE_BYTES = int(os.environ.get("LZY_TEST_AT_ONCE_BYTES", 2 << 20))
+"""So much is fetched before it wakes; more follows it."""
+_FETCHES_AFTER_S = float(os.environ.get("LZY_TEST_FETCHES_AFTER_S", "0"))
+_PEER = ("peer_address", "peer_subject", "fleet")
 _MOST_ROUNDS = 4
 _ASKS_AGAIN = 5
 _PAUSE_S, _LONGEST_PAUSE_S = 0.2, 15.0
@@ -68,6 +76,8 @@ class Mover:
         self._agent = agent
         self._leaving: set[str] = set()
         self._making: dict[tuple[str, int], asyncio.Task[dict[str, Any]]] = {}
+        self._followed: dict[str, Image] = {}
+        self._fetching: set[tuple[str, int]] = set()
         self._prepared: dict[tuple[str, int], str] = {}
 
     def is_leaving(self, name: str) -> bool:
@@ -85,12 +95,14 @@ class Mover:
         *,
         why: str,
         wake: bool = True,
+        bytes_per_s: float = 0.0,
         actor_uid: int | None = None,
         progress: Progress | None = None,
     ) -> dict[str, Any]:
         """Move a session to `node`; what that took. Whatever fails, it is in one place after it.
 
-        `wake`: also one that hibernates runs there.
+        `wake`: also one that hibernates runs there. `bytes_per_s`: its memory is fetched no faster
+        than that, unless 0.
         """
         record = session.record
         if node == self._agent.identity.name:
@@ -102,7 +114,9 @@ class Mover:
         self._leaving.add(record.name)
         target = _Target(self._agent, record.name, node, address, record.epoch + 1)
         try:
-            return await self._lead(session, target, requests, why, wake, actor_uid, progress)
+            return await self._lead(
+                session, target, requests, why, wake, bytes_per_s, actor_uid, progress
+            )
         finally:
             self._leaving.discard(record.name)
 
@@ -113,6 +127,7 @@ class Mover:
         requests: dict[str, Any],
         why: str,
         wake: bool,
+        bytes_per_s: float,
         actor_uid: int | None,
         progress: Progress | None,
     ) -> dict[str, Any]:
@@ -121,7 +136,8 @@ class Mover:
         living = session.is_living
         with Store.open(agent.store, create=True) as store:
             identity = store.identity.hex()
-        await target.ask("offer", {
+        answer = await target.ask("offer", {
+            "bytes_per_s": bytes_per_s,
             "requests": requests, "store": identity, "address": agent.identity.address,
             "owner_uid": session.record.owner_uid, "memory_bytes": session.memory_bytes,
         })  # fmt: skip
@@ -136,6 +152,7 @@ class Mover:
                 self._check_unchanged(session, target)
                 stopped_s = time.monotonic()
                 moving = {"node": target.node, "address": target.address, "epoch": target.epoch,
+                          "apart": not answer["shared"],
                           "was_living": living, "wake": living or wake}  # fmt: skip
                 if session.is_living:
                     await self._stop(session, target, moving, actor_uid, progress, report)
@@ -148,7 +165,7 @@ class Mover:
         reach("move.asked")
         document = {name: getattr(session.record, name) for name in _CARRIED}
         document |= {"requests": requests, "gpu_count": int(requests.get("gpu") or 0)}
-        answer: dict[str, Any] = {}
+        answer = {}
         try:
             answer = await target.ask(
                 "accept", {"record": document, "wake": living or wake}, _SWITCH_TIMEOUT_S
@@ -168,6 +185,7 @@ class Mover:
             "took_s": time.monotonic() - began_s,
             "stopped_s": time.monotonic() - stopped_s,
             "pid": answer.get("pid"),
+            "follows_bytes": answer.get("follows_bytes", 0),
             "notes": answer.get("notes", []),
             "why": why,
         }
@@ -288,7 +306,8 @@ class Mover:
                     told = await self._ask_what_became(session, target)
                 if told == ACCEPTED:
                     words = f"lives on {target.node} now"
-                    agent.depart(session, target.epoch, target.node, words)
+                    followed = bool(moving.get("apart"))
+                    agent.depart(session, target.epoch, target.node, words, followed=followed)
                     reach("move.departed")
                     return ACCEPTED
                 # Its next life has another number: this one was refused for ever.
@@ -372,6 +391,7 @@ class Mover:
                 peer_address=arrival.document["address"],
                 peer_subject=node_subject(arrival.source),
                 fleet=str(agent.contacts.place),
+                bytes_per_s=float(arrival.document.get("bytes_per_s") or 0.0),
             )
         return order
 
@@ -405,24 +425,39 @@ class Mover:
         session = agent.sessions[record.name] = Session(record)
         reach("move.accepting")
         report: dict[str, Any] = {}
-        failure = ""
+        failure, follows_bytes = "", 0
         try:
+            more: dict[str, Any] = {
+                "prepared": self._prepared.get((arrival.name, arrival.epoch), "")
+            }
             if not arrival.document["shared"]:
                 order = self._order(PREPARE, arrival, record.image)
-                agent.unpack(await agent.children.run(order, lambda _: None))
+                most_bytes = _AT_ONCE_BYTES if asked["wake"] else None
+                order = order._replace(most_bytes=most_bytes)
+                done = agent.unpack(await agent.children.run(order, lambda _: None))
+                arrival.document["follows"] = record.image
+                follows_bytes = done["left_bytes"]
+                agent.state.note_arrival(arrival)  # before anything can need what has not come
+                if follows_bytes:
+                    more |= self.source_of(record.image)
             if asked["wake"]:
                 report = await agent.operate(
                     session,
                     WAKE,
                     why=f"comes from {arrival.source}",
-                    prepared=self._prepared.get((arrival.name, arrival.epoch), ""),
+                    more=more,
                 )
         except LzyError as error:
             failure = error.message
         async with session.lock:
             state = self._conclude(arrival, session, failure)
+        if state == ACCEPTED:
+            self._begin_to_fetch(arrival)
+        elif follows_bytes:
+            await agent.children.run_aside(partial(_remove_image, agent.store, record.image))
         pid = session.record.pid if session.is_living else None
-        return {"state": state, "pid": pid, "error": failure, "notes": report.get("notes", [])}
+        return {"state": state, "pid": pid, "error": failure, "notes": report.get("notes", []),
+                "follows_bytes": follows_bytes}  # fmt: skip
 
     def _conclude(self, arrival: Arrival, session: Session, failure: str) -> str:
         """Write down for ever whether it lives here; for who holds the session's lock."""
@@ -432,6 +467,7 @@ class Mover:
             reach("move.accepted")
             return ACCEPTED
         agent.forget(session)
+        arrival.document.pop("follows", None)
         agent.state.note_arrival(
             arrival._replace(state=REFUSED, unix_s=time.time()),
             remove=session.record,
@@ -471,6 +507,73 @@ class Mover:
                 self._agent.state.note_arrival(note)
             elif not session.record.intent:
                 self._conclude(arrival, session, "the agent died over it")
+        for arrival in self._agent.state.following():
+            self._begin_to_fetch(arrival)
+
+    # -- what comes after the switch -----------------------------------------------------------
+
+    def keep_followed(self) -> None:
+        """Hold the images that other nodes read here, and no others: nobody can remove them."""
+        wanted = self._agent.state.followed()
+        for name in self._followed.keys() - wanted:
+            self._followed.pop(name).close()
+        for name in wanted - self._followed.keys():
+            with contextlib.suppress(LzyError), Store.open(self._agent.store) as store:
+                self._followed[name] = store.load_unchecked(name)
+
+    def source_of(self, image: str) -> dict[str, Any]:
+        """What an order says of where the rest of an image is; nothing if all of it is here."""
+        for arrival in self._agent.state.following():
+            if arrival.document["follows"] == image:
+                order = self._order(PREPARE, arrival, image)
+                return {**{name: getattr(order, name) for name in _PEER}, "follows": True}
+        return {}
+
+    def complete(self, name: str, epoch: int, node: str) -> dict[str, Any]:
+        """The node that the session went to has all of it."""
+        self._agent.state.end_following(name, epoch, node)
+        self.keep_followed()
+        return {}
+
+    def _begin_to_fetch(self, arrival: Arrival) -> None:
+        place = (arrival.name, arrival.epoch)
+        if place in self._fetching or not arrival.document.get("follows"):
+            return
+        self._fetching.add(place)
+        self._agent.spawn(self._fetch_rest(arrival))
+
+    async def _fetch_rest(self, arrival: Arrival) -> None:
+        """Have here what is still there, however long that takes; then tell the node it is from."""
+        agent, pause_s = self._agent, _PAUSE_S
+        source, image = _Target.of(agent, arrival), arrival.document["follows"]
+        order = self._order(PREPARE, arrival, image)
+        order = order._replace(lock=order.lock.with_suffix(".fetch"))
+        try:
+            await asyncio.sleep(_FETCHES_AFTER_S)
+            while not agent.is_stopping:
+                try:
+                    agent.unpack(await agent.children.run(order, lambda _: None))
+                    reach("move.fetched")
+                    await source.tell_complete()
+                    break
+                except NotFound:
+                    break  # it knows nothing of that image any more, nor do we need it
+                except LzyError:
+                    await asyncio.sleep(pause_s)
+                    pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+            else:
+                return
+            there = agent.state.arrival(arrival.name, arrival.epoch) or arrival
+            document = {key: value for key, value in there.document.items() if key != "follows"}
+            agent.state.note_arrival(there._replace(document=document))
+        finally:
+            self._fetching.discard((arrival.name, arrival.epoch))
+
+
+def _remove_image(store: Path, image: str) -> None:
+    """Have no manifest without its packs: the session does not live here."""
+    with contextlib.suppress(LzyError), Store.open(store) as opened:
+        opened.remove(image)
 
 
 class _Target:
@@ -487,6 +590,18 @@ class _Target:
         path = f"/v1/arrivals/{self.name}/{self.epoch}/{verb}"
         subject = node_subject(self.node)
         return await self._agent.contacts.ask(self.address, subject, "POST", path, body, timeout_s)
+
+    @classmethod
+    def of(cls, agent: Agent, arrival: Arrival) -> _Target:
+        """The node that a session came from, by the same number of its life."""
+        address = arrival.document["address"]
+        return cls(agent, arrival.name, arrival.source, address, arrival.epoch)
+
+    async def tell_complete(self) -> None:
+        """Nothing is read there any more."""
+        path = f"/v1/departures/{self.name}/{self.epoch}/complete"
+        subject = node_subject(self.node)
+        await self._agent.contacts.ask(self.address, subject, "POST", path, {}, 60)
 
     async def prepare(self, image: str, report: dict[str, Any]) -> None:
         done = await self.ask("prepare", {"image": image}, 3600)

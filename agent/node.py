@@ -127,6 +127,7 @@ class Agent:
             self.tell_terminal(session.record)
             self.ports.follow(session.record)
         self.mover.conclude_all()
+        self.mover.keep_followed()
         for session in self.sessions.values():
             if session.record.moving:
                 self.spawn(self.mover.keep_asking(session))
@@ -197,9 +198,13 @@ class Agent:
             self.state.remove(session.record, "is no longer looked after", actor_uid)
             self.forget(session)
 
-    def depart(self, session: Session, epoch: int, node: str, words: str) -> None:
-        """Look after it no longer: it lives on another node."""
-        self.state.depart(session.record, epoch, node, words)
+    def depart(
+        self, session: Session, epoch: int, node: str, words: str, *, followed: bool
+    ) -> None:
+        """Look after it no longer: it lives on another node; `followed`: which reads here yet."""
+        image = session.record.image if followed else ""
+        self.state.depart(session.record, epoch, node, words, image)
+        self.mover.keep_followed()
         self.counters["migrated"] = self.counters.get("migrated", 0) + 1
         self.forget(session)
 
@@ -258,14 +263,14 @@ class Agent:
         actor_uid: int | None = None,
         image: str = "",
         terminal: str = "",
-        prepared: str = "",
+        more: dict[str, Any] | None = None,
         progress: Progress | None = None,
         still_wanted: Callable[[], None] | None = None,
     ) -> dict[str, Any]:
         """Do it when it is its turn; what the operation reports, empty if there was nothing to do.
 
-        `still_wanted` is called just before it begins, and raises if it is not. Raises what the
-        operation raised.
+        `more`: what else the order says. `still_wanted` is called just before it begins, and raises
+        if it is not. Raises what the operation raised.
         """
         if session.waiting >= _MOST_WAITING:
             raise Busy(f"too many wait for session {session.record.name}", remedy="try later")
@@ -280,7 +285,9 @@ class Agent:
                 if still_wanted:
                     still_wanted()
                 order = self.order(session, verb, why, image, terminal)
-                order = order._replace(prepared=prepared)
+                if verb == WAKE and more is None:
+                    more = self.mover.source_of(order.image or session.record.image)
+                order = order._replace(**(more or {}))
                 return await self.carry_out(session, order, actor_uid, progress)
         finally:
             session.waiting -= 1

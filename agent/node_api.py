@@ -14,7 +14,7 @@ from ..checkpoint.store import Store
 from .fields import BadBody, Field
 from .http import Content, Request, Response
 from .node import Agent
-from .routes import NODES, Route
+from .routes import NODES, Route, parse_query
 
 _A: Final = "/v1/arrivals/{arrival}/{epoch}"
 NODE_ROUTES: Final = (
@@ -23,7 +23,8 @@ NODE_ROUTES: Final = (
            "store": Field("string", "the identity of the store with its image", required=True),
            "address": Field("string", "where to fetch from", required=True),
            "owner_uid": Field("integer", "whose it is", 0, 1 << 32, required=True),
-           "memory_bytes": Field("integer", "what it uses", 0, 1 << 60, required=True)}, who=NODES),
+           "memory_bytes": Field("integer", "what it uses", 0, 1 << 60, required=True),
+           "bytes_per_s": Field("number", "how fast to fetch; 0: as it goes", 0, 1e12)}, who=NODES),
     Route("POST", f"{_A}/prepare", "prepare", "Fetch an image; see that it could be restored.",
           {"image": Field("string", "its name", 1, 250, required=True)}, who=NODES),
     Route("POST", f"{_A}/accept", "accept", "Take it, and wake it.",
@@ -33,8 +34,12 @@ NODE_ROUTES: Final = (
           who=NODES),
     Route("POST", f"{_A}/forget", "forget", "It does not come; it may be offered again.",
           who=NODES),
+    Route("POST", "/v1/departures/{arrival}/{epoch}/complete", "complete",
+          "The node that a session went to has all that it read here.", who=NODES),
     Route("GET", "/v1/images/{image}", "image", "The manifest of an image.", who=NODES),
-    Route("GET", "/v1/packs/{pack}", "pack", "A pack of this node's store.", who=NODES),
+    Route("GET", "/v1/packs/{pack}", "pack", "A pack of this node's store, or a part.",
+          query={"offset": Field("integer", "where it begins", 0, 1 << 30),
+                 "length": Field("integer", "so many bytes", 1, 1 << 30)}, who=NODES),
 )  # fmt: skip
 
 
@@ -53,10 +58,12 @@ class NodeApi:
         if not request.peer.startswith("node "):
             raise AccessDenied("only other nodes do that", remedy="see lzy migrate")
         if route.handle in ("image", "pack"):
-            return self._open(route.handle, parts[route.handle])
+            return self._open(route.handle, parts[route.handle], parse_query(request, route))
         if not parts["epoch"].isdecimal() or len(parts["epoch"]) > 15:
             raise BadBody("the epoch is no number")
         name, epoch, mover = parts["arrival"], int(parts["epoch"]), self._agent.mover
+        if route.handle == "complete":
+            return Response(document=mover.complete(name, epoch, source))
         arrival = self._agent.state.arrival(name, epoch)
         if arrival and arrival.source != source:
             raise AccessDenied(f"session {name} comes from {arrival.source}, not from {source}")
@@ -70,8 +77,8 @@ class NodeApi:
             return Response(document=await mover.cancel(name, epoch, source))
         return Response(document=mover.forget(name, epoch))
 
-    def _open(self, kind: str, name: str) -> Response:
-        """A file of the store, as it is."""
+    def _open(self, kind: str, name: str, part: dict[str, Any]) -> Response:
+        """A file of the store, as it is, or a part of it."""
         flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW
         with Store.open(self._agent.store) as store:
             try:
@@ -87,7 +94,9 @@ class NodeApi:
             except FileNotFoundError as error:
                 raise NotFound(f"there is no {kind} {name} here") from error
         length_bytes = os.fstat(descriptor).st_size
-        return Response(content=Content(descriptor, 0, length_bytes, self._pause))
+        offset = min(part.get("offset", 0), length_bytes)
+        length_bytes = min(part.get("length", length_bytes), length_bytes - offset)
+        return Response(content=Content(descriptor, offset, length_bytes, self._pause))
 
     async def _pause(self, length_bytes: int) -> None:
         """Let so much go when it may: all moves from here together are no faster than is set."""

@@ -81,6 +81,12 @@ class Order(NamedTuple):
     """and our certificates."""
     prepared: str = ""
     """Of an arrival: the image that was looked at just before, which has most of its packs."""
+    follows: bool = False
+    """Of an arrival: what packs are not here yet are read at that node."""
+    most_bytes: int | None = None
+    """How much may be fetched before an image is used; the rest is left for later."""
+    bytes_per_s: float = 0.0
+    """How fast; 0: as fast as it goes."""
     verified: str = ""
     """Of a migration: the image that was read and found right just before."""
     listeners: dict[str, int] = {}  # noqa: RUF012 - never changed in place
@@ -257,14 +263,23 @@ def _verify(order: Order, store: Store, teller: _Teller) -> Report:
 
 def _prepare_arrival(order: Order, store: Store, teller: _Teller) -> Report:
     """Have an image here, and see that a restore of it would not be refused."""
-    fetched = 0
+    fetched = left = 0
     if order.peer_address:
         from .authority import client_context
         from .fetching import fetch_image
         from .peers import Peer
 
         peer = Peer(order.peer_address, order.peer_subject, client_context(Path(order.fleet)))
-        fetched = fetch_image(store, order.image, peer, teller.progress)
+        fetched, left = fetch_image(
+            store,
+            order.image,
+            peer,
+            teller.progress,
+            most_bytes=order.most_bytes,
+            bytes_per_s=order.bytes_per_s,
+        )
+    if left:
+        return {"fetched_bytes": fetched, "left_bytes": left}
     with store.load(order.image) as image:
         check_host(image.document["host"], image.name)
         for path in sorted({vma["path"] for vma in _file_mappings(image)}):
@@ -274,7 +289,7 @@ def _prepare_arrival(order: Order, store: Store, teller: _Teller) -> Report:
                     remedy="have the same files on both nodes",
                     path=path,
                 )
-    return {"fetched_bytes": fetched}
+    return {"fetched_bytes": fetched, "left_bytes": 0}
 
 
 def _file_mappings(image: Image) -> list[dict[str, Any]]:
@@ -304,7 +319,7 @@ def _wake(order: Order, store: Store, teller: _Teller) -> Report:
     if order.prepared:
         with store.load_unchecked(order.prepared) as before:
             known = frozenset(pack for pack, _ in before.packs)
-    with store.load(name, known=known) as image:
+    with _open(order, store, name, known) as image:
         kept = find_terminal(record.name, record.owner_uid, image.document)
         options = _options(order._replace(terminal=kept or order.terminal), image)
         options = options._replace(listeners=order.listeners)
@@ -313,6 +328,22 @@ def _wake(order: Order, store: Store, teller: _Teller) -> Report:
     facts = _image_facts(store, record.name, name)
     start = proc.start_time(report.pid)
     return {**report._asdict(), **facts, "start_time": start, "already": False}
+
+
+def _open(order: Order, store: Store, name: str, known: frozenset[bytes]) -> Image:
+    """The image to wake, which may have packs that follow."""
+    if not order.follows:
+        return store.load(name, known=known)
+    from .elsewhere import Elsewhere, follow
+
+    image = store.load_unchecked(name)
+    try:
+        follow(image, Elsewhere(order.peer_address, order.peer_subject, Path(order.fleet)))
+        image.check_packs(known)
+        return image
+    except BaseException:
+        image.close()
+        raise
 
 
 _VERBS = {

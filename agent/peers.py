@@ -55,11 +55,16 @@ class Peer(Client):
             raise errors.revive(document)
         return answer
 
+    def connect(self, timeout_s: float) -> http.client.HTTPConnection:
+        """A connection to be kept, once both have proved who they are. Raises Unreachable."""
+        return self._connect(timeout_s)
+
     def _connect(self, timeout_s: float | None) -> http.client.HTTPConnection:
         host, port = split_address(self._address)
         connection = http.client.HTTPSConnection(host, port, timeout=timeout_s)
         try:
-            plain = socket.create_connection((host, port), _CONNECTS_WITHIN_S)
+            within_s = min(_CONNECTS_WITHIN_S, timeout_s or _CONNECTS_WITHIN_S)
+            plain = socket.create_connection((host, port), within_s)
             notice_cuts(plain)
             secure = self._context.wrap_socket(plain, server_hostname=None)
         except OSError as error:

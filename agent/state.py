@@ -41,7 +41,7 @@ NEXT: Final = {
 """The ways between states. Some are only taken by others: by `lzy dump` and `lzy restore`."""
 
 _MOST_EVENTS = 20_000
-_VERSION = 2
+_VERSION = 3
 _SCHEMA = """
 CREATE TABLE sessions (
     name TEXT PRIMARY KEY,
@@ -101,7 +101,8 @@ CREATE TABLE departures (
     node TEXT NOT NULL,
     unix_s REAL NOT NULL
 ) STRICT
-"""
+""",
+    2: "ALTER TABLE departures ADD COLUMN followed TEXT NOT NULL DEFAULT ''",
 }
 """What makes a database of each earlier version one of the next."""
 
@@ -322,13 +323,17 @@ class State:
             (name, epoch, OFFERED),
         )
 
-    def depart(self, record: Record, epoch: int, node: str, words: str) -> None:
-        """The session lives on another node from now on, as life number `epoch`."""
+    def depart(self, record: Record, epoch: int, node: str, words: str, followed: str = "") -> None:
+        """The session lives on another node from now on, as life number `epoch`.
+
+        `followed`: the image that the other node reads here until it has all of it.
+        """
         with self._transaction():
             self._database.execute("DELETE FROM sessions WHERE name = ?", [record.name])
             self._database.execute(
-                "INSERT OR REPLACE INTO departures VALUES (?, ?, ?, ?)",
-                (record.name, epoch, node, time.time()),
+                "INSERT OR REPLACE INTO departures (name, epoch, node, unix_s, followed)"
+                " VALUES (?, ?, ?, ?, ?)",
+                (record.name, epoch, node, time.time(), followed),
             )
             self._tell(record.name, record.owner_uid, "migrated", words, None)
 
@@ -338,6 +343,25 @@ class State:
             "SELECT node, epoch FROM departures WHERE name = ?", [name]
         ).fetchone()
         return (str(found[0]), int(found[1])) if found else None
+
+    def followed(self) -> set[str]:
+        """The images that other nodes read here."""
+        rows = self._database.execute("SELECT followed FROM departures WHERE followed != ''")
+        return {image for (image,) in rows}
+
+    def end_following(self, name: str, epoch: int, node: str) -> None:
+        """That node has all of what it read here."""
+        self._database.execute(
+            "UPDATE departures SET followed = '' WHERE name = ? AND epoch = ? AND node = ?",
+            (name, epoch, node),
+        )
+
+    def following(self) -> list[Arrival]:
+        """Sessions that live here, or did, or are made just now, and of which not all has come."""
+        wanted = (ACCEPTED, ACCEPTING)
+        found = self._database.execute("SELECT * FROM arrivals WHERE state IN (?, ?)", wanted)
+        arrivals = [_arrival(row) for row in found]
+        return [arrival for arrival in arrivals if arrival.document.get("follows")]
 
     # -- events
 

@@ -12,7 +12,7 @@ import json
 import os
 import struct
 from bisect import bisect_left
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import zstandard
@@ -23,7 +23,7 @@ from .codec import RAW, SUITE_NONE, Decoder
 from .errors import Damaged, NotFound, StoreUnavailable
 from .keys import StoreKeys, keyed_digest, same_digest
 from .linux import PAGE_BYTES
-from .packs import PackFiles, Stored, pack_file, read_trailer
+from .packs import OpenPack, PackFiles, Stored, pack_file, read_trailer
 from .patchwork import PIECE_RECORD, Piece, PieceTable, mask_of, place
 
 MANIFEST_VERSION = 2
@@ -42,6 +42,10 @@ RUN_BYTES = 24
 CHUNK_RECORD = struct.Struct("<32sIIQII")
 _PACK_RECORD = struct.Struct("<16sQQ")
 PACK_RECORD_BYTES = _PACK_RECORD.size
+
+
+Elsewhere = Callable[[bytes, int, int], bytes]
+"""(pack, offset, length) to those bytes of it; raises StoreUnavailable."""
 
 
 class Header(NamedTuple):
@@ -210,6 +214,10 @@ class Image:
         self._decoders: list[Decoder] = []
         self._buffers: list[memoryview] = []
         self._window_bytes = header.window_pages * PAGE_BYTES
+        self.elsewhere: Elsewhere | None = None
+        """Where packs are read that are not here yet."""
+        self.reopen: Callable[[str, str], Image] | None = None
+        """How a pager opens it anew (store path, name), if not as any other."""
         self.window_pages = header.window_pages
         self.run_count = header.run_count
         self.chunk_count = header.chunk_count
@@ -373,9 +381,14 @@ class Image:
         target = into[:raw_bytes]
         if len(target) != raw_bytes:
             raise ValueError(f"a chunk of {raw_bytes} bytes does not fit into {len(into)}")
-        file = self._files.open(self._packs[pack][0])
         try:
-            if encoding == RAW:
+            file = self._open_pack(self._packs[pack][0])
+            if file is None:
+                blob = self._read_elsewhere(self._packs[pack][0], offset, stored_bytes)
+                got = len(blob)
+                if encoding == RAW and got == stored_bytes:
+                    target[:] = blob
+            elif encoding == RAW:
                 got = os.preadv(file.descriptor, (target,), offset)
                 blob = b""
             else:
@@ -410,6 +423,19 @@ class Image:
             ) from error
         return int(raw_bytes)
 
+    def _open_pack(self, pack: bytes) -> OpenPack | None:
+        """None: it is not here, and there is somewhere else to read it."""
+        try:
+            return self._files.open(pack)
+        except Damaged:
+            if self.elsewhere is None:
+                raise
+            return None
+
+    def _read_elsewhere(self, pack: bytes, offset: int, length_bytes: int) -> bytes:
+        assert self.elsewhere is not None
+        return self.elsewhere(pack, offset, length_bytes)
+
     def _read_patchwork(self, number: int, into: memoryview) -> int:
         pieces = self._pieces.pieces(number - self.chunk_count)
         if not pieces:
@@ -443,14 +469,19 @@ class Image:
         """Check that each pack is there, has its size, header and trailer. Damaged if not.
 
         Of the `known` ones, which the caller has just looked at, only that they have their size.
+        Those that are read `elsewhere` are passed over: each of their chunks is authenticated.
         """
         for pack, length_bytes in self._packs:
             try:
                 if pack in known:
                     found = os.stat(pack_file(pack), dir_fd=self._folder).st_size
+                elif (file := self._open_pack(pack)) is not None:
+                    found = read_trailer(file.descriptor, pack)[0]
                 else:
-                    found = read_trailer(self._files.open(pack).descriptor, pack)[0]
+                    continue
             except FileNotFoundError as error:
+                if self.elsewhere is not None:
+                    continue
                 name = pack_file(pack)
                 raise Damaged(f"pack {name} is missing from the store", pack=name) from error
             except OSError as error:

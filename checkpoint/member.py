@@ -434,7 +434,9 @@ class Member(MemberMemory):
         )
         pidfd = os.pidfd_open(self.pid)
         try:
-            self.pager = begin_pager(plan, self.faults, pidfd, self.image)
+            self.pager = begin_pager(
+                plan, self.faults, pidfd, self.image, open_image=self.image.reopen
+            )
         finally:
             os.close(pidfd)
 

@@ -213,7 +213,7 @@ def read_index(descriptor: int, pack: bytes, keys: StoreKeys) -> PackIndex:
     )
 
 
-class _OpenPack:
+class OpenPack:
     """A descriptor that closes when the last reader has let go of it."""
 
     __slots__ = ("descriptor",)
@@ -235,16 +235,16 @@ class PackFiles:
     def __init__(self, folder: int, most_open: int = 64) -> None:
         self._folder = folder
         self._most_open = most_open
-        self._open: dict[bytes, _OpenPack] = {}
+        self._open: dict[bytes, OpenPack] = {}
 
-    def open(self, pack: bytes) -> _OpenPack:
+    def open(self, pack: bytes) -> OpenPack:
         """The open pack; Damaged when there is none, StoreUnavailable when it cannot be opened."""
         found = self._open.get(pack)
         if found is not None:
             return found
         name = pack_file(pack)
         try:
-            found = _OpenPack(os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._folder))
+            found = OpenPack(os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._folder))
         except FileNotFoundError as error:
             raise Damaged(f"pack {name} is missing from the store", pack=name) from error
         except OSError as error:

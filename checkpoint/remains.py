@@ -18,6 +18,7 @@ import signal
 import threading
 from collections.abc import Sequence
 
+from . import proc
 from .linux import PAGE_BYTES, address_of, uffd
 from .linux.detached import take_descriptor
 
@@ -39,7 +40,7 @@ class Remains:
         self._thread: threading.Thread | None = None
         try:
             self._take_listeners(pid, pidfd)
-            self._memory = os.open(f"/proc/{pid}/mem", os.O_RDONLY | os.O_CLOEXEC)
+            self._memory = os.open(f"/proc/{proc.witness(pid)}/mem", os.O_RDONLY | os.O_CLOEXEC)
             address = next(filter(self._is_readable, addresses), None)
             if address is None:
                 raise OSError(errno.EFAULT, f"nothing of process {pid} can be read")
@@ -71,7 +72,7 @@ class Remains:
         self._listeners, self._memory, self._ended = [], -1, -1
 
     def _take_listeners(self, pid: int, pidfd: int) -> None:
-        folder = f"/proc/{pid}/fd"
+        folder = f"/proc/{proc.witness(pid)}/fd"
         for name in os.listdir(folder):
             with contextlib.suppress(OSError):
                 if os.readlink(f"{folder}/{name}") == "anon_inode:[userfaultfd]":

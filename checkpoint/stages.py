@@ -54,6 +54,7 @@ STAGES: Final = (
     "move.accepting",
     "move.accepted",
     "move.answered",
+    "move.fetched",
     "move.departed",
     "move.back",
     "door.prepared",

@@ -21,6 +21,7 @@ from .sizes import Size
       lzy migrate analysis --gpu --wait     when there is one
       lzy migrate analysis --cpu 16 --memory 64G
       lzy migrate analysis --node large --dry-run
+      lzy migrate analysis --bandwidth 50M  at 50 MiB a second
     """
 )
 @name_argument
@@ -31,6 +32,7 @@ from .sizes import Size
 @click.option("--cpu", type=click.FloatRange(0, 4096), help="It needs so many cores.")
 @click.option("--memory", type=Size(), help="It needs so much memory.")
 @click.option("--node", shell_complete=complete_node, help="To that node.")
+@click.option("--bandwidth", type=Size(), metavar="SIZE", help="Fetch no more in a second.")
 @click.option("--dry-run", is_flag=True, help="Only tell where it would go, and why.")
 @click.option("--wait", is_flag=True, help="If no node can take it now, go when one can.")
 @json_option
@@ -40,6 +42,7 @@ def migrate(
     cpu: float | None,
     memory: int | None,
     node: str | None,
+    bandwidth: int | None,
     dry_run: bool,
     wait: bool,
     as_json: bool,
@@ -54,6 +57,7 @@ def migrate(
     client = fleet_client()
     chosen = choose(client, name)
     given = {"gpu": gpu, "cpu": cpu, "memory_bytes": memory, "node": node}
+    given |= {"bytes_per_s": bandwidth}
     body: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
     body |= {"dry_run": dry_run, "wait": wait}
     path = client.session(chosen, "migrate")
@@ -95,6 +99,7 @@ def _say(name: str, answer: dict[str, Any], dry_run: bool) -> None:
             "sent",
             f"{size(report['sent_bytes'])} ahead; {size(report.get('last_bytes', 0))} at last",
         ),
+        *([("follows", size(report["follows_bytes"]))] if report.get("follows_bytes") else []),
         ("stood still", duration(report["stopped_s"])),
         ("took", duration(report["took_s"])),
     ]

@@ -27,6 +27,7 @@ _MIGRATE: Final = {
     "memory_bytes": Field("integer", "memory that it needs", 0, 1 << 50),
     "gpu": Field("integer", "GPUs that it needs; 0: none any more", 0, 64),
     "node": Field("string", "the node to go to", 1, 32),
+    "bytes_per_s": Field("number", "how fast to fetch its memory; 0: as it goes", 0, 1e12),
     "dry_run": Field("boolean", "only tell where it would go"),
     "wait": Field("boolean", "if nothing is free, go when something is"),
 }
@@ -213,6 +214,7 @@ class Api:
             return Response(document={**answer, **told, "queued": True})
         path = client.session(name, "migrate")
         order = migrate_body(choice, session, wish)
+        order["bytes_per_s"] = body.get("bytes_per_s", 0.0)
         if "application/x-ndjson" in request.headers.get("accept", ""):
             return Response(lines=_stream(client, path, order, told, self._after(choice, name)))
         answer = client.post(path, order)

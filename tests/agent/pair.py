@@ -56,6 +56,19 @@ class Pair:
         for service in self.services.values():
             service.close()
 
+    def follow(self, to: str = "target", **more: Any) -> dict[str, Any]:
+        """As `move`, and what was written last has not come when this returns."""
+        report: dict[str, Any] = self.move(to, **more)["report"]
+        assert report["follows_bytes"] > 0
+        assert self.services[to].is_fetching()
+        return report
+
+    def await_complete(self, of: str = "target") -> None:
+        """Wait until a node has all of what it has taken."""
+        other = self.target if of == "source" else self.source
+        self.services[of].wait_until(lambda: not self.services[of].is_fetching(), "all has come")
+        assert other.followed() == set()
+
     def move(self, to: str = "target", **more: Any) -> dict[str, Any]:
         """Have the other node's agent move `calm` here; what it answers, or the error."""
         other = self.target if to == "source" else self.source

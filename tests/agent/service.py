@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -104,6 +106,19 @@ class Service:
     def do(self, verb: str, name: str = "calm", **body: Any) -> dict[str, Any]:
         """What the agent answers: `session` and, of an operation, `report`."""
         return self.client.post(self.client.session(name, verb), body, timeout_s=PATIENCE_S)
+
+    def is_fetching(self) -> bool:
+        """Whether something is still to come from the node that a session was on."""
+        rows = self._ask_database("SELECT document FROM arrivals WHERE state = 'accepted'")
+        return any("follows" in json.loads(row) for row in rows)
+
+    def followed(self) -> set[str]:
+        """The images that other nodes read here."""
+        return set(self._ask_database("SELECT followed FROM departures WHERE followed != ''"))
+
+    def _ask_database(self, question: str) -> list[str]:
+        with contextlib.closing(sqlite3.connect(self.home / "agent" / "state.db")) as database:
+            return [row[0] for row in database.execute(question)]
 
     def look(self, name: str = "calm") -> dict[str, Any]:
         return self.client.get(self.client.session(name))

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import os
+import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from living import PATIENCE_S, wait_readable
 from pair import Pair, adopt, count_copies
 
-from lzy.checkpoint.errors import Busy, LzyError
+from lzy.checkpoint.errors import Busy, Damaged, LzyError
+from lzy.checkpoint.journal import journal_path, read_status
+from lzy.checkpoint.store import Store
 
 if TYPE_CHECKING:
     from living import Program
@@ -87,6 +92,110 @@ def test_pages_follow_where_stores_are_apart(
         assert sent[1] < sent[0]  # it has most of that already
     finally:
         pair.close()
+
+
+LATER = {"LZY_TEST_AT_ONCE_BYTES": "0", "LZY_TEST_FETCHES_AFTER_S": "3"}
+
+
+@pytest.fixture
+def apart(tmp_path: Path, nothing_left_behind: None) -> Iterator[Pair]:
+    """Two nodes with stores of their own, of which neither fetches anything before a wake."""
+    made = Pair(tmp_path, own_stores=True)
+    try:
+        for service in made.services.values():
+            service.begin(**LATER)
+        yield made.begin()
+    finally:
+        made.close()
+
+
+def test_what_was_written_last_follows(apart: Pair, start: Start) -> None:
+    """It runs before all has come: its memory comes as it is touched, and whole packs behind it;
+    until then nobody can remove what it needs at the node that it left."""
+    program = start("memory_pattern", "12").await_ready()
+    apart.source.attach(program)
+    apart.follow()
+    (image,) = apart.source.followed()
+    with Store.open(apart.source.home / "store") as store, pytest.raises(Busy, match="in use"):
+        store.remove(image)
+    with Store.open(apart.target.home / "store") as store, pytest.raises(Damaged, match="missing"):
+        store.verify(image)
+    assert apart.prove(program) == "target"
+    apart.await_complete()
+    with Store.open(apart.target.home / "store") as store:
+        store.verify(image)
+    with Store.open(apart.source.home / "store") as store:
+        store.remove(image)
+    apart.move("source")
+    assert apart.prove(program) == "source"
+
+
+@pytest.mark.parametrize(
+    "who", ["source", *(pytest.param(who, marks=pytest.mark.slow) for who in ("target", "pager"))]
+)
+def test_killed_while_memory_follows(apart: Pair, start: Start, who: str) -> None:
+    """The session stalls where it lacks memory, and goes on when that can be had; no byte is wrong,
+    and there is one of it."""
+    program = start("memory_pattern", "12").await_ready()
+    apart.source.attach(program)
+    pid = apart.follow()["pid"]
+    if who == "pager":
+        journal = journal_path(apart.target.home / "run", pid)
+        os.kill(read_status(journal)[1].pager_pid, signal.SIGKILL)
+    else:
+        apart.services[who].kill()
+        adopt(program, pid)
+        program.say("ping")  # it may answer, or stall
+        apart.services[who].begin(**LATER)
+        program.hear(PATIENCE_S)
+    assert apart.prove(program) == "target"
+    apart.await_complete()
+    apart.move("source")
+    assert apart.prove(program) == "source"
+
+
+def test_session_stalls_until_its_memory_can_be_had(apart: Pair, start: Start) -> None:
+    """With neither the node it left nor all of its memory here it waits; it sees no zeros."""
+    program = start("memory_pattern", "12").await_ready()
+    apart.source.attach(program)
+    pid = apart.follow()["pid"]
+    apart.source.kill()
+    adopt(program, pid)
+    program.say("prove")
+    assert not wait_readable([program._answers], 0.5), "its last pages cannot have come"
+    apart.source.begin()
+    assert "false" not in program.hear(PATIENCE_S)
+    assert apart.prove(program) == "target"
+    apart.await_complete()
+
+
+@pytest.mark.slow
+def test_session_that_sleeps_before_all_has_come(apart: Pair, start: Start) -> None:
+    """Killed, it is woken from an image that is still on its way; what that lacks is read there."""
+    program = start("memory_pattern", "12").await_ready()
+    apart.source.attach(program)
+    pid = apart.follow()["pid"]
+    adopt(program, pid)
+    program.end()
+    apart.target.wait_until(lambda: not apart.target.look()["pid"], "its end is seen")
+    assert apart.target.is_fetching()
+    pid = apart.target.do("wake")["session"]["pid"]
+    program.adopt(pid)
+    assert apart.prove(program) == "target"
+    apart.await_complete()
+
+
+@pytest.mark.slow
+def test_move_is_held_to_a_bandwidth(apart: Pair, start: Start) -> None:
+    """No more is fetched in a second than was said."""
+    program = start("memory_pattern", "12").await_ready()
+    apart.source.attach(program)
+    began_s = time.monotonic()
+    report = apart.move(bytes_per_s=1_000_000)["report"]
+    took_s = time.monotonic() - began_s
+    assert report["sent_bytes"] > 400_000
+    assert took_s > 0.8 * report["sent_bytes"] / 1e6
+    assert apart.prove(program) == "target"
 
 
 def test_hibernated_session_moves_and_sleeps_on(pair: Pair, program: Program) -> None:

@@ -297,6 +297,27 @@ def test_link_cut_while_the_image_goes_ahead(trial: Trial) -> None:
     trial.stop(client)
 
 
+@pytest.mark.slow
+def test_link_cut_while_memory_follows(trial: Trial, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut when the session runs and lacks memory, and healed: it stalls at most, and goes on."""
+    monkeypatch.setenv("LZY_TEST_AT_ONCE_BYTES", "0")
+    monkeypatch.setenv("LZY_TEST_FETCHES_AFTER_S", "2")
+    trial.up("--own-stores")
+    trial.ledger()
+    client = trial.use()
+    fabric = read_holder(fabric_path(trial.home))
+    for to in ("two", "one", "two"):
+        moved = trial.lzy.succeed("migrate", "ledger", "--node", to)
+        assert moved["report"]["follows_bytes"] > 0
+        left = {"two": 0, "one": 1}[to]  # that node's link
+        set_link(fabric, left, up=False)
+        time.sleep(3)  # for what is fetched then to fail
+        set_link(fabric, left, up=True)
+        trial.wait_until(lambda: all(n["reachable"] for n in trial.lzy.succeed("nodes")))
+        trial.wait_until(lambda: not trial.look()["operation"])
+    trial.stop(client)
+
+
 def test_machine_joins_by_invitation(lzy: CommandLine, tmp_path: Path) -> None:
     """It gets a certificate and the store's secret; without a true invitation it gets nothing."""
     other = CommandLine(tmp_path / "other")

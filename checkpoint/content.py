@@ -162,7 +162,7 @@ def guard_ranges(pid: int, vmas: Iterable[Vma]) -> list[tuple[int, int]]:
 
 
 class ProcessPages:
-    """A `PageSource` over a stopped process, or over its snapshot (`shares_pages`).
+    """A `PageSource` over a stopped process; over one that `shares_pages`, as a snapshot does.
 
     process_vm_readv(2) pins what it reads, and to pin a page that is shared copy-on-write the
     kernel copies it first (gup_must_unshare, Linux 5.19): a snapshot read that way grows to its

@@ -378,7 +378,7 @@ def _sample(ranges: dict[int, list[tuple[int, int]]]) -> tuple[int, int]:
     known = set()
     for pid, address, mask in windows[step // 2 :: step]:
         try:
-            source = ProcessPages(proc.witness(pid))
+            source = ProcessPages(proc.witness(pid), shares_pages=True)
         except (OSError, LzyError):
             continue
         try:

@@ -22,7 +22,7 @@ _PAGE_SIZE = re.compile(rb"\nKernelPageSize: +(\d+) kB")
 _HUGE_PAGES = b"/anon_hugepage (deleted)"  # what the kernel calls memory by MAP_HUGETLB
 _PIECE_BYTES = 512  # less than smaps says of any mapping
 _PIECES = 512
-_PF_EXITING, _PF_IO_WORKER = 0x4, 0x10  # linux/sched.h
+_PF_EXITING, _PF_IO_WORKER, _PF_FORKNOEXEC = 0x4, 0x10, 0x40  # linux/sched.h
 _SPECIAL = {
     b"[vdso]": "vdso",
     b"[vvar]": "vvar",
@@ -270,6 +270,11 @@ def witness(pid: int) -> int:
                     if stat(pid, tid)[2] not in "ZX":
                         return tid
     return pid
+
+
+def shares_with_parent(pid: int) -> bool:
+    """Whether it was forked and has executed no program since: its memory is its parent's, too."""
+    return bool(int(stat(pid)[8]) & _PF_FORKNOEXEC)
 
 
 def stat(pid: int, tid: int | None = None) -> list[str]:

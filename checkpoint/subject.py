@@ -205,8 +205,10 @@ class Subject:
         return subtract(self.ranges, self.inherited) if self.inherited else self.ranges
 
     def open_pages(self) -> ProcessPages:
-        """Its memory, to be read."""
-        return ProcessPages(self.source_pid, shares_pages=bool(self.snapshot))
+        """Its memory, to be read without making it more: others may have some of it, too."""
+        is_of_tree = self.parent is not None or len(self.tree) > 1
+        shares = self.snapshot or is_of_tree or proc.shares_with_parent(self.pid)
+        return ProcessPages(self.source_pid, shares_pages=bool(shares))
 
     def describe(self) -> dict[str, Any]:
         """The part of an image's document that is about this process, but for descriptors."""

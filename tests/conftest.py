@@ -25,6 +25,7 @@ from living import (
     reap,
     wait_readable,
 )
+from memory_group import MemoryGroup, make_group
 
 from lzy.checkpoint.linux import namespaces
 
@@ -108,6 +109,16 @@ def remove_names(pids: Iterable[int]) -> None:
                 libc.msgctl(queue, 0, None)
         for name in ("one", "empty"):
             libc.mq_unlink(f"/lzy-test-{pid}-{name}".encode())
+
+
+@pytest.fixture
+def group(nothing_left_behind: None) -> Iterator[MemoryGroup]:
+    """A control group that limits memory; whoever is in it must end before the test does."""
+    made = make_group()
+    try:
+        yield made
+    finally:
+        made.close()
 
 
 @pytest.fixture

@@ -14,9 +14,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from family import await_rest, find_family_differences, read_family
 from living import Case, list_children
+from memory_group import MEBIBYTE
 
 if TYPE_CHECKING:
     from living import CommandLine, Program
+    from memory_group import MemoryGroup
 
     Start = Callable[..., Program]
 
@@ -158,6 +160,18 @@ def sum_memory(program: Program, field: str) -> int:
         assert found
         total += int(found[1]) << 10
     return total
+
+
+def test_dump_makes_no_copies_of_shared_memory(
+    group: MemoryGroup, start: Start, lzy: CommandLine
+) -> None:
+    """To read what is shared copy-on-write makes none of it private: nobody runs out of memory."""
+    path = Path(__file__).parent / "programs" / "tree_heap.py"
+    program = start(command=group.inside([sys.executable, str(path), "64"])).await_ready()
+    group.limit(group.needed_bytes + 24 * MEBIBYTE)
+    lzy.dump(program)
+    lzy.restore(program, "image", "--eager")
+    program.prove()
 
 
 @both_ways

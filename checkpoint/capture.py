@@ -221,6 +221,10 @@ class Capture:
             if doze:  # all is done while it stands still
                 root.policies = proc.memory_policies(proc.witness(self.pid))
             self.obstacle = "it dozes" if doze else why_no_snapshot(root.vmas)
+            if doze or not self.obstacle:
+                subjects = (root, *self.seen.values())
+                mapped = [(subject.pid, vma) for subject in subjects for vma in subject.vmas]
+                self.objects.make_room(mapped, COPY_LIMIT_BYTES)
         self.name, self.session = next_checkpoint(
             self.store,
             self.pid,

@@ -203,15 +203,19 @@ class CopiedPages:
     """A `PageSource` over a copy of those pages, so that the process can run on meanwhile."""
 
     def __init__(
-        self, source: ProcessPages | FilePages, windows: Iterable[tuple[int, int]]
+        self,
+        source: ProcessPages | FilePages,
+        windows: Iterable[tuple[int, int]],
+        room: memoryview | None = None,
     ) -> None:
+        """`room`: memory for it, if that is large enough (see `make_room`)."""
         runs = [run for address, mask in windows for run in _runs(address, mask)]
         self._starts = [address for address, _ in runs]
         self._offsets = [0, *itertools.accumulate(length for _, length in runs)]
-        content = mmap.mmap(-1, self._offsets[-1] or PAGE_BYTES)
-        with contextlib.suppress(OSError):  # a kernel without them
-            content.madvise(mmap.MADV_HUGEPAGE)  # a third of the time goes into page faults
-        self._content = memoryview(content)
+        self.length_bytes = self._offsets[-1]
+        if room is None or len(room) < self.length_bytes:
+            room = make_room(self.length_bytes)
+        self._content = room[: self.length_bytes]
         for first in range(0, len(runs), _RUNS_AT_ONCE):
             part = runs[first : first + _RUNS_AT_ONCE]
             begin, end = self._offsets[first], self._offsets[first + len(part)]
@@ -227,6 +231,15 @@ class CopiedPages:
 
     def close(self) -> None:
         self._content.release()
+
+
+def make_room(length_bytes: int, *, at_once: bool = False) -> memoryview:
+    """Memory for a copy; `at_once`: it is there when this returns, which takes longest of all."""
+    room = mmap.mmap(-1, length_bytes or PAGE_BYTES)
+    for advice in (mmap.MADV_HUGEPAGE, *([memory.MADV_POPULATE_WRITE] if at_once else [])):
+        with contextlib.suppress(OSError):  # a kernel without it
+            room.madvise(advice)
+    return memoryview(room)
 
 
 def _runs(address: int, mask: int) -> Iterator[tuple[int, int]]:

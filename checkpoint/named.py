@@ -28,6 +28,7 @@ from .linux.namespaces import sees_all
 if TYPE_CHECKING:
     from .image import Image
     from .objects import Objects
+    from .proc import Vma
 
 FOLDER: Final = "/dev/shm/"
 MARK: Final = "user.lzy.session"  # an attribute of what lzy made: whose it is
@@ -71,6 +72,11 @@ def _open_if(path: str, key: Key) -> int | None:
         return fd
     os.close(fd)
     return None
+
+
+def is_in_folder(vma: Vma) -> bool:
+    """Whether a mapping may be of memory with a name."""
+    return vma.path.startswith(FOLDER)
 
 
 def identity_of(fd: int) -> list[int]:

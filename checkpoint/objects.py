@@ -6,16 +6,21 @@ processes write is copied while they stand still, so that they can run on while 
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from .content import CopiedPages, FilePages, data_ranges, windows_of
+from .content import CopiedPages, FilePages, data_ranges, make_room, windows_of
 from .errors import Unsupported
+from .named import is_in_folder
 from .setaside import page_bytes_of
 
 if TYPE_CHECKING:
+    from .proc import Vma
     from .worker import PageSource
+
+_LITTLE_BYTES = 4 << 20  # so much is made as fast as it is asked for
 
 
 class Objects:
@@ -25,6 +30,7 @@ class Objects:
         self._numbers: dict[tuple[int, int], int] = {}
         self._copies: dict[int, tuple[CopiedPages, list[tuple[int, int]]]] = {}
         self._only_read: set[int] = set()
+        self._room = memoryview(b"")
         self.mapped: set[int] = set()
         """Numbers of named ones that a process writes through a shared mapping."""
         self.descriptors: list[int] = []
@@ -97,12 +103,29 @@ class Objects:
         numbered = enumerate(self.descriptors, 1)
         return sum(_occupied_bytes(fd) for number, fd in numbered if number not in self._only_read)
 
+    def make_room(self, mapped: Iterable[tuple[int, Vma]], most_bytes: int) -> None:
+        """Before the processes (pids with their mappings) stand still: memory to copy it to.
+
+        To make it takes longer than to copy. What turns out not to fit gets memory then.
+        """
+        sizes = {}
+        for pid, vma in mapped:
+            if vma.shared and "mw" in vma.flags and (vma.kind == "memory" or is_in_folder(vma)):
+                with contextlib.suppress(OSError):  # not root, or it is gone
+                    status = os.stat(f"/proc/{pid}/map_files/{vma.start:x}-{vma.end:x}")
+                    sizes[vma.device, vma.inode] = status.st_blocks * 512
+        if _LITTLE_BYTES <= sum(sizes.values()) <= most_bytes:
+            self._room = make_room(sum(sizes.values()), at_once=True)
+
     def copy_written(self, window_pages: int) -> None:
         """Keep what the processes may write as it is now."""
+        room = self._room
         for number, descriptor in enumerate(self.descriptors, 1):
             if number not in self._only_read:
                 windows = _windows(descriptor, window_pages)
-                self._copies[number] = CopiedPages(FilePages(descriptor), windows), windows
+                copied = CopiedPages(FilePages(descriptor), windows, room)
+                self._copies[number] = copied, windows
+                room = room[copied.length_bytes :]
 
     def contents(
         self, window_pages: int
@@ -117,12 +140,14 @@ class Objects:
                 yield number, FilePages(descriptor), _windows(descriptor, window_pages)
 
     def close(self) -> None:
+        """Close all, and let go of copies."""
         for descriptor in self.descriptors:
             os.close(descriptor)
         self.descriptors.clear()
         for copied, _ in self._copies.values():
             copied.close()
         self._copies.clear()
+        self._room = memoryview(b"")
 
 
 def _occupied_bytes(descriptor: int) -> int:

@@ -19,6 +19,7 @@ PROT_READ: Final = 1
 PROT_WRITE: Final = 2
 PROT_EXEC: Final = 4
 
+MADV_POPULATE_WRITE: Final = 23
 MAP_SHARED: Final = 0x1
 MAP_PRIVATE: Final = 0x2
 MAP_FIXED: Final = 0x10

@@ -1,6 +1,6 @@
 # Every target makes its own virtual environment in .venv and installs what it needs.
 #
-#   make demo    a living notebook kernel is dumped, ended, and brought back
+#   make demo    a notebook kernel works, is evicted when idle, and wakes on a larger node
 #   make test    style, types, import contract and all tests (some 15 minutes on two cores)
 #   make lint    style, types and import contract only
 #   make bench   the figures of docs/performance.md, measured here

@@ -22,6 +22,7 @@ from ..checkpoint.errors import (
 )
 from . import errors
 from .attaching import attach, choose_name
+from .chronicle import describe_reading
 from .documents import describe_event, describe_node, describe_session, write_metrics
 from .fields import BadBody, Field, parse
 from .http import Request, Response
@@ -30,7 +31,14 @@ from .node_api import NODE_ROUTES, NodeApi
 from .operations import CHECKPOINT, DOZE, HIBERNATE, ROUSE, WAKE
 from .routes import NODES, Route, parse_query
 from .session import Session
-from .settings import LONGEST_HOLD_S, OF_A_SESSION, Settings, check_settings
+from .settings import (
+    BOUNDS,
+    LONGEST_HOLD_S,
+    MAY_BE_NEVER,
+    OF_A_SESSION,
+    Settings,
+    check_settings,
+)
 from .state import ASLEEP
 from .watching import Watcher
 
@@ -38,21 +46,35 @@ _FOLLOW_S = 15.0
 _REQUESTS: Final = ("cpu", "memory_bytes", "gpu", "node")
 _WAIT = Field("boolean", "false: answer at once, with 202")
 _IF_IDLE = Field("boolean", "only if every probe says idle, now and after the notice")
+_ASKED: Final = {
+    "cpu": Field("number", "cores", 0, 4096),
+    "memory_bytes": Field("integer", "memory", 0, 1 << 50),
+    "gpu": Field("integer", "GPUs", 0, 64),
+}
 _REASON = Field("string", "why, for the events")
 
 
+def _settings_fields(names: frozenset[str]) -> dict[str, Field]:
+    return {
+        name: Field("number", "a setting", *BOUNDS[name], may_be_null=name in MAY_BE_NEVER)
+        for name in sorted(names)
+    }
+
+
+_OF_A_SESSION: Final = _settings_fields(OF_A_SESSION)
 _S = "/v1/sessions/{name}"
 ROUTES: Final = (
     Route("GET", "/v1/node", "node", "The node and its settings."),
     Route("POST", "/v1/node/settings", "set_node", "Change settings of the node (root only).",
-          {"settings": Field("object", "names and values", required=True)}),
+          {"settings": Field("object", "names and values", required=True,
+                             keys=_settings_fields(frozenset(Settings._fields)))}),
     Route("POST", "/v1/node/drain", "drain", "Take no sessions any more, or again (root only).",
           {"draining": Field("boolean", "false: again", required=True)}),
     Route("GET", "/v1/sessions", "sessions", "All sessions that the caller may see."),
     Route("POST", "/v1/sessions", "attach", "Look after a running process.",
           {"pid": Field("integer", "the process", 1, 1 << 22, required=True),
            "name": Field("string", "the session's name", 1, 200),
-           "settings": Field("object", "settings of the session"),
+           "settings": Field("object", "settings of the session", keys=_OF_A_SESSION),
            "checkpoint": Field("boolean", "false: do not take one at once")}),
     Route("POST", "/v1/names", "names", "A free name for a program that is to be started.",
           {"command": Field("string", "its command line", 1, 1000, required=True),
@@ -73,23 +95,27 @@ ROUTES: Final = (
           {"wait": _WAIT, "reason": _REASON,
            "node": Field("string", "its name", 1, 32, required=True),
            "address": Field("string", "where its agent listens", 1, 200, required=True),
-           "requests": Field("object", "cpu, memory_bytes, gpu: what it asks for"),
+           "requests": Field("object", "what it asks for", keys=_ASKED),
            "bytes_per_s": Field("number", "how fast; 0: as it goes", 0, 1e12),
            "wake": Field("boolean", "false: if it hibernates, it goes on doing so")}),
     Route("POST", f"{_S}/requests", "requests", "What it asks for of a node (the migrator only).",
-          {"requests": Field("object", "cpu, memory_bytes, gpu, node", required=True)}),
+          {"requests": Field("object", "what it asks for; nothing: it waits no more", required=True,
+                             keys={**_ASKED, "node": Field("string", "a node", 1, 32)})}),
     Route("POST", f"{_S}/hold", "hold", "Do not evict it for a while.",
           {"for_s": Field("number", "for how long", 1, LONGEST_HOLD_S, required=True)}),
     Route("POST", f"{_S}/release", "release", "Hold it no longer."),
     Route("POST", f"{_S}/signal", "signal", "Send its process a signal; wakes it if need be.",
           {"signal": Field("integer", "the signal's number", 1, 64, required=True)}),
     Route("POST", f"{_S}/settings", "set_session", "Change settings of a session.",
-          {"settings": Field("object", "names and values", required=True)}),
+          {"settings": Field("object", "names and values", required=True, keys=_OF_A_SESSION)}),
     Route("GET", "/v1/events", "events", "What happened, oldest first.", None,
           {"after": Field("integer", "only events numbered above this", 0, 1 << 53),
            "last": Field("integer", "only so many of the newest", 0, 20000),
            "session": Field("string", "only of this session", 1, 250),
            "follow": Field("string", "1: go on as they come, a line each", 1, 1)}),
+    Route("GET", "/v1/readings", "readings", "What sessions held, and when they were in use.", None,
+          {"after_unix_s": Field("integer", "only since then", 0, 1 << 53),
+           "session": Field("string", "only of this session", 1, 250)}),
     Route("GET", "/v1/metrics", "metrics", "Metrics for Prometheus (root only)."),
     Route("GET", "/v1/openapi.json", "openapi", "This document."),
     *NODE_ROUTES,
@@ -211,6 +237,14 @@ class Api:
                 after = event.number
                 if _may_see(request, event):
                     yield describe_event(event)
+
+    async def _readings(self, request: Request, asked: dict[str, Any]) -> Response:
+        found = self._agent.chronicle.readings(
+            asked.get("after_unix_s", 0), asked.get("session", "")
+        )
+        return Response(
+            document={"readings": [describe_reading(r) for r in found if _may_see(request, r)]}
+        )
 
     # -- sessions
 

@@ -16,7 +16,9 @@ class Field(NamedTuple):
     low: float = 0
     high: float = 1000
     required: bool = False
-    pattern: str = ""
+    keys: dict[str, Field] | None = None
+    """Of an object: what it may hold; None: who uses it looks at it."""
+    may_be_null: bool = False
 
 
 class BadBody(LzyError):
@@ -43,6 +45,11 @@ def parse(body: bytes, fields: dict[str, Field]) -> dict[str, Any]:
             raise BadBody(f"the body is no JSON: {error}", remedy="send one object") from None
     if not isinstance(document, dict):
         raise BadBody("the body is no object", remedy="send one, as {}")
+    _check_all(document, fields)
+    return document
+
+
+def _check_all(document: dict[str, Any], fields: dict[str, Field]) -> None:
     for name in document:
         if name not in fields:
             raise BadBody(
@@ -54,10 +61,11 @@ def parse(body: bytes, fields: dict[str, Field]) -> dict[str, Any]:
             _check(name, document[name], field)
         elif field.required:
             raise BadBody(f"{name} is missing", remedy=field.words)
-    return document
 
 
 def _check(name: str, value: Any, field: Field) -> None:
+    if value is None and field.may_be_null:
+        return
     right = isinstance(value, _TYPES[field.kind])
     if isinstance(value, bool) and field.kind != "boolean":
         right = False
@@ -71,22 +79,28 @@ def _check(name: str, value: Any, field: Field) -> None:
             right = False
     if not right:
         raise BadBody(f"{name} cannot be {json.dumps(value)[:80]}", remedy=_describe(field))
+    if field.kind == "object" and field.keys is not None:
+        _check_all(value, field.keys)
 
 
 def _describe(field: Field) -> str:
+    never = ", or null for never" if field.may_be_null else ""
     bounds = f" from {field.low:g} to {field.high:g}" if field.kind in ("integer", "number") else ""
-    return f"{field.words}: {field.kind}{bounds}"
+    return f"{field.words}: {field.kind}{bounds}{never}"
 
 
 def schema(fields: dict[str, Field]) -> dict[str, Any]:
     """The same as JSON Schema, for the OpenAPI document."""
     properties: dict[str, Any] = {}
     for name, field in fields.items():
-        described: dict[str, Any] = {"type": field.kind, "description": field.words}
+        kind: str | list[str] = [field.kind, "null"] if field.may_be_null else field.kind
+        described: dict[str, Any] = {"type": kind, "description": field.words}
         if field.kind in ("integer", "number"):
             described |= {"minimum": field.low, "maximum": field.high}
         elif field.kind == "string":
             described |= {"minLength": int(field.low), "maxLength": int(field.high)}
+        elif field.keys is not None:
+            described |= schema(field.keys)
         properties[name] = described
     required = [name for name, field in fields.items() if field.required]
     document = {"type": "object", "properties": properties, "additionalProperties": False}

@@ -152,7 +152,7 @@ class Mover:
                 self._check_unchanged(session, target)
                 stopped_s = time.monotonic()
                 moving = {"node": target.node, "address": target.address, "epoch": target.epoch,
-                          "apart": not answer["shared"],
+                          "apart": not answer["shared"], "why": why[:500],
                           "was_living": living, "wake": living or wake}  # fmt: skip
                 if session.is_living:
                     await self._stop(session, target, moving, actor_uid, progress, report)
@@ -305,7 +305,8 @@ class Mover:
                 if told not in (ACCEPTED, REFUSED):
                     told = await self._ask_what_became(session, target)
                 if told == ACCEPTED:
-                    words = f"lives on {target.node} now"
+                    why = str(moving.get("why") or "asked").removeprefix(f"{target.node}: ")
+                    words = f"lives on {target.node} now ({why})"
                     followed = bool(moving.get("apart"))
                     agent.depart(session, target.epoch, target.node, words, followed=followed)
                     reach("move.departed")

@@ -27,6 +27,7 @@ from . import errors, operations
 from .authority import agent_place
 from .cgroups import Cgroup
 from .children import Children
+from .chronicle import Chronicle
 from .identity import read_identity
 from .moving import ASKED, BACK, Mover
 from .operations import CHECKPOINT, DOZE, HIBERNATE, MIGRATE, ROUSE, WAKE, Order
@@ -75,6 +76,7 @@ class Agent:
         for folder in (self.folder, self.folder / "locks", home / "logs", home / "run"):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.state = State(self.folder / "state.db")
+        self.chronicle = Chronicle(self.folder / "readings.db")
         self.identity = read_identity(home)
         self.contacts = Contacts(agent_place(home))
         self.mover = Mover(self)
@@ -145,6 +147,7 @@ class Agent:
         while self._is_at_work and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
         self.ports.close()
+        self.chronicle.close()
         self.state.close()
 
     @property

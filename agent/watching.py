@@ -74,6 +74,7 @@ class Watcher:
                 self._agent.update(session, idle_gaps=gaps)
             if session.record.state == DOZING and not only:
                 self._follow_doze(session)
+        self._agent.chronicle.note(chosen)
 
     async def look_first(self, session: Session) -> None:
         """Look twice, so that somebody who asks about a new session gets an answer."""

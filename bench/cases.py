@@ -287,7 +287,7 @@ def empty(bench: Bench) -> Iterator[Figure]:
 
 def kernel(bench: Bench) -> Iterator[Figure]:
     """An idle ipykernel with pandas imported: asleep, and awake to its client's next cell."""
-    from demo import Notebook
+    from notebook import Notebook
 
     dumped = Figure("kernel_dump", "idle ipykernel with pandas: dump, command", "s")
     stored = Figure("kernel_stored", "… stored", "B")

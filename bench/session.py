@@ -75,6 +75,11 @@ report = late.groupby("country", observed=True)["paid"].sum().nlargest(3)
 print(", ".join(f"{name} {value:,.0f}" for name, value in report.items()))
 """
 
+MORE = """
+more = [chance.standard_normal(paths.shape).cumsum(axis=1) for _ in range(2)]
+print(f"{sum(walks.nbytes for walks in more) >> 20} MiB more, of {len(more) * len(paths):,} walks")
+"""
+
 ABOUT = """
 import os
 print(len(os.listdir("/proc/self/task")), len(os.listdir("/proc/self/fd")), ticks)

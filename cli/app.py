@@ -29,6 +29,7 @@ COMMANDS = (
     ("why", "sessions", "Tell why a session is, or is not, considered idle."),
     ("signal", "holding", "Send a session's process a signal."),
     ("events", "events", "Tell what happened to sessions."),
+    ("timeline", "timeline", "Draw what became of sessions, and why."),
     ("logs", "events", "Show what a woken session prints."),
     ("dump", "dump", "Write a running process into an image, and end it."),
     ("restore", "restore", "Bring a process back from its image."),

@@ -19,6 +19,7 @@ from .sessions import choose, name_argument, note_lines
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
 
+_STARTERS = ("nsenter", "setsid", "sudo", "env", "timeout", "nohup", "sh", "bash")
 _FLAGS = ("-f", "--f", "--connection-file", "--IPKernelApp.connection_file")
 
 
@@ -194,6 +195,8 @@ def _kernel_name(asked: str) -> Any:
 
     def is_kernel(pid: int) -> bool:
         words = _read(pid, "cmdline").split("\0")
+        if Path(words[0]).name in _STARTERS:  # it has the kernel's whole command among its words
+            return False
         given = [after for word, after in pairwise(words) if word in _FLAGS]
         given += [word.partition("=")[2] for word in words if word.partition("=")[0] in _FLAGS]
         if path.exists():

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from ..agent.identity import Identity
 
 _STARTS_WITHIN_S = 20.0
+_LONGEST_SOCKET_BYTES = 107
+"""unix(7): sun_path has 108 bytes, the last of which is null."""
 _ENDS_WITHIN_S = 40.0
 
 
@@ -51,7 +53,9 @@ _ENDS_WITHIN_S = 40.0
 )
 @click.option("--foreground", is_flag=True, help="Do not become a daemon; log to stderr.")
 @click.option(
-    "--doze-after", type=Duration(never=True), help="Idle this long, sessions doze.  [default: 5m]"
+    "--doze-after",
+    type=Duration(never=True),
+    help="Idle this long at most, sessions doze.  [default: 5m]",
 )
 @click.option(
     "--hibernate-after",
@@ -98,6 +102,7 @@ def up(
     namespaces with cgroup limits, joined by a virtual link. GPUs declared there need not exist.
     """
     from ..agent.client import Client, NoAgent
+    from ..agent.trial import node_home
     from ..checkpoint.home import home
 
     given = {
@@ -119,6 +124,8 @@ def up(
             raise click.UsageError(f"lzy is up for {home()} already; lzy down stops it.")
         started = False
     except NoAgent:
+        for each in nodes or ():
+            _check_length(node_home(home(), each.name))
         _prepare(home(), chosen, all_users)
         if nodes:
             prepare_trial(home(), nodes, speed or {}, own_stores, chosen)
@@ -225,6 +232,7 @@ def _prepare(folder: Path, settings: dict[str, float | None], all_users: bool) -
     from ..agent.state import State
     from ..agent.supervisor import shorten_log
 
+    _check_length(folder)
     for path in (folder, folder / "run", folder / "agent"):
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
     for path in (folder, folder / "run"):  # to be passed through, not to be listed
@@ -237,6 +245,18 @@ def _prepare(folder: Path, settings: dict[str, float | None], all_users: bool) -
         state = State(folder / "agent" / "state.db")
         state.set(check_settings(settings, frozenset(Settings._fields)))
         state.close()
+
+
+def _check_length(folder: Path) -> None:
+    """Refuse a home whose daemons could have no socket there."""
+    from ..agent.client import socket_path
+
+    longest = len(os.fsencode(socket_path(folder).with_name("migrator.sock")))
+    if longest > _LONGEST_SOCKET_BYTES:
+        raise click.UsageError(
+            f"{folder} is too long for a socket's path, by {longest - _LONGEST_SOCKET_BYTES}"
+            " characters; choose another LZY_HOME."
+        )
 
 
 def _start(
@@ -304,7 +324,7 @@ def _describe_windows(settings: dict[str, Any]) -> str:
 
     doze, hibernate = settings["doze_after_s"], settings["hibernate_after_s"]
     words = [
-        f"doze after {spell(doze)}" if doze is not None else "never doze",
+        f"doze after {spell(doze)} at most" if doze is not None else "never doze",
         f"hibernate after {spell(hibernate)}" if hibernate is not None else "never hibernate",
     ]
     return paint(", ".join(words), "dim")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from . import svg
 from .layout import paint
 
 WEEK_H = 168
@@ -48,12 +49,9 @@ def write_svg(
     left, width, top, high, low_top, low_high = 70, 840, 60, 220, 340, 160
     most = max((max(values, default=0.0) for _, values in held), default=0.0) or 1.0
     parts = [
-        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 960 560" '
-        'font-family="sans-serif" font-size="12">',
-        '<rect width="960" height="560" fill="white"/>',
-        f'<text x="{left}" y="24" font-size="16">{_escape(title)}</text>',
-        f'<text x="{left}" y="{top - 10}">utilisation: running ÷ held, by the hour (UTC)</text>',
-        f'<text x="{left}" y="{low_top - 10}">sessions that hold a share of a node</text>',
+        svg.text(left, 24, title, font_size=16),
+        svg.text(left, top - 10, "utilisation: running ÷ held, by the hour (UTC)"),
+        svg.text(left, low_top - 10, "sessions that hold a share of a node"),
     ]
     for begin, size, marks in (
         (top, high, [(0.0, "0 %"), (0.5, "50 %"), (1.0, "100 %")]),
@@ -61,12 +59,12 @@ def write_svg(
     ):
         for share, words in marks:
             y = begin + size * (1 - share)
-            parts.append(f'<path d="M{left} {y:g}H{left + width}" stroke="#ddd"/>')
-            parts.append(f'<text x="{left - 8}" y="{y + 4:g}" text-anchor="end">{words}</text>')
+            parts.append(svg.line([(left, y), (left + width, y)], stroke="#ddd"))
+            parts.append(svg.text(left - 8, y + 4, words, text_anchor="end"))
         for number, day in enumerate(DAYS):
             x = left + width * number / 7
-            parts.append(f'<path d="M{x:g} {begin}V{begin + size}" stroke="#ddd"/>')
-            parts.append(f'<text x="{x + 6:g}" y="{begin + size + 16}" fill="#666">{day}</text>')
+            parts.append(svg.line([(x, begin), (x, begin + size)], stroke="#ddd"))
+            parts.append(svg.text(x + 6, begin + size + 16, day, fill="#666"))
     for at, (name, values) in enumerate(utilisation):
         colour = _COLOURS[at % len(_COLOURS)]
         points = [
@@ -75,28 +73,14 @@ def write_svg(
             else (left + width * (hour + 0.5) / WEEK_H, top + high * (1 - value))
             for hour, value in enumerate(values)
         ]
-        parts.append(_line(points, colour))
+        parts.append(svg.line(points, stroke=colour, stroke_width=1.5))
         x = left + width - 170 * (len(utilisation) - at)
-        parts.append(f'<path d="M{x} 20h24" stroke="{colour}" stroke-width="3"/>')
-        parts.append(f'<text x="{x + 30}" y="24">{_escape(name)}</text>')
+        parts.append(svg.line([(x, 20), (x + 24, 20)], stroke=colour, stroke_width=3))
+        parts.append(svg.text(x + 30, 24, name))
     for at, (_, counts) in enumerate(held):
-        low: list[tuple[float, float] | None] = [
+        low = [
             (left + width * (hour + 0.5) / WEEK_H, low_top + low_high * (1 - count / most))
             for hour, count in enumerate(counts)
         ]
-        parts.append(_line(low, _COLOURS[at % len(_COLOURS)]))
-    return "\n".join([*parts, "</svg>", ""])
-
-
-def _line(points: Sequence[tuple[float, float] | None], colour: str) -> str:
-    """A path through `points`, interrupted at None."""
-    path, down = [], False
-    for point in points:
-        if point is not None:
-            path.append(f"{'L' if down else 'M'}{point[0]:.1f} {point[1]:.1f}")
-        down = point is not None
-    return f'<path d="{"".join(path)}" fill="none" stroke="{colour}" stroke-width="1.5"/>'
-
-
-def _escape(text: str) -> str:
-    return text.replace("&", "&amp;").replace("<", "&lt;")
+        parts.append(svg.line(low, stroke=_COLOURS[at % len(_COLOURS)], stroke_width=1.5))
+    return svg.document(960, 560, parts)

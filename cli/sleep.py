@@ -95,9 +95,9 @@ def wake(name: str | None, as_json: bool) -> None:
                 answer = client.work(client.session(chosen, "rouse"), {}, line.update)
     except KeyboardInterrupt:
         raise Interrupted(f"{chosen} is still being woken; see lzy ps") from None
-    session, report = answer["session"], answer["report"]
+    session, report, choice = answer["session"], answer["report"], answer.get("choice")
     if as_json:
-        say_json({**session, "report": report})
+        say_json({**session, "report": report, **({"choice": choice} if choice else {})})
         return
     if not report:
         say([f"{paint(session['name'], 'bold')} runs already, as process {session['pid']}"])
@@ -106,7 +106,13 @@ def wake(name: str | None, as_json: bool) -> None:
         ("session", paint(session["name"], "bold")),
         ("process", str(session["pid"])),
     ]
-    if "first_instruction_s" in report:
+    if choice:
+        pairs += [
+            ("node", f"{session['node']}: {choice['why']}"),
+            ("took", duration(time.monotonic() - began)),
+            ("memory", "follows as it is touched"),
+        ]
+    elif "first_instruction_s" in report:
         pairs += [
             ("image", session["image"]),
             ("took", duration(time.monotonic() - began)),

@@ -14,13 +14,23 @@ from typing import Any, Final
 from urllib.parse import urlencode
 
 from ..agent import errors
+from ..agent.api import ROUTES
 from ..agent.client import Client
 from ..agent.fields import Field, parse
 from ..agent.http import Request, Response
+from ..agent.routes import parse_query
 from ..checkpoint.errors import AccessDenied, Busy, LzyError, NotFound
 from .fleet import Fleet, Look
 from .join import admit
-from .moves import Choice, Wish, choose, find_session, migrate_body, refuse
+from .moves import (
+    Choice,
+    Wish,
+    choose,
+    choose_for_wake,
+    find_session,
+    migrate_body,
+    refuse,
+)
 
 _MIGRATE: Final = {
     "cpu": Field("number", "cores that it needs", 0, 4096),
@@ -40,6 +50,9 @@ _ATTACH: Final = {
 _DRAIN: Final = {"draining": Field("boolean", "false: take sessions again", required=True)}
 _SESSION: Final = re.compile(r"/v1/sessions/([^/]+)(?:/([a-z]+))?")
 _DRAINED: Final = re.compile(r"/v1/nodes/([^/]+)/drain")
+_EVENTS, _READINGS = (
+    next(route for route in ROUTES if route.handle == handle) for handle in ("events", "readings")
+)
 _POLL_S = 0.3
 
 Tell = Callable[[dict[str, Any]], None]
@@ -74,6 +87,8 @@ class Api:
             return await asyncio.to_thread(self._attach, request)
         if door == ("GET", "/v1/events"):
             return await self._events(request)
+        if door == ("GET", "/v1/readings"):
+            return Response(document=await asyncio.to_thread(self._readings, request))
         if door == ("GET", "/v1/node"):
             return Response(document=await asyncio.to_thread(self._first_node))
         if door == ("POST", "/v1/node/settings"):
@@ -159,13 +174,22 @@ class Api:
         return Response(document=await asyncio.to_thread(client.post, path, body))
 
     async def _wake_elsewhere(self, request: Request, name: str) -> Response | None:
-        """A hibernated session of a node that is drained wakes on another."""
+        """A hibernated session whose node is drained, or full by now, wakes on another."""
         looks = await asyncio.to_thread(self._fleet.look)
         with contextlib.suppress(NotFound):
             look, session = find_session(looks, name)
-            if look.node.get("draining") and session["pid"] is None and session["image"]:
-                self._check_owner(request, session)
-                return self._move(request, looks, session, Wish(), {})
+            if session["pid"] is not None or not session["image"]:
+                return None
+            chosen = None
+            if not look.node.get("draining"):
+                if parse(request.body, _ANY).get("image"):  # an earlier one wakes where it is
+                    return None
+                if session["state"] != "hibernated":
+                    return None
+                if (chosen := choose_for_wake(looks, session)) is None:
+                    return None
+            self._check_owner(request, session)
+            return await asyncio.to_thread(self._move, request, looks, session, Wish(), {}, chosen)
         return None
 
     async def _migrate(self, request: Request, name: str) -> Response:
@@ -194,9 +218,10 @@ class Api:
         session: dict[str, Any],
         wish: Wish,
         body: dict[str, Any],
+        chosen: Choice | None = None,
     ) -> Response:
         name = session["name"]
-        choice = choose(looks, session, wish)
+        choice = chosen or choose(looks, session, wish)
         told = {"choice": _describe(choice)}
         if body.get("dry_run"):
             return Response(document={"session": session, **told})
@@ -232,12 +257,12 @@ class Api:
     # -- events ----------------------------------------------------------------------------------
 
     async def _events(self, request: Request) -> Response:
+        last = parse_query(request, _EVENTS).get("last", 0)
         if request.query.get("follow") == "1":
             return Response(lines=self._follow(request))
         query = {k: v for k, v in request.query.items() if k in ("after", "last", "session")}
         found = await asyncio.to_thread(self._gather, request.uid, dict.fromkeys(
             (member.name for member in self._fleet.members), query))  # fmt: skip
-        last = int(request.query.get("last", "0") or 0)
         return Response(document={"events": found[-last:] if last else found})
 
     def _gather(self, uid: int, queries: dict[str, dict[str, str]]) -> list[dict[str, Any]]:
@@ -249,6 +274,17 @@ class Api:
                 answer = self._fleet.client(member, uid).get(path, timeout_s=5)
                 found += [{**event, "node": member.name} for event in answer["events"]]
         return sorted(found, key=lambda event: (event["unix_s"], event["number"]))
+
+    def _readings(self, request: Request) -> dict[str, Any]:
+        """What sessions held on each of the nodes that answer, in order of time."""
+        query = parse_query(request, _READINGS)
+        found = []
+        for member in self._fleet.members:
+            with contextlib.suppress(LzyError):
+                client = self._fleet.client(member, request.uid)
+                answer = client.get(f"/v1/readings?{urlencode(query)}", timeout_s=5)
+                found += [{**reading, "node": member.name} for reading in answer["readings"]]
+        return {"readings": sorted(found, key=lambda reading: reading["unix_s"])}
 
     async def _follow(self, request: Request) -> AsyncIterator[Any]:
         base = {k: v for k, v in request.query.items() if k in ("after", "last", "session")}

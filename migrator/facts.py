@@ -12,6 +12,8 @@ RUNNING, DOZING, HIBERNATED = "running", "dozing", "hibernated"
 UNSETTLED = frozenset({"waking", "hibernating", "migrating"})
 """States of an operation under way: nothing else is begun before it has ended."""
 OVER = frozenset({"ended", "failed"})
+WOKE = "it woke a moment ago"
+"""A protection for this reason is one from eviction; dozing, which costs little, goes on."""
 
 
 class Verdict(NamedTuple):
@@ -66,7 +68,7 @@ class SessionFacts(NamedTuple):
     """Those of the newest look."""
     hold_until_s: float | None = None
     protected_until_s: float | None = None
-    protected_why: str = "it woke a moment ago"
+    protected_why: str = WOKE
     waiting_since_s: float | None = None
     """Since when somebody waits for it to run, or to run where its requests are met."""
     idle_gaps_s: tuple[float, ...] = ()
@@ -139,7 +141,6 @@ class Settings(NamedTuple):
     looks: int = 2
     """Looks in a row that must find a session idle before anything is done."""
     protect_after_wake_s: float = 300.0
-    protect_after_rouse_s: float = 60.0
     backoff_s: float = 60.0
     """After a first failure; doubled by each further one."""
     longest_backoff_s: float = 3600.0
@@ -171,6 +172,15 @@ class Settings(NamedTuple):
     doze_again_bytes_per_s: float = 1.5e9
     """Measured: 1 GiB that an image has already, in 718 ms."""
     rouse_bytes_per_s: float = 0.65e9
+    doze_reply_s: float = 0.1
+    """Assumed: first reply of a dozing session, beside what it touches: 770 faults of 130 µs."""
+    touched_share: float = 0.1
+    """Assumed: of its memory, by the first cell after a wake."""
+    long_wait_s: float = 1.5
+    """A doze is worth what was set where its wake would keep somebody waiting for this long, and
+    in proportion less where they would wait less;"""
+    long_gpu_wait_s: float = 20.0
+    """the same of giving a GPU back, which is waited for longer, and holds a share much dearer."""
     dump_bytes_per_s: float = 0.86e9
     wake_s: float = 0.35
     """First reply of an idle notebook kernel after `lzy restore` began: 347 ms."""

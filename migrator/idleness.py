@@ -15,6 +15,7 @@ from .facts import (
     NEVER_S,
     RUNNING,
     UNSETTLED,
+    WOKE,
     SessionFacts,
     Settings,
     Slack,
@@ -76,18 +77,32 @@ def back_off(failures: int, settings: Settings) -> float:
 def break_even(action: str, session: SessionFacts, settings: Settings) -> float:
     """Seconds of holding that a step and the way back are taken to be worth.
 
-    The figure that was set; but never less than the work itself takes, so that a session whose
-    checkpoint and wake would cost more than they save is left alone for longer.
+    The figure that was set; of a doze, and of a GPU given back, in proportion less where nobody
+    would wait for long (not where windows do not adapt). But never less than the work itself
+    takes, so that a session whose checkpoint and wake would cost more than they save is left alone
+    for longer.
     """
     own = settings_of(session, settings)
+    set_s, share = _set_s(action, own), 1.0
     if action == DOZE:
+        share = first_reply(session.memory_bytes, own, dozing=True) / own.long_wait_s
         work_s = doze_time(session, own) + session.memory_bytes / own.rouse_bytes_per_s
     elif action == GIVE_GPU_BACK:
-        work_s = 2 * (session.memory_bytes / own.dump_bytes_per_s + own.wake_s) + own.gpu_attach_s
+        move_s = session.memory_bytes / own.dump_bytes_per_s + own.wake_s
+        share = (move_s + own.gpu_attach_s) / own.long_gpu_wait_s
+        work_s = 2 * move_s + own.gpu_attach_s
     else:
         unwritten_bytes = max(session.memory_bytes - session.image_bytes, 0)
         work_s = unwritten_bytes / own.dump_bytes_per_s + own.wake_s
-    return max(_set_s(action, own), work_s, own.sample_s * own.looks)
+    if own.adaptive and set_s < NEVER_S:
+        set_s *= min(share, 1.0)
+    return max(set_s, work_s, own.sample_s * own.looks)
+
+
+def first_reply(memory_bytes: float, settings: Settings, *, dozing: bool = False) -> float:
+    """Seconds until a sleeping session of so much memory has answered who uses it again."""
+    reply_s = settings.doze_reply_s if dozing else settings.wake_s
+    return reply_s + settings.touched_share * memory_bytes / settings.rouse_bytes_per_s
 
 
 def _set_s(action: str, own: Settings) -> float:
@@ -181,9 +196,10 @@ def next_step(session: SessionFacts, settings: Settings, now_s: float) -> Step:
     if not step.action:
         return step
     # A protection ends by itself; until then the step is put off, not dropped.
+    spared = step.action == DOZE and session.protected_why == WOKE
     for until_s, words in (
         (session.hold_until_s, "it is held"),
-        (session.protected_until_s, session.protected_why),
+        (None if spared else session.protected_until_s, session.protected_why),
     ):
         if until_s is not None and until_s > max(now_s, step.due_s):
             step = step._replace(due_s=until_s, why=f"{words}; then: {step.why}")
@@ -246,6 +262,8 @@ def _rung(
         whose = f"the window of its last {len(gaps)} pauses"
     elif window_s > _set_s(action, own):
         whose = "the time that it and the way back take"
+    elif window_s < _set_s(action, own):
+        whose = f"of {_span(_set_s(action, own))} that are set, for its wake is quick"
     else:
         whose = "the window that is set"
     why = f"{words} for {_span(idle_s)}, {action} after {_span(window_s)} ({whose})"

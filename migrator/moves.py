@@ -8,7 +8,7 @@ from ..checkpoint.errors import Busy, LzyError, NotFound
 from .facts import Fleet as Facts
 from .facts import SessionFacts, Settings
 from .fleet import Look
-from .placement import Placement, need_of, place
+from .placement import Placement, examine, need_of, place
 from .reading import read_fleet, read_settings
 
 
@@ -83,6 +83,18 @@ def choose(looks: list[Look], session: dict[str, Any], wish: Wish) -> Choice:
     address = next(look.member.address for look in looks if look.member.name == name)
     words = "it was asked for" if wish.node else _praise(found, need.gpu, others)
     return Choice(name, address, words, refusals, True)
+
+
+def choose_for_wake(looks: list[Look], session: dict[str, Any]) -> Choice | None:
+    """Where a session that hibernates wakes, if its node has no room for it now and another has."""
+    facts, settings = read_fleet(looks), read_settings(looks)
+    own = next(s for s in facts.sessions if s.name == session["name"])
+    here = next(node for node in facts.nodes if node.name == session["node"])
+    refusal = examine(need_of(own, settings), here, settings)
+    if refusal is None or not (choice := choose(looks, session, Wish())).node:
+        return None
+    words = f"{here.name} has no room for it: {refusal.reason}"
+    return choice._replace(why=words, refusals=[refusal._asdict(), *choice.refusals])
 
 
 def _praise(found: Placement, gpus: int, others: list[Any]) -> str:

@@ -138,7 +138,7 @@ def _describe(obstacle: str, need: Need, node: NodeFacts, settings: Settings) ->
     elif obstacle == "cpus":
         words = f"it has {node.cpus:g} CPUs, {need.cpu:g} needed"
     elif obstacle == "memory":
-        words = f"it has {_gib(room_bytes)} for sessions, {_gib(need.memory_bytes)} needed"
+        words = f"it has {_size(room_bytes)} for sessions, {_size(need.memory_bytes)} needed"
     elif obstacle == "features":
         missing = sorted(need.cpu_features - node.cpu_features)
         words = f"its CPU lacks {', '.join(missing[:3])}{_more(missing)}"
@@ -151,7 +151,7 @@ def _describe(obstacle: str, need: Need, node: NodeFacts, settings: Settings) ->
         words = f"{node.cpus - node.reserved_cpu:g} of its {node.cpus:g} CPUs free"
     else:
         free_bytes = room_bytes - max(node.reserved_memory_bytes, node.used_memory_bytes)
-        words = f"{_gib(max(free_bytes, 0))} free, {_gib(need.memory_bytes)} needed"
+        words = f"{_size(max(free_bytes, 0))} free, {_size(need.memory_bytes)} needed"
     return Refusal(node.name, words, obstacle.startswith("busy"))
 
 
@@ -218,7 +218,9 @@ def summarise(
     return Fleet(counted, sessions, users)
 
 
-def _gib(length_bytes: float) -> str:
+def _size(length_bytes: float) -> str:
+    if length_bytes < 2**30:
+        return f"{length_bytes / 2**20:.0f} MiB"
     return f"{length_bytes / 2**30:.3g} GiB"
 
 

@@ -25,7 +25,16 @@ from .facts import (
     Verdict,
     share_of,
 )
-from .idleness import DOZE, GIVE_GPU_BACK, HIBERNATE, doze_time, next_step, remember_gap, window_of
+from .idleness import (
+    DOZE,
+    GIVE_GPU_BACK,
+    HIBERNATE,
+    doze_time,
+    first_reply,
+    next_step,
+    remember_gap,
+    window_of,
+)
 from .life import Life
 from .placement import need_of
 from .policy import MIGRATE, WAIT, WAKE, Decision, decide
@@ -218,18 +227,18 @@ class Simulation:
         world, settings = self.world, self.settings
         asleep = session.state == DOZING and session.node == to
         if asleep:
-            takes_s = world.wake_of(session.memory_bytes, settings, dozing=True)
+            takes_s = first_reply(session.memory_bytes, settings, dozing=True)
         elif self.policy.kills or not session.computed_s:
             takes_s = world.kernel_start_s + world.rerun_share * session.computed_s
             self.tally.rerun_s += world.rerun_share * session.computed_s
             session.computed_s = 0.0
         else:
-            takes_s = world.wake_of(session.memory_bytes, settings)
+            takes_s = first_reply(session.memory_bytes, settings)
         takes_s += settings.gpu_attach_s if session.wants_gpus else 0.0
         self._go(session, to, now_s)
         takes_s += max(self.stock.on[to].ready_s - now_s, 0.0)
-        protect_s = settings.protect_after_rouse_s if asleep else settings.protect_after_wake_s
-        session.protected_s = now_s + takes_s + protect_s
+        if not asleep:
+            session.protected_s = now_s + takes_s + settings.protect_after_wake_s
         self._resume(session, now_s + takes_s)
 
     def _migrate(self, session: Life, decision: Decision, now_s: float) -> None:

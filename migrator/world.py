@@ -12,10 +12,6 @@ class World(NamedTuple):
 
     pause_s: float = 600.0
     """A: of pauses up to this long the user is taken to be at work; see `tally`."""
-    doze_reply_s: float = 0.1
-    """A: first reply of a dozing session, beside what it touches: 770 faults of 130 µs."""
-    touched_share: float = 0.1
-    """A: of its memory, by the first cell after a wake."""
     hibernate_dozing_s: float = 0.3
     """A: what dozing has written need not be written again."""
     node_start_s: float = 40.0  # A
@@ -27,11 +23,6 @@ class World(NamedTuple):
     """Measured: a new notebook kernel, docs/performance.md."""
     rerun_share: float = 0.25
     """A: of what a killed kernel has computed, what its user computes again."""
-
-    def wake_of(self, memory_bytes: float, settings: Settings, *, dozing: bool = False) -> float:
-        """Seconds until a sleeping session of so much memory has answered."""
-        touched_s = self.touched_share * memory_bytes / settings.rouse_bytes_per_s
-        return (self.doze_reply_s if dozing else settings.wake_s) + touched_s
 
 
 class Policy(NamedTuple):

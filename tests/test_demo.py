@@ -7,14 +7,24 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
 DEMO = Path(__file__).parent.parent / "bench" / "demo.py"
 FEW_ROWS = "60000"
+
+
+@pytest.fixture
+def folder(nothing_left_behind: None) -> Iterator[Path]:
+    """A folder of its own with a short name, for sockets of nodes are to be in it."""
+    with tempfile.TemporaryDirectory(prefix="lzy-test-") as name:
+        yield Path(name)
 
 
 @contextmanager
@@ -39,31 +49,72 @@ def demo(folder: Path, *arguments: str) -> Iterator[subprocess.Popen[str]]:
         process.stdout.close()
 
 
-def test_demo_shows_figures(tmp_path: Path, nothing_left_behind: None) -> None:
-    """The kernel that came back proves its state, and all figures are there."""
-    with demo(tmp_path, "--json", str(tmp_path / "figures.json")) as process:
+def test_demo_shows_figures(folder: Path) -> None:
+    """The kernel that woke on the larger node proves its state; figures and timeline are there."""
+    picture = folder / "demo.svg"
+    options = ("--json", str(folder / "figures.json"), "--svg", str(picture))
+    with demo(folder, *options) as process:
         printed, _ = process.communicate(timeout=110)
     assert process.returncode == 0, printed
     assert "every byte is as it was" in printed
-    figures = json.loads((tmp_path / "figures.json").read_text())
-    assert 0 < figures["stored_bytes"] < figures["raw_bytes"]
-    assert 0 < figures["restore_s"] <= figures["first_reply_s"] <= figures["everything_s"]
-    assert figures["freeze_s"] > 0
-    assert os.listdir(tmp_path) == ["figures.json"]
+    figures = json.loads((folder / "figures.json").read_text())
+    assert figures["dozing_bytes"] < figures["held_bytes"] / 2
+    assert 0 < figures["wake_s"] <= figures["first_reply_s"] <= figures["everything_s"]
+    drawn = printed.partition("What happened")[2]
+    kinds = ("attached", "cell", "dozed", "notice", "hibernated", "woken", "migrated")
+    for words in (*kinds, "small has no room"):
+        assert words in drawn, drawn
+    shapes = ElementTree.parse(picture)
+    told = "".join(shapes.getroot().itertext())
+    assert all(words in told for words in (*kinds, "small", "large", "in the store"))
+    assert sorted(os.listdir(folder)) == ["demo.svg", "figures.json"]
 
 
-@pytest.mark.parametrize("moment", ["Work in it", "$ lzy dump", "$ lzy restore", "Once more"])
-def test_demo_interrupted(tmp_path: Path, nothing_left_behind: None, moment: str) -> None:
-    """Ctrl-C at any step leaves no process and no file."""
-    with demo(tmp_path) as process:
-        assert process.stdout
-        for line in process.stdout:
-            if moment in line:
-                break
+MOMENTS = ["$ lzy up", "notices nothing", "Nobody types", "$ lzy wake"]
+
+
+@pytest.mark.parametrize(
+    ("moment", "number"),
+    [
+        (MOMENTS[0], signal.SIGINT),
+        pytest.param(MOMENTS[1], signal.SIGTERM, marks=pytest.mark.slow),
+        pytest.param(MOMENTS[2], signal.SIGINT, marks=pytest.mark.slow),
+        pytest.param(MOMENTS[3], signal.SIGINT, marks=pytest.mark.slow),
+    ],
+)
+def test_demo_interrupted(folder: Path, moment: str, number: signal.Signals) -> None:
+    """Ctrl-C at any step, or kill, leaves no process and no file."""
+    with demo(folder) as process:
+        await_words(process, moment)
+        if number == signal.SIGINT:
+            os.killpg(process.pid, number)
         else:
-            pytest.fail(f"the demo never came to {moment!r}")
-        os.killpg(process.pid, signal.SIGINT)
+            process.send_signal(number)
         rest, _ = process.communicate(timeout=60)
-    assert process.returncode == 130, rest
+    assert process.returncode == 128 + number, rest
     assert "nothing is left behind" in rest
-    assert os.listdir(tmp_path) == []
+    assert os.listdir(folder) == []
+
+
+@pytest.mark.slow
+def test_demo_killed(folder: Path) -> None:
+    """Also kill -9 leaves nothing: its child sees to that, and is seen to itself."""
+    with demo(folder) as process:
+        await_words(process, "Nobody types")
+        process.kill()
+        process.communicate(timeout=60)
+    deadline = time.monotonic() + 60
+    while os.listdir(folder) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert os.listdir(folder) == []
+
+
+def await_words(process: subprocess.Popen[str], words: str) -> None:
+    """Read what it prints until it has said so."""
+    assert process.stdout
+    heard = ""
+    for line in process.stdout:
+        heard += line
+        if words in line:
+            return
+    pytest.fail(f"the demo never came to {words!r}: {heard}")

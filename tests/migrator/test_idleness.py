@@ -18,7 +18,8 @@ from lzy.migrator.idleness import (
     next_step,
 )
 
-S = Settings()
+S = Settings(long_wait_s=1e-9, long_gpu_wait_s=1e-9)
+"""Every wait is a long one: each step is worth what was set."""
 
 
 def _looks(*verdicts: tuple[Verdict, ...], step_s: float = 15.0) -> list[Look]:
@@ -101,8 +102,12 @@ def test_holds_and_protections_put_off() -> None:
     step = next_step(held, S, NOW_S)
     assert (step.action, step.due_s) == (DOZE, NOW_S + 900)
     assert "it is held" in step.why
-    woken = idle(protected_until_s=NOW_S + 60)
-    assert next_step(woken, S, NOW_S).due_s == NOW_S + 60
+    failed = idle(protected_until_s=NOW_S + 60, protected_why="its last operation failed")
+    assert next_step(failed, S, NOW_S).due_s == NOW_S + 60
+    woken = idle(for_s=1900.0, protected_until_s=NOW_S + 60)
+    assert next_step(woken, S, NOW_S).due_s == NOW_S - 1600  # dozing is no eviction
+    dozing = woken._replace(state=DOZING)
+    assert next_step(dozing, S, NOW_S).due_s == NOW_S + 60
     expired = idle(hold_until_s=NOW_S - 1, protected_until_s=NOW_S - 1)
     assert next_step(expired, S, NOW_S).due_s < NOW_S
 
@@ -131,6 +136,11 @@ def test_why_names_every_probe_and_the_next_step() -> None:
     assert lines[0] == "idle    cpu: 0.0 % of a core"
     assert lines[-1] == (
         "next: doze in 3 min 20 s; idle for 1 min 40 s, doze after 5 min (the window that is set)"
+    )
+    lines = explain(idle(for_s=40.0), Settings(), NOW_S)
+    assert lines[-1] == (
+        "next: doze in 13 s; idle for 40 s, doze after 53 s"
+        " (of 5 min that are set, for its wake is quick)"
     )
     lines = explain(session(verdicts=BUSY), S, NOW_S)
     assert lines[0] == "active  cpu: 98 % of a core"

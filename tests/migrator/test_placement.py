@@ -45,7 +45,7 @@ def test_who_can_never_take_it_says_why(need: Need, more: dict[str, object], wor
         (NEED._replace(gpu=1), {"gpus": 2, "reserved_gpus": 2}, "0 of its 2 GPUs free"),
         (NEED, {"reserved_cpu": 3.5}, "0.5 of its 4 CPUs free"),
         (NEED, {"reserved_memory_bytes": 11 * GIB}, "1.8 GiB free, 2 GiB needed"),
-        (NEED, {"used_memory_bytes": 15 * GIB}, "0 GiB free, 2 GiB needed"),
+        (NEED, {"used_memory_bytes": 15 * GIB}, "0 MiB free, 2 GiB needed"),
     ],
 )
 def test_who_could_take_it_were_others_not_there_is_busy(

@@ -13,11 +13,14 @@ from lzy.migrator.idleness import (
     GIVE_GPU_BACK,
     HIBERNATE,
     break_even,
+    first_reply,
     remember_gap,
     window_of,
 )
 from lzy.migrator.windows import REMEMBERED_GAPS, choose_window, settle_gap
 
+PATIENT = Settings(long_wait_s=1e-9, long_gpu_wait_s=1e-9)
+"""Every wait is a long one: each step is worth what was set."""
 GAPS = st.lists(
     st.one_of(st.floats(0.1, 40), st.floats(30, 400), st.floats(200, 4000), st.floats(1e3, 1e6)),
     max_size=120,
@@ -87,15 +90,25 @@ def test_the_window_is_the_cheapest_within_the_bound(
 
 
 def test_without_a_past_the_window_is_what_was_set() -> None:
-    """A new session dozes after five minutes."""
-    assert window_of(DOZE, idle(), Settings()) == 300
+    """A new session hibernates after half an hour, and dozes after five minutes at most."""
+    assert window_of(DOZE, idle(), PATIENT) == window_of(DOZE, idle(gib=9.2), Settings()) == 300
     assert window_of(HIBERNATE, idle(), Settings()) == 1800
-    assert window_of(GIVE_GPU_BACK, idle(gpu_count=1), Settings()) == 600
+    assert window_of(GIVE_GPU_BACK, idle(gpu_count=1), PATIENT) == 600
+
+
+def test_who_comes_back_sooner_dozes_sooner() -> None:
+    """A doze is worth what was set where its wake takes long, and in proportion less before."""
+    gibs = (0.5, 1, 2, 4)
+    waits_s = [first_reply(gib * GIB, Settings(), dozing=True) for gib in gibs]
+    windows_s = [window_of(DOZE, idle(gib=gib), Settings()) for gib in gibs]
+    assert windows_s == pytest.approx([max(300 * wait_s / 1.5, 30) for wait_s in waits_s])
+    twice = window_of(DOZE, idle(gib=4), Settings(doze_after_s=600))
+    assert twice == pytest.approx(2 * windows_s[-1])
 
 
 def test_long_pauses_shorten_the_window_and_short_ones_lengthen_it() -> None:
     """Who is either back at once or away for hours dozes sooner; who then changes habits, later."""
-    session, settings = idle(), Settings()
+    session, settings = idle(), PATIENT
     for _ in range(REMEMBERED_GAPS // 2):
         session = remember_gap(remember_gap(session, 45, settings), 7200, settings)
     shorter_s = window_of(DOZE, session, settings)

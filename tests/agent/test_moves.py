@@ -170,6 +170,24 @@ def test_session_stalls_until_its_memory_can_be_had(apart: Pair, start: Start) -
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "command", [("tree_loader",), ("tree_workers", "loky")], ids=lambda c: c[0]
+)
+def test_workers_move_with_their_leader(
+    apart: Pair, start: Start, command: tuple[str, ...]
+) -> None:
+    """A loader of torch in mid-epoch, a pool of processes: there and back, with all below them."""
+    program = start(*command).await_ready()
+    apart.source.attach(program)
+    for to in ("target", "source"):
+        apart.move(to)
+        assert apart.await_settled()[0] == to
+        adopt(program, apart.services[to].look()["pid"])
+        program.prove()
+        apart.await_complete(to)
+
+
+@pytest.mark.slow
 def test_session_that_sleeps_before_all_has_come(apart: Pair, start: Start) -> None:
     """Killed, it is woken from an image that is still on its way; what that lacks is read there."""
     program = start("memory_pattern", "12").await_ready()

@@ -190,6 +190,23 @@ def test_full_screen_program(terminals: Terminals, service: Service) -> None:
     assert person.exit_status() == 0
 
 
+def test_top(terminals: Terminals, service: Service) -> None:
+    """top(1) paints itself again when it wakes, in the window that there is then; `q` ends it."""
+    service.begin().set()
+    person = terminals.person("run", "--name", "calm", "--", "top", "-d", "0.2", rows=20)
+    person.sees("Cpu")
+    assert "top - " in terminals.screen()[0]
+    service.do("hibernate")
+    person.sees("hibernates; a key wakes it")
+    shown = terminals.screen()
+    person.resizes(30, 90)
+    person.types(" ")
+    service.wait_until(lambda: terminals.screen()[0] != shown[0], "its clock goes on")
+    service.wait_until(lambda: len(terminals.screen()) > 20, "it fills its window")
+    person.types("q")
+    assert person.exit_status() == 0
+
+
 def test_agent_is_killed_while_somebody_types(
     terminals: Terminals, lzy: CommandLine, service: Service
 ) -> None:
@@ -341,6 +358,13 @@ def test_shell_with_jobs(terminals: Terminals, service: Service) -> None:
     person.sees("cat\r\n")
     person.types("four\r")
     person.sees("four\r\nfour")
+    person.types("\x1a")
+    person.sees("Stopped")
+    person.sees("%% ")
+    person.types("fg\r")
+    person.sees("cat\r\n")
+    person.types("five\r")
+    person.sees("five\r\nfive")
     person.types("\x04")
     person.sees("%% ")
     person.types("exit 6\r")

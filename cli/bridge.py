@@ -52,7 +52,7 @@ _AWAITS_FOREGROUND_S = 0.1
 _TAKEN_WITHIN_S = 3.0
 _COMES_BACK_WITHIN_S = 5.0
 _SETTLES_WITHIN_S = 0.5
-_UNTRACED_WITHIN_S = 1.0
+_UNTRACED_WITHIN_S = 5.0
 _LEAVES = ("hibernating", "hibernated", "moving")
 
 

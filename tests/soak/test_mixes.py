@@ -89,12 +89,15 @@ def count_here(home: Path) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("way", [("--eager",), ()], ids=["eager", "lazy"])
-def test_fifty_lives(start: Start, lzy: CommandLine, way: tuple[str, ...]) -> None:
-    """Dumped and restored over and over, a tree that never rests has in the end what it had.
+@pytest.mark.parametrize("words", [("tree_heap", "16"), ("tree_mix", "16", "1")], ids=" ".join)
+def test_fifty_lives(
+    start: Start, lzy: CommandLine, words: tuple[str, ...], way: tuple[str, ...]
+) -> None:
+    """Dumped and restored over and over, a tree has in the end what it had.
 
     So has the machine.
     """
-    program = start("tree_mix", "16", "1").await_ready()
+    program = start(*words).await_ready()
     counts: list[dict[str, int]] = []
     around: list[dict[str, int]] = []
     for round_ in range(ROUNDS):

@@ -20,6 +20,7 @@ from ..checkpoint.errors import (
     LzyError,
     NotFound,
 )
+from ..checkpoint.history import check_session_name
 from . import errors
 from .attaching import attach, choose_name
 from .chronicle import describe_reading
@@ -29,6 +30,7 @@ from .http import Request, Response
 from .node import Agent
 from .node_api import NODE_ROUTES, NodeApi
 from .operations import CHECKPOINT, DOZE, HIBERNATE, ROUSE, WAKE
+from .peers import split_address
 from .routes import NODES, Route, parse_query
 from .session import Session
 from .settings import (
@@ -267,7 +269,7 @@ class Api:
             attached = attach(
                 self._agent,
                 asked["pid"],
-                asked.get("name"),
+                _name(asked),
                 settings,
                 request.uid,
                 checkpoint=asked.get("checkpoint", True),
@@ -281,7 +283,7 @@ class Api:
         return Response(document={"session": document, "notes": attached.notes})
 
     async def _names(self, request: Request, asked: dict[str, Any]) -> Response:
-        name = asked.get("name")
+        name = _name(asked)
         free = await choose_name(self._agent, asked["command"], name, request.uid)
         return Response(document={"name": free})
 
@@ -311,6 +313,10 @@ class Api:
 
     async def _migrate(self, request: Request, asked: dict[str, Any], session: Session) -> Response:
         self._refuse_others(request)
+        try:
+            split_address(asked["address"])
+        except LzyError as error:
+            raise BadBody(error.message, remedy="give it as HOST:PORT") from None
         self._agent.call_off(session)
 
         def work(progress: Callable[[dict[str, Any]], None] | None) -> Awaitable[dict[str, Any]]:
@@ -442,6 +448,14 @@ class Api:
 def _settings(values: dict[str, Any], allowed: frozenset[str]) -> dict[str, float | None]:
     try:
         return check_settings(values, allowed)
+    except LzyError as error:
+        raise BadBody(error.message, remedy=error.remedy) from None
+
+
+def _name(asked: dict[str, Any]) -> str | None:
+    """The name that is wished for, if a session may be called so. Raises BadBody."""
+    try:
+        return check_session_name(asked["name"]) if "name" in asked else None
     except LzyError as error:
         raise BadBody(error.message, remedy=error.remedy) from None
 

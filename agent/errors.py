@@ -49,4 +49,6 @@ def status_of(error: LzyError) -> int:
     """The HTTP status that goes with an error."""
     if type(error).__name__ == "BadBody":
         return 400
+    if type(error).__name__ in ("Unreachable", "Unanswered"):  # another node
+        return 503
     return next((status for kind, status in _STATUSES if isinstance(error, kind)), 500)

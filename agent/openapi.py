@@ -31,7 +31,7 @@ _ERRORS = {
     "413": "it is too long",
     "422": "the process has something that lzy cannot make again",
     "500": "it failed",
-    "503": "the store cannot be used now",
+    "503": "the store, or another node, cannot be used now",
 }
 
 _NUMBER, _INTEGER, _TEXT = {"type": "number"}, {"type": "integer"}, {"type": "string"}

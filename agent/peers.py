@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import http.client
 import json
+import re
 import socket
 import ssl
 from pathlib import Path
@@ -98,7 +99,7 @@ def notice_cuts(sock: Any) -> None:
 def split_address(address: str) -> tuple[str, int]:
     """HOST:PORT as both. Raises LzyError."""
     host, colon, port = address.rpartition(":")
-    if not colon or not port.isdecimal() or not host:
+    if not colon or not re.fullmatch(r"[0-9]{1,5}", port) or int(port) > 65535 or not host:
         raise LzyError(f"{address[:200]!r} is no HOST:PORT")
     return host.strip("[]"), int(port)
 

@@ -29,6 +29,14 @@ def count(name: str) -> int:
     return int((POOL / name).read_text())
 
 
+def await_free(wanted: int) -> None:
+    """Wait until so many are free: who looks at /proc/PID just then keeps its memory so long."""
+    deadline = time.monotonic() + PATIENCE_S
+    while (found := (count("free_hugepages"), count("resv_hugepages"))) != (wanted, 0):
+        assert time.monotonic() < deadline, found
+        time.sleep(0.01)
+
+
 @pytest.fixture
 def pool() -> Iterator[Callable[[int], None]]:
     """Sets how many huge pages are free for this test; afterwards it is as before."""
@@ -94,6 +102,7 @@ def test_too_few_are_named_before_anything_starts(
 ) -> None:
     """How many are needed, how many are there, and where to set them aside."""
     lzy.dump(program)
+    await_free(12)
     pool(5)
     error = lzy.fail("restore", "image", "--store", str(lzy.store))
     assert error["kind"] == "incompatible"
@@ -103,14 +112,6 @@ def test_too_few_are_named_before_anything_starts(
     lzy.restore(program)
     pool(2)  # and to be written copy-on-write nothing is needed: they share none
     program.prove()
-
-
-def await_free(wanted: int) -> None:
-    """Wait until so many are free: whoever looks at /proc/PID just then keeps the memory so long."""
-    deadline = time.monotonic() + PATIENCE_S
-    while (found := (count("free_hugepages"), count("resv_hugepages"))) != (wanted, 0):
-        assert time.monotonic() < deadline, found
-        time.sleep(0.01)
 
 
 def test_no_huge_pages_are_lost(program: Program, lzy: CommandLine) -> None:

@@ -76,6 +76,10 @@ class Context:
                     if length_bytes > PAGE_BYTES:
                         done = (length_bytes // PAGE_BYTES + 1) // 2 * PAGE_BYTES
                         installed += self.install(target, source, done, forgets=forgets)
+                    elif self._is_changing():
+                        # It waited for the VMA behind a call that has moved it since, and looked
+                        # whether an event is on its way before that.
+                        raise LayoutChanged from error
                     else:
                         done = PAGE_BYTES
                 else:
@@ -100,6 +104,12 @@ class Context:
                     self.uffd.wake(page, PAGE_BYTES)
                     return
                 raise _what_it_means(error) from error
+
+    def _is_changing(self) -> bool:
+        try:
+            return self.uffd.layout_is_changing()
+        except OSError as error:
+            raise _what_it_means(error) from error
 
     def is_gone(self) -> bool:
         """Whether the memory is no more; a userfaultfd does not tell by itself."""

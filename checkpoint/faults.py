@@ -9,9 +9,11 @@ makes it right:
   after the last event we read still holds when the kernel takes our page. On EAGAIN we read again
   and look everything up afresh.
 - A page is forgotten from the map only when it is installed, or when the kernel says that no
-  registered VMA is there. A page that is in no map is zero (or there already: EEXIST). Of a process
-  that goes to doze the map says more than is missing: what is there, or not heard of, may go yet.
-  So what is asked for one by one is forgotten only if it was really installed.
+  registered VMA is there (ENOENT) and that no event is on its way: it may have looked for the VMA
+  only after the process had moved it.
+- A page that is in no map is zero (or there already: EEXIST). Of a process that goes to doze the
+  map says more than is missing: what is there, or not heard of, may go yet. So what is asked for
+  one by one is forgotten only if it was really installed.
 - A reader installs only as long as no event has been read since it was told where
   (`lzy.checkpoint.fence`); and what it has installed is forgotten before such an event is applied.
 - Bytes that do not authenticate are never installed, and neither are zeros in their place: that

@@ -16,7 +16,6 @@ Its pager would take a snapshot for a forked child; what is to be written of it 
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import time
 from collections.abc import Sequence
@@ -324,11 +323,8 @@ class Capture:
         """Take the snapshots and let the processes go on, if they are to and can."""
         if not self.obstacle and self.objects.written_bytes > COPY_LIMIT_BYTES:
             self.obstacle = f"it shares {self.objects.written_bytes >> 20} MiB of memory"
-        if not self.obstacle:
-            with contextlib.ExitStack() as begun:  # whatever comes in between, each is ended
-                for subject in self.tree:
-                    subject.begin_split()
-                    begun.callback(self._end_split, subject)
+        for subject in self.tree:
+            self.obstacle = self.obstacle or subject.split()
         if self.obstacle:  # what cannot all be looked at later, is looked at as it stands
             for subject in self.tree:
                 subject.end_snapshot()
@@ -336,10 +332,6 @@ class Capture:
         reach("dump.split")
         self.objects.copy_written(self.wishes.window_pages)
         self._let_go()
-
-    def _end_split(self, subject: Subject) -> None:
-        obstacle = subject.end_split()
-        self.obstacle = self.obstacle or obstacle
 
     def _let_go(self) -> None:
         for subject in self.tree:

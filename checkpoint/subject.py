@@ -33,8 +33,7 @@ from .tracee import Tracee
 class Subject:
     """A process from the first look at it to its description.
 
-    Its steps in order: `look`, `stop`, `ask`, `map`, perhaps `begin_split` and
-    `end_split`, `settle`, `describe`.
+    Its steps in order: `look`, `stop`, `ask`, `map`, perhaps `split`, `settle`, `describe`.
     """
 
     def __init__(self, pid: int, parent: Subject | None = None) -> None:
@@ -53,7 +52,6 @@ class Subject:
         self.places = b""
         self.vmas: list[Vma] = []
         self.snapshot = 0
-        self._born: list[int] = []
         self.left_behind: list[int] = []
         """Numbers of snapshots that a killed lzy left, which have ended, and nobody waits for."""
         self.threads: list[dict[str, Any]] = []
@@ -124,30 +122,10 @@ class Subject:
         self.mappings.take_objects(objects)
         self.own["exe_object"] = _take_deleted_executable(self.witness, objects)
 
-    def begin_split(self) -> None:
-        """Have the stopped process begin to clone itself; the clone never runs."""
-        leader = self.tracee.speaker
-        self._born.clear()
-        self.tracee.on_clone = self._born.append
-        ptrace.set_options(leader.tid, ptrace.PTRACE_O_TRACECLONE)
-        call = Call(process.SYS_CLONE, (process.CLONE_FILES,))
-        self.tracee.start_one(leader, call, entry=machine.SPLIT)
-
-    def end_split(self) -> str:
-        """Take hold of the clone. Why there is none, or nothing."""
-        leader = self.tracee.speaker
-        try:
-            result = self.tracee.finish_one(leader)
-        finally:
-            ptrace.set_options(leader.tid, 0)
-        if result < 0 or not self._born:
-            return f"the process cannot be cloned ({os.strerror(-result)})"
-        _, status = os.waitpid(self._born[0], ptrace.WALL)
-        if not os.WIFSTOPPED(status):
-            return "its clone was killed"
-        self.snapshot = self._born[0]
-        ptrace.set_options(self.snapshot, ptrace.PTRACE_O_EXITKILL)
-        return ""
+    def split(self) -> str:
+        """Clone the stopped process; the clone never runs. Why that cannot be, or nothing."""
+        self.snapshot, obstacle = _split(self.tracee)
+        return obstacle
 
     def look_closely(self) -> None:
         """Begin to read the flags and policies of its mappings, of one that stands still.
@@ -294,6 +272,27 @@ def why_no_snapshot(vmas: list[Vma]) -> str:
         if "wf" in vma.flags:
             return f"the mapping at {vma.start:#x} is wiped on fork"
     return ""
+
+
+def _split(tracee: Tracee) -> tuple[int, str]:
+    """Clone the stopped process; the clone never runs. (its pid, "") or (0, why not)."""
+    born: list[int] = []
+    tracee.on_clone = born.append
+    leader = tracee.speaker
+    ptrace.set_options(leader.tid, ptrace.PTRACE_O_TRACECLONE)
+    try:
+        result = tracee.run_one(
+            leader, Call(process.SYS_CLONE, (process.CLONE_FILES,)), entry=machine.SPLIT
+        )
+    finally:
+        ptrace.set_options(leader.tid, 0)
+    if result < 0 or not born:
+        return 0, f"the process cannot be cloned ({os.strerror(-result)})"
+    _, status = os.waitpid(born[0], ptrace.WALL)
+    if not os.WIFSTOPPED(status):
+        return 0, "its clone was killed"
+    ptrace.set_options(born[0], ptrace.PTRACE_O_EXITKILL)
+    return born[0], ""
 
 
 def _look_closely(pid: int) -> tuple[dict[int, frozenset[str]], dict[str, str]]:

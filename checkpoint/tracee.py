@@ -446,11 +446,6 @@ class Tracee:
 
     def run_one(self, thread: Thread, call: Call, *, entry: int = machine.ONE) -> int:
         """Make one call from registers, with the context block beside the code."""
-        self.start_one(thread, call, entry=entry)
-        return self.finish_one(thread)
-
-    def start_one(self, thread: Thread, call: Call, *, entry: int = machine.ONE) -> None:
-        """Set one call going; `finish_one` waits for it."""
         context = self.code + machine.CODE_BYTES
         self._write_text(context, self._context(thread))
         names = ("rdi", "rsi", "rdx", "r10", "r8", "r9")
@@ -458,9 +453,6 @@ class Tracee:
         self._launch(
             thread, entry, context, dict(zip(names, arguments, strict=True)) | {"rax": call.number}
         )
-
-    def finish_one(self, thread: Thread) -> int:
-        """Wait for a call that was set going; its result."""
         after = self._await_notice(thread)
         self._put_back(thread)
         return machine.signed(after["r12"])

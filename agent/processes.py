@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..checkpoint import proc
@@ -101,10 +100,8 @@ def is_alive(pid: int, start_time: int, boot_id: str) -> bool:
 
 def _is_killed(pid: int) -> bool:
     """Whether a SIGKILL is on its way to the process."""
-    with contextlib.suppress(LzyError, KeyError, ValueError):
-        status = proc.status(pid)
-        pending = int(status["SigPnd"], 16) | int(status["ShdPnd"], 16)
-        return bool(pending >> (signal.SIGKILL - 1) & 1)
+    with contextlib.suppress(LzyError, ValueError):
+        return proc.is_killed(proc.witness(pid))
     return False
 
 

@@ -594,7 +594,7 @@ def _read_state(pid: int, region: _Region, token: int) -> door_machine.State:
         state = door_machine.unpack_state(content)
         if state.token == token:
             return state
-    if proc.has_ended(pid):
+    if proc.is_ending(pid):
         raise NotFound(f"process {pid} ended while lzy asked it", pid=pid)
     raise Busy(
         f"another lzy has asked pid {pid} meanwhile, and cleared up", remedy="try again", pid=pid

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import signal
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from typing import NamedTuple
@@ -243,10 +244,19 @@ def status(pid: int, tid: int | None = None) -> dict[str, str]:
 
 def is_ending(pid: int) -> bool:
     """Whether it is on the way out, and its memory perhaps gone, or has ended."""
-    fields = stat(pid)
-    if fields[2] == "Z" and int(fields[19]) > 1:
-        return False
-    return fields[2] in "ZX" or bool(int(fields[8]) & _PF_EXITING)
+    task = witness(pid)
+    return not _goes_on(stat(task)) or is_killed(task)
+
+
+def _goes_on(fields: list[str]) -> bool:
+    return fields[2] not in "ZX" and not int(fields[8]) & _PF_EXITING
+
+
+def is_killed(pid: int) -> bool:
+    """Whether a SIGKILL is on its way to the process, of which `pid` is a `witness`."""
+    told = status(pid)
+    pending = int(told.get("SigPnd", "0"), 16) | int(told.get("ShdPnd", "0"), 16)
+    return bool(pending >> signal.SIGKILL - 1 & 1)
 
 
 def has_ended(pid: int) -> bool:
@@ -267,7 +277,7 @@ def witness(pid: int) -> int:
         if fields[2] == "Z" and int(fields[19]) > 1:
             for tid in threads(pid)[1:]:
                 with contextlib.suppress(NotFound):
-                    if stat(pid, tid)[2] not in "ZX":
+                    if _goes_on(stat(pid, tid)):
                         return tid
     return pid
 

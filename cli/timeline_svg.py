@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from . import svg
 from .lanes import (
@@ -31,7 +31,7 @@ COLOURS = {
 }
 _WIDTH, _LEFT, _RIGHT = 960, 120, 930
 _LANE, _MEMORY, _ROW = 30, 72, 19
-_MOST_MARKS, _MOST_LETTERS = 14, 118
+_MOST_MARKS, _MOST_LETTERS = 20, 118
 _INK, _GREY, _FAINT, _LOUD = "#222", "#666", "#e3e3e3", "#a33b3b"
 _FAILURES = ("failed", "failure", "refused")
 
@@ -93,7 +93,9 @@ def _draw(past: Past, since_s: float, now_s: float, top: float) -> tuple[list[st
     return parts, y + 14
 
 
-def _draw_axis(since_s: float, now_s: float, place, first: float, bottom: float) -> list[str]:  # type: ignore[no-untyped-def]
+def _draw_axis(
+    since_s: float, now_s: float, place: Callable[[float], float], first: float, bottom: float
+) -> list[str]:
     """Lines of equal time, and what time that is."""
     parts, step_s = [], ticks(now_s - since_s)
     short = now_s - since_s <= 600
@@ -107,7 +109,9 @@ def _draw_axis(since_s: float, now_s: float, place, first: float, bottom: float)
     return parts
 
 
-def _draw_memory(past: Past, now_s: float, place, top: float, bottom: float) -> list[str]:  # type: ignore[no-untyped-def]
+def _draw_memory(
+    past: Past, now_s: float, place: Callable[[float], float], top: float, bottom: float
+) -> list[str]:
     """The memory that its processes held, in steps."""
     most = max((held for _, held in past.memory), default=0)
     parts = [

@@ -66,7 +66,8 @@ def test_demo_shows_figures(folder: Path) -> None:
         assert words in drawn, drawn
     shapes = ElementTree.parse(picture)
     told = "".join(shapes.getroot().itertext())
-    assert all(words in told for words in (*kinds, "small", "large", "in the store"))
+    for words in (*kinds, "small", "large", "in the store"):
+        assert words in told, f"{words} is not in the picture: {told}"
     assert sorted(os.listdir(folder)) == ["demo.svg", "figures.json"]
 
 

@@ -27,9 +27,11 @@ SHM = Path("/dev/shm")
 PAGE = 4096
 QUIET = ("--stdin", "/dev/null", "--stdout", "/dev/null", "--stderr", "/dev/null")
 
-#: Maps a file; `WORD` writes that at its begin and says what was there.
+#: Maps a file; `WORD` writes that at its begin and says what was there. It waits first: when a
+#: process began is known to a tick of 10 ms, and what was made in the same may be somebody else's.
 HOLDER = """
-import mmap, os, sys
+import mmap, os, sys, time
+time.sleep(0.05)
 path, size, creates = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "create"
 file = os.open(path, os.O_RDWR | (os.O_CREAT | os.O_EXCL if creates else 0), 0o600)
 if creates:

@@ -7,6 +7,7 @@ session as it is.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import fcntl
 import gc
 import os
@@ -15,9 +16,11 @@ import sys
 import time
 from pathlib import Path
 
+from ..checkpoint.errors import LzyError, StoreUnavailable
 from ..checkpoint.home import home
 from ..checkpoint.linux.detached import set_name
 from ..checkpoint.resources.kind import all_kinds
+from .voice import speak_safely
 
 _LOCK_PATIENCE_S = 20.0
 
@@ -25,12 +28,15 @@ _LOCK_PATIENCE_S = 20.0
 def main() -> None:
     """Run the agent until it is told to end."""
     set_name("lzy-agent")
+    speak_safely()
     os.umask(0o077)
     folder = home()
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     lock = _take_lock(folder / "agent.lock")
     try:
         asyncio.run(_run(folder))
+    except LzyError as error:
+        sys.exit(f"lzy-agent: {error}")
     finally:
         os.close(lock)
 
@@ -62,7 +68,10 @@ async def _run(folder: Path) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, told.set)
     agent = Agent(folder)
-    agent.state.tell("", 0, "agent_began", f"process {os.getpid()}")
+    with contextlib.suppress(
+        StoreUnavailable
+    ):  # a full disk: sessions are looked after all the same
+        agent.state.tell("", 0, "agent_began", f"process {os.getpid()}")
     agent.start()
     watcher = Watcher(agent)
     server = Server(Api(agent, watcher).answer)
@@ -75,7 +84,8 @@ async def _run(folder: Path) -> None:
     gc.collect()
     gc.freeze()  # what is here now stays: children that are forked need not copy it
     await told.wait()
-    agent.state.tell("", 0, "agent_ended", f"process {os.getpid()}")
+    with contextlib.suppress(StoreUnavailable):
+        agent.state.tell("", 0, "agent_ended", f"process {os.getpid()}")
     stopping = asyncio.ensure_future(server.close())
     await agent.stop()
     await stopping

@@ -21,6 +21,7 @@ from ..checkpoint.errors import (
     NotFound,
 )
 from ..checkpoint.history import check_session_name
+from ..checkpoint.unavailable import unavailable
 from . import errors
 from .attaching import attach, choose_name
 from .chronicle import describe_reading
@@ -138,6 +139,9 @@ class Api:
             return await self._dispatch(request)
         except LzyError as error:
             return Response(errors.status_of(error), errors.describe(error))
+        except OSError as error:  # of a log or a lock, say: whatever the engine does is explained
+            told = unavailable(f"do {request.path[:200]}", error)
+            return Response(errors.status_of(told), errors.describe(told))
 
     async def _dispatch(self, request: Request) -> Response:
         others = []
@@ -256,7 +260,7 @@ class Api:
             for session in self._agent.sessions.values()
             if request.uid in (0, session.record.owner_uid)
         ]
-        return Response(document={"sessions": found})
+        return Response(document={"sessions": found, "now_unix_s": time.time()})
 
     async def _session(self, request: Request, asked: dict[str, Any], session: Session) -> Response:
         if asked.get("look") == "1":
@@ -339,7 +343,7 @@ class Api:
     ) -> Response:
         self._refuse_others(request)
         wanted = {name: asked["requests"][name] for name in _REQUESTS if name in asked["requests"]}
-        since = session.record.waiting_since_unix_s or time.time()
+        since = session.record.waiting_since_unix_s or self._agent.state.clock.now_s()
         self._agent.update(session, requests=wanted, waiting_since_unix_s=since if wanted else None)
         return Response(document={"session": describe_session(self._agent, session)})
 
@@ -412,7 +416,7 @@ class Api:
             "held",
             f"for {for_s:g} s",
             request.uid,
-            hold_until_unix_s=time.time() + for_s,
+            hold_until_unix_s=self._agent.state.clock.now_s() + for_s,
         )
         self._agent.call_off(session)
         return Response(document={"session": describe_session(self._agent, session)})
@@ -430,9 +434,9 @@ class Api:
         async with session.lock:
             if session.pidfd < 0:
                 raise NotFound(f"session {session.record.name} has no process")
-            signal.pidfd_send_signal(session.pidfd, asked["signal"])
-            words = f"signal {asked['signal']}"
+            words = f"signal {asked['signal']}"  # before it is sent: the audit misses none
             self._agent.update(session, "signalled", words, request.uid)
+            signal.pidfd_send_signal(session.pidfd, asked["signal"])
         return Response(document={"session": describe_session(self._agent, session)})
 
     async def _set_session(

@@ -85,13 +85,12 @@ def attach(
         settings = {**settings, "hibernate_after_s": None}
         notes.append(f"it dozes when idle, but is not hibernated by itself: {why}")
         notes.append("with --hibernate-after TIME it is, all the same")
-    now = time.time()
     record = Record(
         name=name,
         owner_uid=owner,
         state=RUNNING,
-        since_unix_s=now,
-        attached_unix_s=now,
+        since_unix_s=agent.state.clock.now_s(),
+        attached_unix_s=time.time(),
         pid=pid,
         start_time=start,
         boot_id=proc.boot_id(),

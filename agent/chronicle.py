@@ -1,7 +1,8 @@
 """What sessions held and whether they were in use, over days: readings, kept where they differ.
 
 For pictures only, nothing is decided by it. So it is a file of its own, which may lose the last
-seconds in a power cut, and is begun anew when it cannot be read.
+seconds in a power cut, and is begun anew when it is damaged; where the disk is full when the agent
+starts, that agent keeps them in memory.
 """
 
 from __future__ import annotations
@@ -50,6 +51,8 @@ class Chronicle:
         self._written = 0
         try:
             self._database = _open(path)
+        except (sqlite3.OperationalError, OSError):
+            self._database = _connect(":memory:")
         except sqlite3.DatabaseError:
             for suffix in ("", "-wal", "-shm"):
                 path.with_name(path.name + suffix).unlink(missing_ok=True)
@@ -103,6 +106,10 @@ def describe_reading(kept: Kept) -> dict[str, Any]:
 
 def _open(path: Path) -> sqlite3.Connection:
     path.touch(mode=0o600)
+    return _connect(path)
+
+
+def _connect(path: Path | str) -> sqlite3.Connection:
     database = sqlite3.connect(path, isolation_level=None)
     for pragma in ("journal_mode=WAL", "synchronous=NORMAL"):
         database.execute(f"PRAGMA {pragma}")

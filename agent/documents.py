@@ -7,6 +7,7 @@ import resource
 import time
 from typing import Any
 
+from .clock import Clock
 from .node import Agent
 from .session import Session
 from .state import LIVING, MIGRATING, Event
@@ -22,7 +23,7 @@ def describe_session(agent: Agent, session: Session) -> dict[str, Any]:
         "node": agent.identity.name,
         "owner_uid": record.owner_uid,
         "state": MIGRATING if agent.mover.is_leaving(record.name) else record.state,
-        "since_unix_s": record.since_unix_s,
+        "since_unix_s": agent.state.clock.shown(record.since_unix_s),
         "pid": record.pid if living else None,
         "command": record.command,
         "attached_unix_s": record.attached_unix_s,
@@ -39,12 +40,12 @@ def describe_session(agent: Agent, session: Session) -> dict[str, Any]:
         "gpu_share": 0.0,
         "idle_for_s": round(session.idle_for_s, 2),
         "verdicts": [verdict._asdict() for verdict in session.verdicts] if living else [],
-        "hold_until_unix_s": _still(record.hold_until_unix_s),
-        "protected_until_unix_s": _still(record.protected_until_unix_s),
+        "hold_until_unix_s": _still(agent.state.clock, record.hold_until_unix_s),
+        "protected_until_unix_s": _still(agent.state.clock, record.protected_until_unix_s),
         "protected_why": "its last operation failed" if record.failures else "it woke a moment ago",
         "idle_gaps_s": list(record.idle_gaps),
         "requests": {"cpu": 0.0, "memory_bytes": 0, "gpu": 0, "node": "", **record.requests},
-        "waiting_since_unix_s": record.waiting_since_unix_s,
+        "waiting_since_unix_s": _shown(agent.state.clock, record.waiting_since_unix_s),
         "kept_ports": agent.ports.numbers(record.name),
         "moving_to": record.moving.get("node"),
         "operation": session.progress,
@@ -58,8 +59,12 @@ def describe_session(agent: Agent, session: Session) -> dict[str, Any]:
     }
 
 
-def _still(until_unix_s: float | None) -> float | None:
-    return until_unix_s if until_unix_s is not None and until_unix_s > time.time() else None
+def _shown(clock: Clock, at_s: float | None) -> float | None:
+    return None if at_s is None else clock.shown(at_s)
+
+
+def _still(clock: Clock, until_s: float | None) -> float | None:
+    return None if until_s is None or until_s <= clock.now_s() else clock.shown(until_s)
 
 
 def describe_node(agent: Agent) -> dict[str, Any]:

@@ -63,7 +63,7 @@ _PAUSE_S, _LONGEST_PAUSE_S = 0.2, 15.0
 _SWITCH_TIMEOUT_S = 120.0
 _CARRIED = (
     "name", "owner_uid", "attached_unix_s", "command", "image", "image_bytes", "number",
-    "hold_until_unix_s", "memory_bytes", "peak_memory_bytes", "idle_gaps", "settings",
+    "memory_bytes", "peak_memory_bytes", "idle_gaps", "settings",
 )  # fmt: skip
 
 Progress = Callable[[dict[str, Any]], None]
@@ -75,6 +75,7 @@ class Mover:
     def __init__(self, agent: Agent) -> None:
         self._agent = agent
         self._leaving: set[str] = set()
+        self._asking: set[str] = set()
         self._making: dict[tuple[str, int], asyncio.Task[dict[str, Any]]] = {}
         self._followed: dict[str, Image] = {}
         self._fetching: set[tuple[str, int]] = set()
@@ -165,6 +166,8 @@ class Mover:
         reach("move.asked")
         document = {name: getattr(session.record, name) for name in _CARRIED}
         document |= {"requests": requests, "gpu_count": int(requests.get("gpu") or 0)}
+        until_s = session.record.hold_until_unix_s  # of our clock, which is not the target's
+        document["hold_for_s"] = until_s and max(until_s - agent.state.clock.now_s(), 0.0)
         answer = {}
         try:
             answer = await target.ask(
@@ -276,15 +279,21 @@ class Mover:
         return answer
 
     async def keep_asking(self, session: Session) -> None:
-        """Until it is known where the session is, however long that takes."""
-        pause_s = _PAUSE_S
-        while session.record.moving and not self._agent.is_stopping:
-            try:
-                await self.settle(session)
-                return
-            except LzyError:
-                await asyncio.sleep(pause_s)
-                pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+        """Until it is known where the session is, however long that takes; one at a time."""
+        name, pause_s = session.record.name, _PAUSE_S
+        if name in self._asking:
+            return
+        self._asking.add(name)
+        try:
+            while session.record.moving and not self._agent.is_stopping:
+                try:
+                    await self.settle(session)
+                    return
+                except LzyError:
+                    await asyncio.sleep(pause_s)
+                    pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+        finally:
+            self._asking.discard(name)
 
     async def settle(self, session: Session, told: str = "") -> str:
         """Find out whether the target has a session that is on its way, and act on it.
@@ -414,14 +423,16 @@ class Mover:
         return await asyncio.shield(making)
 
     async def _make(self, arrival: Arrival, asked: dict[str, Any]) -> dict[str, Any]:
-        agent, now = self._agent, time.time()
+        agent, now = self._agent, self._agent.state.clock.now_s()
         found = {name: asked["record"][name] for name in (*_CARRIED, "requests", "gpu_count")}
         found["idle_gaps"] = tuple(found["idle_gaps"])
         record = Record(
             **found, state=HIBERNATED, since_unix_s=now, pid=0, start_time=0, boot_id="",
             epoch=arrival.epoch - 1,
+            hold_until_unix_s=now + asked["record"]["hold_for_s"] if asked["record"]["hold_for_s"]
+            else None,
         )  # fmt: skip
-        arrival = arrival._replace(state=ACCEPTING, unix_s=now)
+        arrival = arrival._replace(state=ACCEPTING, unix_s=time.time())
         agent.state.note_arrival(arrival, insert=record, words=f"from {arrival.source}")
         session = agent.sessions[record.name] = Session(record)
         reach("move.accepting")

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ..checkpoint import proc
-from ..checkpoint.errors import Busy, LzyError, NotFound
+from ..checkpoint.errors import Busy, LzyError, NotFound, StoreUnavailable
 from ..checkpoint.image import Image
 from ..checkpoint.linux.activity import exit_status
 from ..checkpoint.linux.process import PR_SET_CHILD_SUBREAPER, prctl
@@ -123,7 +123,8 @@ class Agent:
                 with Store.open(self.store, create=True) as store:
                     self._repair(session, store, watched=False)
             except LzyError as error:  # the store is away, say: the rounds try again
-                self.update(session, "failure", f"not looked into: {error}", failure=str(error))
+                with contextlib.suppress(StoreUnavailable):
+                    self.update(session, "failure", f"not looked into: {error}", failure=str(error))
                 if session.record.state in LIVING:
                     self._watch_end(session)
             self.tell_terminal(session.record)
@@ -440,7 +441,8 @@ class Agent:
                 "woken_unix_s": time.time(),
                 "exit_status": None,
                 "moving": {},
-                "protected_until_unix_s": time.time() + self.settings_of(session).after_wake_s,
+                "protected_until_unix_s": self.state.clock.now_s()
+                + self.settings_of(session).after_wake_s,
             }
         self.update(session, kind, words, actor_uid, **changes)
         if verb in (HIBERNATE, MIGRATE):
@@ -472,7 +474,7 @@ class Agent:
             changes |= {
                 "failure": str(failure),
                 "failures": failures,
-                "protected_until_unix_s": time.time() + backoff_s,
+                "protected_until_unix_s": self.state.clock.now_s() + backoff_s,
             }
             kind, words = "failure", f"cannot {order.verb} it: {failure}"
         if changes or kind:
@@ -483,9 +485,14 @@ class Agent:
             self._watch_end(session)
 
     def settle(self, session: Session, status: int | None = None) -> None:
-        """Look whether the record is still true; for who holds the session's lock."""
+        """Look whether the record is still true; for who holds the session's lock.
+
+        Raises StoreUnavailable, and then the rounds try again.
+        """
+        session.ended_with = status if status is not None else session.ended_with
         with Store.open(self.store, create=True) as store:
-            self._repair(session, store, watched=True, status=status)
+            self._repair(session, store, watched=True, status=session.ended_with)
+        session.ended_with = None
 
     def _watch_end(self, session: Session) -> None:
         self._let_go(session)
@@ -537,7 +544,11 @@ class Agent:
             if status is None:  # an older kernel: then of our own children only
                 status = self.children.exits.get(record.pid)
             if self.sessions.get(record.name) is session:
-                self.settle(session, status)
+                try:
+                    self.settle(session, status)
+                except LzyError:
+                    self._let_go(session)  # by which the rounds know that it is not settled
+                    raise
 
     def call_off(self, session: Session) -> bool:
         """Have an eviction not happen of which only notice was given; whether there was one."""

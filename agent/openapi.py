@@ -88,7 +88,7 @@ _DONE = _object(session=_part("Session"))
 _WORKED = _object(session=_part("Session"), report=_OBJECT)
 _ANSWERS = {
     "node": _part("Node"), "set_node": _part("Node"), "drain": _part("Node"),
-    "sessions": _object(sessions=_all("Session")), "session": _part("Session"),
+    "sessions": _object(sessions=_all("Session"), now_unix_s=_NUMBER), "session": _part("Session"),
     "attach": _object(session=_part("Session"), notes={"type": "array", "items": _TEXT}),
     "names": _object(name=_TEXT), "events": _object(events=_all("Event")),
     "readings": _object(readings=_all("Reading")), "openapi": _OBJECT,

@@ -29,6 +29,8 @@ class Session:
         self.called_off: asyncio.Event | None = None
         """Set to call off the eviction that notice was given of."""
         self.pidfd = -1
+        self.ended_with: int | None = None
+        """How its process ended, where that could not be written down yet."""
         self.verdicts: list[Verdict] = []
         self.cpu_share = 0.0
         self.memory_bytes = record.memory_bytes

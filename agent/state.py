@@ -11,11 +11,13 @@ import json
 import sqlite3
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from ..checkpoint.errors import Busy, Damaged, NotFound
+from ..checkpoint import proc
+from ..checkpoint.errors import Busy, Damaged, NotFound, StoreUnavailable
+from .clock import Clock
 
 RUNNING, DOZING = "running", "dozing"
 HIBERNATING, HIBERNATED, WAKING = "hibernating", "hibernated", "waking"
@@ -41,7 +43,7 @@ NEXT: Final = {
 """The ways between states. Some are only taken by others: by `lzy dump` and `lzy restore`."""
 
 _MOST_EVENTS = 20_000
-_VERSION = 3
+_VERSION = 4
 _SCHEMA = """
 CREATE TABLE sessions (
     name TEXT PRIMARY KEY,
@@ -103,6 +105,7 @@ CREATE TABLE departures (
 ) STRICT
 """,
     2: "ALTER TABLE departures ADD COLUMN followed TEXT NOT NULL DEFAULT ''",
+    3: "CREATE TABLE clocks (boot_id TEXT PRIMARY KEY, ahead_s REAL NOT NULL) STRICT",
 }
 """What makes a database of each earlier version one of the next."""
 
@@ -110,6 +113,8 @@ CREATE TABLE departures (
 class Record(NamedTuple):
     """One session as it is on disk; the names say the units.
 
+    Until and since when something is (`since`, `waiting_since`, `hold_until`, `protected_until`) is
+    of `State.clock`, when something happened (`attached`, `woken`) of the wall clock.
     `pid`, `start_time` (clock ticks after boot) and `boot_id` name the process, the last one if
     there is none. `image` is the checkpoint that it goes on from, `image_bytes` the memory that it
     holds, `number` the newest that its
@@ -183,9 +188,13 @@ class State:
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         path.touch(mode=0o600)
+        self._path = path
         self._database = sqlite3.connect(path, isolation_level=None)
         try:
             self._prepare(path)
+        except sqlite3.OperationalError as error:  # a full disk, a folder that is gone
+            self._database.close()
+            raise _unavailable("read", path, error) from error
         except sqlite3.DatabaseError as error:
             self._database.close()
             raise Damaged(
@@ -211,6 +220,25 @@ class State:
                 remedy="use that version, or move the file away",
                 path=str(path),
             )
+
+        self.clock = self._find_clock()
+
+    def _find_clock(self) -> Clock:
+        """The clock of this home in this boot, be it that an agent before us has begun it."""
+        boot = proc.boot_id()
+        found = self._database.execute(
+            "SELECT ahead_s FROM clocks WHERE boot_id = ?", [boot]
+        ).fetchone()
+        if found:
+            return Clock(found[0])
+        clock = Clock()
+        (newest_s,) = self._database.execute("SELECT max(since_unix_s) FROM sessions").fetchone()
+        if newest_s and newest_s > clock.now_s():  # the wall clock is not set yet, or set back
+            clock.ahead_s += newest_s - clock.now_s()
+        with suppress(StoreUnavailable), self._transaction():
+            self._database.execute("DELETE FROM clocks")
+            self._database.execute("INSERT INTO clocks VALUES (?, ?)", (boot, clock.ahead_s))
+        return clock
 
     def close(self) -> None:
         """Close the database."""
@@ -256,7 +284,7 @@ class State:
         if state != record.state:
             if state not in NEXT[record.state]:
                 raise ValueError(f"{record.name} cannot go from {record.state} to {state}")
-            changes.setdefault("since_unix_s", time.time())
+            changes.setdefault("since_unix_s", self.clock.now_s())
         changed = record._replace(**changes)
         sets = ", ".join(f"{name} = ?" for name in changes)
         values = [_column(name, getattr(changed, name)) for name in changes]
@@ -416,13 +444,25 @@ class State:
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
-        self._database.execute("BEGIN IMMEDIATE")
+        """All of the block or nothing. Raises StoreUnavailable when the disk refuses."""
         try:
+            self._database.execute("BEGIN IMMEDIATE")
             yield
-        except BaseException:
-            self._database.execute("ROLLBACK")
+            self._database.execute("COMMIT")
+        except BaseException as error:
+            if self._database.in_transaction:  # SQLite may have rolled it back itself
+                self._database.execute("ROLLBACK")
+            if isinstance(error, sqlite3.OperationalError):
+                raise _unavailable("write", self._path, error) from error
             raise
-        self._database.execute("COMMIT")
+
+
+def _unavailable(doing: str, path: Path, error: sqlite3.Error) -> StoreUnavailable:
+    return StoreUnavailable(
+        f"cannot {doing} {path}, in which the agent keeps its sessions: {error}",
+        remedy=f"make room on the disk of {path.parent.parent}; all sessions stay as they are",
+        path=str(path),
+    )
 
 
 _COLUMNS = ", ".join(Record._fields)

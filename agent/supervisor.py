@@ -24,6 +24,7 @@ from ..checkpoint.errors import NotFound
 from ..checkpoint.home import home
 from ..checkpoint.linux.detached import set_name
 from ..checkpoint.linux.process import PR_SET_CHILD_SUBREAPER, prctl
+from .voice import speak_safely
 
 LONGEST_PAUSE_S = 5.0
 _ENDS_WITHIN_S = 15.0
@@ -65,6 +66,7 @@ def supervise(commands: list[list[str]]) -> None:
     if lock is None:
         sys.exit(f"lzy is up for {folder} already")
     set_name("lzy-supervisor")
+    speak_safely()
     prctl(PR_SET_CHILD_SUBREAPER, 1)
     signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     daemons = [Daemon(command) for command in commands]

@@ -12,7 +12,6 @@ import os
 import select
 import signal
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +35,7 @@ from .network import (
     read_holder,
     write_holder,
 )
+from .voice import speak_safely
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _LOOKS_EVERY_S = 1.0
@@ -157,11 +157,11 @@ def _be_first(own: Path, number: int) -> None:
 
 def main(words: list[str]) -> None:
     """What `lzy up` runs."""
+    speak_safely()
     if words == ["fabric"]:
         hold_fabric(home())
     else:
         hold_node(home(), words[1])
-    time.sleep(0)
 
 
 if __name__ == "__main__":

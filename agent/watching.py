@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any
 
 from ..checkpoint.doze import is_dozing
-from ..checkpoint.errors import Busy, LzyError
+from ..checkpoint.errors import Busy, LzyError, StoreUnavailable
 from ..checkpoint.home import run_directory
 from ..checkpoint.lineage import list_lineages
 from ..checkpoint.pager import list_pagers, resume_pager
@@ -71,7 +71,8 @@ class Watcher:
             gap_s = session.look(node, settings, closely=only is not None)
             if gap_s >= SHORTEST_GAP_S:
                 gaps = (*session.record.idle_gaps, round(gap_s, 1))[-MOST_GAPS:]
-                self._agent.update(session, idle_gaps=gaps)
+                with contextlib.suppress(StoreUnavailable):  # it is one of many
+                    self._agent.update(session, idle_gaps=gaps)
             if session.record.state == DOZING and not only:
                 self._follow_doze(session)
         self._agent.chronicle.note(chosen)
@@ -153,10 +154,10 @@ class Watcher:
             raise Busy(f"session {session.record.name} is in use again: {words}")
 
     def _refuse_held(self, session: Session) -> None:
-        until = session.record.hold_until_unix_s
-        if until is not None and until > time.time():
+        until, now_s = session.record.hold_until_unix_s, self._agent.state.clock.now_s()
+        if until is not None and until > now_s:
             raise Busy(
-                f"session {session.record.name} is held for another {until - time.time():.0f} s",
+                f"session {session.record.name} is held for another {until - now_s:.0f} s",
                 remedy=f"see lzy why {session.record.name}",
             )
 
@@ -188,9 +189,14 @@ class Watcher:
 
     def _mend_sessions(self) -> None:
         """Find out about those of which something was left open: the store was away, say."""
+        mover = self._agent.mover
         for session in self._agent.sessions.values():
-            if _is_open(session) and not session.lock.locked():
+            if session.lock.locked():
+                continue
+            if _is_open(session):
                 self._agent.spawn(self._settle(session))
+            elif session.record.moving and not mover.is_leaving(session.record.name):
+                self._agent.spawn(mover.keep_asking(session))
 
     def _mend_pagers(self) -> None:
         """Start pagers anew where they were killed: their processes stall until then."""

@@ -37,6 +37,8 @@ class Look(NamedTuple):
     node: dict[str, Any]
     sessions: list[dict[str, Any]]
     failure: str = ""
+    now_unix_s: float = 0.0
+    """What its wall clock said when it told of its sessions."""
 
 
 class Fleet:
@@ -80,11 +82,11 @@ class Fleet:
         client = self.client(member, uid)
         try:
             node = client.get("/v1/node", timeout_s=_SILENT_AFTER_S)
-            sessions = client.get("/v1/sessions", timeout_s=_ANSWERS_WITHIN_S)["sessions"]
+            found = client.get("/v1/sessions", timeout_s=_ANSWERS_WITHIN_S)
         except (LzyError, ValueError) as error:
             last = self._last.get(member.name)
             return Look(member, last.node if last else {}, [], str(error))
-        look = Look(member, node, sessions)
+        look = Look(member, node, found["sessions"], now_unix_s=found["now_unix_s"])
         if uid == 0:
             self._last[member.name] = look
         return look

@@ -11,6 +11,7 @@ import contextlib
 import sys
 import time
 
+from ..agent.clock import Clock
 from ..checkpoint.errors import Busy, LzyError
 from .facts import Fleet as Facts
 from .facts import SessionFacts, Settings, Slack
@@ -18,7 +19,7 @@ from .fleet import Fleet, Look
 from .idleness import DOZE, GIVE_GPU_BACK, HIBERNATE, remember_gap
 from .moves import find_session
 from .policy import MIGRATE, WAIT, Decision, decide
-from .reading import now_unix_s, read_fleet, read_settings
+from .reading import read_fleet, read_settings
 from .record import write_record
 
 _MOST_RECORD_BYTES = 32 << 20
@@ -31,6 +32,7 @@ class Loop:
 
     def __init__(self, fleet: Fleet) -> None:
         self._fleet = fleet
+        self._clock = Clock()
         self._records = fleet.folder / "migrator" / "decisions.jsonl"
         self._records.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._gaps: dict[str, tuple[float, ...]] = {}
@@ -43,8 +45,8 @@ class Loop:
         if all(look.failure for look in looks):
             return UNREACHABLE_PAUSE_S
         settings = read_settings(looks)
-        facts = self._learn(read_fleet(looks, self._slacks), settings)
-        now_s = now_unix_s()
+        now_s = self._clock.now_s()
+        facts = self._learn(read_fleet(looks, self._slacks, now_s), settings)
         decisions = decide(facts, settings, now_s)
         if decisions:
             self._write(facts, settings, now_s, decisions)

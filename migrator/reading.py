@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -30,15 +29,21 @@ UNKNOWN_NODE = {
 """Of a node that has never answered."""
 
 
-def read_session(document: Mapping[str, Any], slack: Slack | None = None) -> SessionFacts:
-    """The facts in what an agent says of a session."""
-    waiting = document["waiting_since_unix_s"]
+def read_session(
+    document: Mapping[str, Any], slack: Slack | None = None, ahead_s: float = 0.0
+) -> SessionFacts:
+    """The facts in what an agent says of a session; its clock is `ahead_s` ahead of ours."""
+
+    def ours(at_s: float | None) -> float | None:
+        return None if at_s is None else at_s - ahead_s
+
+    waiting = ours(document["waiting_since_unix_s"])
     return SessionFacts(
         name=document["name"],
         owner_uid=document["owner_uid"],
         state=document["state"],
         node=document["node"] if document["pid"] else "",
-        since_s=document["since_unix_s"],
+        since_s=document["since_unix_s"] - ahead_s,
         memory_bytes=document["memory_bytes"],
         peak_memory_bytes=document["peak_memory_bytes"],
         memory_limit_bytes=document["memory_limit_bytes"],
@@ -48,8 +53,8 @@ def read_session(document: Mapping[str, Any], slack: Slack | None = None) -> Ses
         gpu_share=document["gpu_share"],
         idle_for_s=document["idle_for_s"],
         verdicts=tuple(Verdict(**verdict) for verdict in document["verdicts"]),
-        hold_until_s=document["hold_until_unix_s"],
-        protected_until_s=document["protected_until_unix_s"],
+        hold_until_s=ours(document["hold_until_unix_s"]),
+        protected_until_s=ours(document["protected_until_unix_s"]),
         protected_why=document["protected_why"],
         waiting_since_s=waiting if document["state"] in (RUNNING, DOZING) else None,
         idle_gaps_s=tuple(document["idle_gaps_s"]),
@@ -73,14 +78,21 @@ def read_node(document: Mapping[str, Any], *, reachable: bool = True) -> NodeFac
     )
 
 
-def read_fleet(looks: Iterable[Look], slacks: Mapping[str, Slack] | None = None) -> Fleet:
-    """The whole fleet: nodes that are silent as they were last, and not to be reached."""
+def read_fleet(
+    looks: Iterable[Look], slacks: Mapping[str, Slack] | None = None, now_s: float = 0.0
+) -> Fleet:
+    """The whole fleet: nodes that are silent as they were last, and not to be reached.
+
+    Each node tells times by its own wall clock, and what that says: they become times of the clock
+    by which it is `now_s`.
+    """
     nodes, sessions = [], []
     for look in looks:
         known = {**UNKNOWN_NODE, **look.node, "name": look.member.name}
         nodes.append(read_node(known, reachable=not look.failure))
         for document in look.sessions:
-            sessions.append(read_session(document, (slacks or {}).get(document["name"])))
+            slack = (slacks or {}).get(document["name"])
+            sessions.append(read_session(document, slack, look.now_unix_s - now_s))
     settings = read_settings(list(looks))
     return summarise(tuple(nodes), tuple(sessions), settings)
 
@@ -110,8 +122,3 @@ def read_settings(looks: list[Look]) -> Settings:
             for session in look.sessions
         },
     )
-
-
-def now_unix_s() -> float:
-    """The time that facts are compared with."""
-    return time.time()

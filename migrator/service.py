@@ -17,6 +17,7 @@ from pathlib import Path
 from ..agent.authority import fleet_folder, server_context
 from ..agent.http import Server
 from ..agent.network import enter_fabric, has_fabric
+from ..agent.voice import speak_safely
 from ..checkpoint.errors import LzyError
 from ..checkpoint.home import home
 from ..checkpoint.linux.detached import set_name
@@ -28,6 +29,7 @@ from .loop import UNREACHABLE_PAUSE_S, Loop, log
 def main() -> None:
     """Run the migrator until SIGTERM."""
     set_name("lzy-migrator")
+    speak_safely()
     folder = home()
     os.umask(0o077)
     (folder / "run").mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -17,6 +17,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from . import birth, machine, proc, reinstate, resources
+from .batch import Batch
 from .errors import Busy, Incompatible, KernelError, LzyError
 from .harbour import make_harbour
 from .image import Image
@@ -28,7 +29,7 @@ from .machine import Call
 from .member_memory import CODE_OFFSET, HOLE_BYTES, Brought, MemberMemory, Progress
 from .rarities import make_rarities
 from .stages import reach
-from .tracee import Batch, Thread, Tracee
+from .tracee import Thread, Tracee
 
 if TYPE_CHECKING:
     from .pager import PagerStart

@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from . import proc, reinstate
+from .batch import Batch
 from .buffers import page_aligned
 from .content import join_ranges, subtract, windows_of
 from .errors import Damaged
@@ -17,7 +18,7 @@ from .linux import PAGE_BYTES, memory, process
 from .needed import file_key
 from .pages import page_runs
 from .rarities import MADE_LATER
-from .tracee import Batch, Tracee
+from .tracee import Tracee
 from .vdso import put_code
 
 Progress = Callable[[str, int, int], None]

@@ -8,10 +8,10 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from .batch import Batch
 from .interrogate import decode
 from .linux import layouts, process
 from .linux.process import SYS_PRCTL
-from .tracee import Batch
 
 SIGEV_NOTIFY = {
     "signal": layouts.SIGEV_SIGNAL,

@@ -11,13 +11,14 @@ import struct
 from typing import Any
 
 from . import proc
+from .batch import Batch
 from .errors import Incompatible
 from .interrogate import decode
 from .linux import io_uring as kernel
 from .linux import memory, process
 from .linux.descriptors import EPOLL_CTL_ADD, pack_epoll_event
 from .linux.detached import take_descriptor
-from .tracee import Batch, Tracee
+from .tracee import Tracee
 
 _IDLE_MS = 10  # after which a ring's thread sleeps; nothing tells what it was. libuv's choice
 

@@ -25,8 +25,13 @@ class Shell:
 
     def __init__(self, pid: int, program: int) -> None:
         self.pid = pid
-        self._program = program
-        self._is_traced = False
+        self.program = program
+        self._is_traced = self._is_held = False
+
+    @property
+    def is_traced(self) -> bool:
+        """Whether it can be held."""
+        return self._is_traced
 
     def watch(self) -> None:
         """Hold it whenever it has waited, from now on; nothing is done where we may not trace."""
@@ -41,21 +46,24 @@ class Shell:
         """Whether it stands at a system call, until `go_on`. Ask when we get a SIGCHLD."""
         while status := self._next_stop(os.WNOHANG):
             if ptrace.is_at_call(status):
-                return True
+                self._is_held = True
+                break
             with contextlib.suppress(ProcessLookupError):
                 if status >> 16 and os.WSTOPSIG(status) != signal.SIGTRAP:
                     ptrace.listen(self.pid)
                 else:
                     ptrace.resume_to_call(self.pid, _signal_of(status))
-        return False
+        return self._is_held
 
     def go_on(self) -> None:
         """Let it go on to its next system call."""
+        self._is_held = False
         with contextlib.suppress(ProcessLookupError):
             ptrace.resume_to_call(self.pid)
 
     def release(self) -> None:
         """Trace it no longer: one that is held goes on, before anything else is done to it."""
+        self._is_held = False
         if not self._is_traced:
             return
         with contextlib.suppress(ProcessLookupError):
@@ -76,7 +84,7 @@ class Shell:
         except ChildProcessError:
             pid, status = self.pid, 0
         if pid and not os.WIFSTOPPED(status):
-            self._is_traced = False
+            self._is_traced = self._is_held = False
         return status if pid and self._is_traced else 0
 
     def has_handed_over(self) -> bool:
@@ -89,7 +97,7 @@ class Shell:
             stat = proc.stat(self.pid)
         except LzyError:
             return False
-        return int(stat[7]) in (self._program, int(stat[4])) and self._waits()
+        return int(stat[7]) in (self.program, int(stat[4])) and self._waits()
 
     def _waits(self) -> bool:
         try:

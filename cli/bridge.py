@@ -5,6 +5,9 @@ and windows pass, and the shell, which still waits for the program as its child,
 back when that stops or ends, with the settings that were there before. While the program is in the
 background, or the shell has its prompt, nothing is read here and nothing written.
 
+When the session hibernates in the foreground, the shell goes on waiting for it (`stepparent`), and
+a key wakes it: it is nobody's child here from then on, and how it is the session's terminal tells.
+
 PLAN is a JSON object: `session`, `program` (pid), `shell` (pid; 0 for a program that led the
 session of its terminal), `device` (the old terminal) and `kept` (the one that lzy keeps).
 """
@@ -18,42 +21,31 @@ import json
 import os
 import select
 import signal
-import socket
 import sys
 import termios
 import time
 from typing import Any, NamedTuple
 
-from ..agent.terminal.frames import (
-    ANSWER,
-    CONTROL,
-    HELLO,
-    INPUT,
-    OUTPUT,
-    REPAINT,
-    RESIZE,
-    TOLD,
-    Frames,
-    pack,
-    pack_json,
-)
+from ..agent.terminal.frames import INPUT, REPAINT, RESIZE, pack, pack_json
 from ..checkpoint import proc
 from ..checkpoint.errors import LzyError
-from ..checkpoint.kept import find_kept
 from ..checkpoint.linux.detached import set_name
 from ..checkpoint.shell import Shell
+from ..checkpoint.stepparent import STOPPED, Stepparent
 from ..checkpoint.takeover import give_prompt
-from .console import open_console
+from .link import Gone, Link
+from .notice import Notice
 from .raw import STDIN, raw_mode, signals, window_size, write
 
 _LOOKS_EVERY_S = 0.25
 """How often the window is asked for: only the group in the foreground hears of its changes."""
 _AWAITS_FOREGROUND_S = 0.1
 _TAKEN_WITHIN_S = 3.0
-_COMES_BACK_WITHIN_S = 5.0
-_SETTLES_WITHIN_S = 0.5
 _UNTRACED_WITHIN_S = 5.0
-_LEAVES = ("hibernating", "hibernated", "moving")
+_HEARS_WITHIN_S = 2.0
+_IS_TOLD_WITHIN_S = 10.0
+"""A shell that is traced is held when the kernel tells it; that takes long where there is much to
+do, and never comes where it asks for nothing."""
 
 
 class Plan(NamedTuple):
@@ -66,10 +58,6 @@ class Plan(NamedTuple):
     kept: str
 
 
-class Gone(Exception):
-    """There is nothing to show here any more."""
-
-
 class Bridge:
     """This process in the old terminal; `serve` is its life."""
 
@@ -79,48 +67,50 @@ class Bridge:
         self._woken = woken
         self._ready = ready
         self._shell = Shell(plan.shell, plan.program) if plan.shell else None
+        self._step: Stepparent | None = None
+        """Once the program is not the shell's child any more."""
         self._start = proc.start_time(plan.program)
-        self._frames = Frames()
-        self._socket = self._connect()
-        self._output: list[bytes] = []
-        """What came while nothing may be written."""
+        self._link = Link(plan.session)
+        self._notice = Notice(plan.session, self._link)
         self._is_stale = False
         """Whether the terminal no longer shows what the program has drawn."""
-        self._state = "running"
-        self._answer: dict[str, Any] = {}
         self._window = window_size()
+        self._gone_since_s = 0.0
 
     def serve(self) -> None:
         """Until the program, the terminal or the session is gone."""
         with contextlib.suppress(Gone):
             while True:
                 self._await_foreground()
-                with raw_mode(True, lambda: give_prompt(self._plan.program)) as terminal:
+                with raw_mode(True, self._give_prompt) as terminal:
                     self._come_forward(terminal.settings or [])
                     try:
                         stops, rest = self._pass()
+                    except Gone as gone:
+                        if gone.args:
+                            write(f"\r\nlzy: {gone}\r\n".encode())
+                        raise
                     finally:
                         with contextlib.suppress(termios.error):  # as the program has left them
                             terminal.settings = termios.tcgetattr(self._kept)
                 self._push_back(rest)
                 has_ended = self._program() == "ended"
-                if self._shell:
+                if self._shell and not self._step:
                     self._shell.release()
-                if has_ended:
-                    return
-                if stops:
+                if stops and self._lives_here():
                     with contextlib.suppress(OSError):
                         os.killpg(os.getpgid(self._plan.program), signal.SIGSTOP)
-
-    def _connect(self) -> socket.socket:
-        sock = open_console(self._plan.session)
-        rows, columns = window_size()
-        hello = {"rows": rows, "columns": columns, "paints": False}
-        sock.sendall(pack_json(HELLO, hello))
-        return sock
+                if self._step:
+                    self._tell_shell(STOPPED if stops else self._link.end)
+                if has_ended:
+                    return
 
     def _program(self) -> str:
-        """runs, stopped or ended."""
+        """runs, stopped or ended; as a job of the shell."""
+        if self._step:
+            if self._link.end is not None:
+                return "ended"
+            return "stopped" if self._step.is_suspended else "runs"
         try:
             stat = proc.stat(self._plan.program)
         except LzyError:
@@ -128,6 +118,32 @@ class Bridge:
         if stat[2] in "ZX" or int(stat[21]) != self._start:
             return "ended"
         return "stopped" if stat[2] == "T" else "runs"
+
+    def _give_prompt(self) -> None:
+        """We are killed: let the shell look at its job. Of one that is not its child it does."""
+        with contextlib.suppress(LzyError):
+            if proc.start_time(self._plan.program) == self._start:
+                give_prompt(self._plan.program)
+
+    def _tell_shell(self, status: int | None) -> None:
+        """Tell it how the program is; when that has ended it is our affair no longer."""
+        if not self._step or not self._shell or status is None:
+            return
+        self._step.tell(status)
+        if self._link.end is None:
+            return
+        deadline = time.monotonic() + _HEARS_WITHIN_S
+        while not self._step.has_told and (left_s := deadline - time.monotonic()) > 0:
+            if select.select([self._woken], [], [], left_s)[0]:
+                os.read(self._woken, 512)
+            self._step.attend()
+        self._shell.release()
+
+    def _lives_here(self) -> bool:
+        """Whether the process of that pid is the program: perhaps it sleeps, or has moved."""
+        with contextlib.suppress(LzyError, OSError):
+            return int(proc.stat(self._plan.program)[6]) == os.fstat(self._kept).st_rdev
+        return False
 
     # -- in the background
 
@@ -142,14 +158,18 @@ class Bridge:
             if program == "runs" and self._shell.has_handed_over():
                 return
             self._say_ready()
-            heard: list[Any] = [self._socket, self._woken]
+            heard: list[Any] = [self._link, self._woken]
             ready = select.select(heard, [], [], _AWAITS_FOREGROUND_S)[0]
             if self._woken in ready:
                 self._hear_signals()
-            if self._socket in ready:
-                self._hear_host()
-                self._is_stale |= bool(self._output)
-                self._output.clear()
+            if self._step:
+                self._step.attend()
+                if self._link.end is not None:
+                    self._tell_shell(self._link.end)
+                    raise Gone
+            if self._link in ready:
+                self._link.hear()
+                self._is_stale |= bool(self._link.take_output())
 
     def _come_forward(self, settings: list[Any]) -> None:
         """What the terminal held for the program goes to it; what it has printed is shown."""
@@ -164,12 +184,13 @@ class Bridge:
         if self._is_stale:
             self._is_stale = False
             write(b"\x1b[999;1H" + b"\n" * window_size()[0])
-            self._send(pack(REPAINT))
+            self._link.send(pack(REPAINT))
         if typed:
-            self._send(pack(INPUT, typed))
+            self._link.send(pack(INPUT, typed))
         self._send_window()
-        self._show()
+        write(self._link.take_output())
         self._say_ready()
+        self._notice.update()
 
     def _say_ready(self) -> None:
         """Let who has started us know that the program has its terminal back."""
@@ -188,30 +209,57 @@ class Bridge:
         """
         timeout_s = _LOOKS_EVERY_S if self._shell else None
         while True:
-            heard: list[Any] = [STDIN, self._socket, self._woken]
+            heard: list[Any] = [STDIN, self._link, self._woken]
             ready = select.select(heard, [], [], timeout_s)[0]
-            if self._socket in ready:
-                self._hear_host()
-                self._show()
+            if self._link in ready:
+                self._link.hear()
+                write(self._link.take_output())
+                if self._link.end is not None and not self._shell:
+                    raise Gone
             if self._woken in ready:
                 self._hear_signals()
-            if self._shell and self._shell.is_held():
-                if self._program() != "runs":
+            if self._link.news is not None:
+                self._notice.update()
+            if self._step:
+                self._step.attend()
+                if self._link.end is not None:
                     self._settle()
                     return False, b""
-                self._shell.go_on()
+            elif self._shell and self._shell.is_held():
+                if self._program() != "runs":
+                    self._settle()
+                    if not self._link.is_asleep:
+                        return False, b""
+                    self._step = Stepparent(self._shell)
+                    self._step.attend()
+                    self._notice.update()
+                else:
+                    self._shell.go_on()
             if STDIN in ready:
                 typed = self._read()
                 if self._shell and (at := self._find_suspend(typed)) >= 0:
                     if at:
-                        self._send(pack(INPUT, typed[:at]))
+                        self._link.send(pack(INPUT, typed[:at]))
                     self._settle()
                     return True, typed[at + 1 :]
-                self._send(pack(INPUT, typed))
-            if self._shell and not ready and self._program() != "runs":  # it could not be held
+                self._link.send(pack(INPUT, typed))
+            if not ready and self._is_missed():
                 self._settle()
+                if self._link.is_asleep:
+                    session = self._plan.session
+                    words = f"lzy: {session} hibernates; lzy console {session} wakes it"
+                    write(f"\r\n{words}\r\n".encode())
                 return False, b""
             self._send_window()
+
+    def _is_missed(self) -> bool:
+        """Whether the program has stopped or ended, and its shell could not be held then."""
+        if not self._shell or self._program() == "runs":
+            self._gone_since_s = 0.0
+            return False
+        self._gone_since_s = self._gone_since_s or time.monotonic()
+        waits_s = _IS_TOLD_WITHIN_S if self._shell.is_traced else 0.0
+        return time.monotonic() - self._gone_since_s >= waits_s
 
     def _read(self) -> bytes:
         try:
@@ -227,88 +275,24 @@ class Bridge:
         if told & {signal.SIGTERM, signal.SIGHUP, signal.SIGINT}:
             raise Gone
 
-    def _hear_host(self) -> None:
-        """Take what the host sends; connect again to another if it is gone."""
-        try:
-            data = self._socket.recv(1 << 18)
-        except OSError:
-            data = b""
-        if not data:
-            self._come_back()
-            return
-        for kind, content in self._frames.feed(data):
-            if kind == OUTPUT:
-                self._output.append(content)
-            elif kind == ANSWER:
-                self._answer = json.loads(content)
-            elif kind == TOLD:
-                self._hear(json.loads(content))
-
-    def _come_back(self) -> None:
-        self._socket.close()
-        deadline = time.monotonic() + _COMES_BACK_WITHIN_S
-        while time.monotonic() < deadline and find_kept(self._plan.session):
-            with contextlib.suppress(OSError):
-                self._frames, self._socket = Frames(), self._connect()
-                return
-            time.sleep(0.05)
-        raise Gone
-
-    def _hear(self, told: dict[str, Any]) -> None:
-        """How the session is. Raises Gone when it has ended and no shell waits for that."""
-        before, self._state = self._state, told["state"]
-        if self._shell:
-            return
-        words = ""
-        if self._state == "ended":
-            self._show()
-            raise Gone
-        if failure := told.get("failure"):
-            words = f"{self._plan.session} cannot be woken: {failure}"
-        elif self._state == "hibernated":
-            words = f"{self._plan.session} hibernates; a key wakes it"
-        elif self._state == "waking" and before == "hibernated":
-            words = f"{self._plan.session} wakes"
-        if words:
-            shown = words[: max(window_size()[1] - 4, 10)].encode()
-            write(b"\x1b7\x1b[999;1H\x1b[0;7m " + shown + b" \x1b[0m\x1b[K\x1b8")
-
-    def _show(self) -> None:
-        if self._output:
-            write(b"".join(self._output))
-            self._output.clear()
-
     def _settle(self) -> None:
         """The program has stopped or ended: show all that it has printed before."""
         with contextlib.suppress(Gone):
-            looks = 0 if self._state == "ended" else 2
+            answer: dict[str, Any] = {}
+            looks = 0 if self._link.state == "ended" else 2
             for _ in range(looks):  # what it wrote last may still be on its way to the host
-                self._answer = {}
-                self._send(pack_json(CONTROL, {"do": "look"}))
-                deadline = time.monotonic() + _SETTLES_WITHIN_S
-                while not self._answer and (left_s := deadline - time.monotonic()) > 0:
-                    if select.select([self._socket], [], [], left_s)[0]:
-                        self._hear_host()
-            self._show()
-        has_left = self._program() == "ended" and self._state in _LEAVES
-        if has_left or (self._answer.get("is_alternate") and self._program() != "ended"):
-            write(self._answer.get("modes_off", "").encode())
-            self._is_stale = True
-        if has_left:
-            session = self._plan.session
-            write(f"\r\nlzy: {session} hibernates; lzy console {session} wakes it\r\n".encode())
-
-    def _send(self, frame: bytes) -> None:
-        try:
-            self._socket.sendall(frame)
-        except OSError:
-            self._come_back()
+                answer = self._link.look()
+            self._notice.clear()
+            write(self._link.take_output())
+            if answer.get("is_alternate") and self._program() != "ended":
+                write(answer.get("modes_off", "").encode())
+                self._is_stale = True
 
     def _send_window(self) -> None:
         window = window_size()
         if window != self._window and min(window) > 0:
             self._window = window
-            self._send(pack_json(RESIZE, {"rows": window[0], "columns": window[1]}))
+            self._link.send(pack_json(RESIZE, {"rows": window[0], "columns": window[1]}))
 
     # -- job control
 
@@ -322,20 +306,25 @@ class Bridge:
         key = settings[6][termios.VSUSP]
         if not settings[3] & termios.ISIG or key == b"\0" or key not in typed:
             return -1
-        program = self._plan.program
-        try:
-            status = self._untraced_status()
-            stat = proc.stat(program)
-        except LzyError:
-            return -1
-        bit = 1 << signal.SIGTSTP - 1
-        if any(int(status[name], 16) & bit for name in ("SigBlk", "SigIgn", "SigCgt")):
-            return -1
-        if stat[7] != stat[4]:  # a group of its own making stands in front of it
+        if not self._link.is_asleep and self._takes_suspend():
             return -1
         if settings[3] & termios.ECHO:
             write(b"^" + bytes([key[0] ^ 0x40]))
         return typed.index(key)
+
+    def _takes_suspend(self) -> bool:
+        """Whether the program handles that key itself."""
+        if not self._lives_here():
+            return False
+        try:
+            status = self._untraced_status()
+            stat = proc.stat(self._plan.program)
+        except LzyError:
+            return True
+        bit = 1 << signal.SIGTSTP - 1
+        if any(int(status[name], 16) & bit for name in ("SigBlk", "SigIgn", "SigCgt")):
+            return True
+        return stat[7] != stat[4]  # a group of its own making stands in front of it
 
     def _untraced_status(self) -> dict[str, str]:
         """/proc/PID/status of the program; in a checkpoint all signals are blocked for a moment."""

@@ -106,7 +106,7 @@ def _watch_over(
             signal.signal(number, signal.SIG_IGN)
         if not os.read(reading, 1):
             termios.tcsetattr(STDIN, termios.TCSANOW, before)
-            write(_PLAIN + b"\r\n")
+            write(b"\x1b7" + _PLAIN + b"\x1b8\x1b[0m\x1b[J\r\n")  # taking margins off moves it
             if if_killed:
                 if_killed()
     finally:

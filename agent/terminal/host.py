@@ -71,6 +71,7 @@ class Host:
         self._due: dict[str, float] = {}
         self._asked: Asked | None = None
         self._asks_until_s = 0.0
+        self._misses_agent = False
         self._pidfd = -1
         self._pid = holdings.program_pid
         self._start = 0  # clock ticks after boot: the same pid may come again
@@ -255,8 +256,13 @@ class Host:
         try:
             self._asked = Asked(path, self._own.session, wake=wake)
         except OSError:
+            if wake and not self._misses_agent:
+                self._misses_agent = True
+                words = "no agent runs (lzy up starts one); then it wakes"
+                self._tell({"state": self._state, "failure": words})
             self._ask_again()
             return
+        self._misses_agent = False
         self._register(self._asked, self._hear_answer)
 
     def _ask_again(self) -> None:
@@ -443,7 +449,7 @@ class Host:
 
     def _repaint_all(self) -> None:
         for console in list(self._consoles.values()):
-            if console.is_shown:
+            if console.is_shown and not console.is_bridge:
                 self._paint(console)
                 self._flush(console)
 

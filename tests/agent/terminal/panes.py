@@ -43,7 +43,7 @@ class Pane:
     def sees_text(self, text: str) -> None:
         """Wait until that is shown somewhere."""
         self._tmux.terminals.service.wait_until(
-            lambda: text in "\n".join(self.screen()), f"it shows {text!r}"
+            lambda: text in "\n".join(self.screen()), f"it shows {text!r}, {self.screen()}"
         )
 
     def resizes(self, rows: int, columns: int) -> None:
@@ -78,10 +78,10 @@ class Tmux:
         )  # fmt: skip
         return done.stdout.rstrip("\n")
 
-    def begin(self) -> Pane:
+    def begin(self, *shell: str) -> Pane:
         """The first window: a shell that has given its prompt."""
-        shell = ["bash", "--norc", "--noprofile"]
-        self.call("new-session", "-d", "-x", "80", "-y", "24", *shell)
+        words = shell or ("bash", "--norc", "--noprofile")
+        self.call("new-session", "-d", "-x", "80", "-y", "24", *words)
         pane = Pane(self, "%0")
         pane.sees("%%")
         return pane

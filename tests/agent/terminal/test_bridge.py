@@ -120,21 +120,76 @@ def test_line_that_the_kernel_holds(tmux: Tmux, lzy: CommandLine) -> None:
     pane.sees("half", "half", "%%")
 
 
-def test_hibernates_and_wakes_where_it_was(
+def test_window_of_a_session_that_sleeps(
     tmux: Tmux, terminals: Terminals, service: Service, lzy: CommandLine
 ) -> None:
-    """The shell says that it is gone, lzy where; there a key wakes it, in the midst of its line."""
+    """The window stays, and says so; a key wakes the session, in the midst of its line, again and
+    again. Its shell notices nothing: job control is as it was, and it is told how the program ends.
+    """
     pane = tmux.begin()
-    lzy.succeed("attach", str(begin_line(pane)), "--name", "calm")
+    pid = begin_line(pane)
+    lzy.succeed("attach", str(pid), "--name", "calm")
+    service.wait_until(lambda: service.look()["image"], "its first checkpoint is taken")
+    pane.sees(">>> x = 41", ">>> x +")
+    for answer in ("42", "42"):
+        service.do("hibernate")
+        pane.sees_text("any key wakes it")
+        assert "Killed" not in "".join(pane.screen())
+        pane.types("1\r")
+        pane.sees(">>> x + 1", answer, ">>>")
+        pane.types("x + ")
+        pane.sees(answer, ">>> x +")
+    assert ">>> x = 41" in pane.screen()
+    pane.types("1\r")
+    pane.sees("42", ">>>")
+    for sleeps in (False, True):
+        if sleeps:
+            service.do("hibernate")
+            pane.sees_text("any key wakes it")
+        pane.presses("C-z")
+        pane.sees("%%")
+        assert "[1]+  Stopped" in pane.screen()[-2]
+        pane.types("echo $((1 + 1)); stty -a | grep -wo icanon\r")
+        pane.sees("2", "icanon", "%%")
+        pane.types("fg\r")
+        if sleeps:
+            pane.sees_text("any key wakes it")
+        else:
+            pane.sees(f"{sys.executable} -q")
+        pane.types("x * 2\r")
+        pane.sees("82", ">>>")
+    pane.types("raise SystemExit(7)\r")
+    pane.sees("%%")
+    pane.types("echo $?; stty -a | grep -wo icanon\r")
+    pane.sees("7", "icanon", "%%")
+
+
+def test_bridge_is_killed_while_the_session_sleeps(
+    tmux: Tmux, service: Service, lzy: CommandLine
+) -> None:
+    """Without an agent it says why a key wakes nothing. Without the bridge the shell is told what
+    is true, and has its settings; the session sleeps on, and wakes where a console asks for it."""
+    pane = tmux.begin("dash", "-i")
+    pid = begin_line(pane)
+    lzy.succeed("attach", str(pid), "--name", "calm")
     service.wait_until(lambda: service.look()["image"], "its first checkpoint is taken")
     service.do("hibernate")
-    pane.sees_text("lzy: calm hibernates; lzy console calm wakes it")
+    pane.sees_text("any key wakes it")
+    service.kill()
+    pane.types("1")
+    pane.sees_text("calm cannot be woken: no agent runs")
+    service.begin()
+    pane.sees(">>> x = 41", ">>> x + 1")
+    pane.types("\r")
+    pane.sees("42", ">>>")
+    service.do("hibernate")
+    pane.sees_text("any key wakes it")
+    os.kill(find_bridge(pid), signal.SIGKILL)
     pane.sees_text("Killed")
-    pane.types("stty -a | grep -wo icanon; lzy console calm\r")
+    pane.types("lzy console calm\n")
     pane.sees_text("calm hibernates; a key wakes it")
-    pane.types("1\r")
-    pane.sees(">>> x + 1", "42", ">>>")
-    assert ">>> x = 41" in pane.screen()
+    pane.types("x\r")
+    pane.sees(">>> x", "41", ">>>")
 
 
 def test_leader_of_a_terminal(tmux: Tmux, terminals: Terminals, lzy: CommandLine) -> None:
@@ -186,12 +241,14 @@ def test_bridge_is_killed(tmux: Tmux, terminals: Terminals, lzy: CommandLine) ->
 
 def find_bridge(program: int) -> int:
     """Who shows the program in its old terminal: not the child that watches over it."""
-    found = []
+    found = {}
     for name in filter(str.isdecimal, os.listdir("/proc")):
         try:
             words = Path(f"/proc/{name}/cmdline").read_bytes()
+            parent = Path(f"/proc/{name}/stat").read_text().rpartition(")")[2].split()[1]
         except OSError:
             continue
         if b"lzy.cli.bridge" in words and f'"program": {program},'.encode() in words:
-            found.append(int(name))
-    return min(found)
+            found[int(name)] = int(parent)
+    (bridge,) = (pid for pid, parent in found.items() if parent not in found)
+    return bridge

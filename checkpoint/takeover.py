@@ -76,11 +76,7 @@ def look_at_terminal(pid: int) -> Place:
         if int(name) != pid and _is_with(int(name), pid, group, int(stat[6]), leads=leads)
     ]
     if others:
-        raise _refusal(
-            pid,
-            f"process {others[0]} is with it on the terminal, as in a pipeline or a shell",
-            "hibernate and wake the session, or take what stands alone",
-        )
+        raise _refuse_company(pid, group, others[0])
     descriptor = os.open(device, os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         settings = fcntl.ioctl(descriptor, kernel.TCGETS2, bytes(kernel.TERMIOS2_BYTES))
@@ -248,7 +244,32 @@ def _find_watches(pid: int, numbers: list[int]) -> list[_Watch]:
     return found
 
 
-def _refusal(pid: int, reason: str, remedy: str) -> Unsupported:
+def _refuse_company(pid: int, group: int, other: int) -> Unsupported:
+    """One of a pipeline would be parted from what its shell stops and continues with it."""
+    name = f"process {other}"
+    with contextlib.suppress(NotFound):
+        stat = proc.stat(other)
+        name = f"{stat[1]} ({other})"
+        if int(stat[4]) == group:
+            return _refusal(
+                pid,
+                f"{name} is in one job with it",
+                "start what belongs together as one session: lzy run -- sh -c 'A | B'",
+                companion=name,
+            )
+    return _refusal(
+        pid,
+        f"{name} runs in it, on the same terminal",
+        "all of it hibernates and wakes as one session, then on a terminal of lzy's; or take what "
+        "stands alone",
+    )
+
+
+def _refusal(pid: int, reason: str, remedy: str, **facts: str) -> Unsupported:
     return Unsupported(
-        f"process {pid} cannot be taken from its terminal: {reason}", remedy=remedy, pid=pid
+        f"process {pid} cannot be taken from its terminal: {reason}",
+        remedy=remedy,
+        pid=pid,
+        reason=reason,
+        **facts,
     )

@@ -19,6 +19,8 @@ from .sessions import choose, name_argument, note_lines
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
 
+    from ..checkpoint.errors import LzyError
+
 _STARTERS = ("nsenter", "setsid", "sudo", "env", "timeout", "nohup", "sh", "bash")
 _FLAGS = ("-f", "--f", "--connection-file", "--IPKernelApp.connection_file")
 
@@ -77,7 +79,8 @@ def attach(
     found = find_node(pid)
     body: dict[str, Any] = {"pid": pid, "settings": settings, **found}
     body |= {"name": name} if name else {}
-    answer, words = None, ""
+    answer: dict[str, Any] | None = None
+    notes: list[str] = []
     if take_terminal or (take_terminal is None and "pid" not in found and _reads_terminal(pid)):
         from ..checkpoint.errors import AccessDenied, Unsupported
         from .taking import attach_and_take
@@ -87,10 +90,10 @@ def attach(
         except (Unsupported, AccessDenied) as error:
             if take_terminal:
                 raise
-            words = error.message
+            notes = _tell_what_stays(error)
     if answer is None:
         answer = Client().post("/v1/sessions", body, timeout_s=60)
-        answer["notes"] += [words] if words else []
+        answer["notes"] += notes
     session = answer["session"]
     if as_json:
         say_json({**session, "notes": answer["notes"]})
@@ -131,6 +134,18 @@ def detach(name: str | None, as_json: bool) -> None:
         elif session["image"]:
             left = f"lzy restore {session['image']} brings it back"
         say([f"{paint(session['name'], 'bold')} is detached; {left}"])
+
+
+def _tell_what_stays(error: LzyError) -> list[str]:
+    """What it means that a program was not taken from its terminal."""
+    notes = [f"it stays in its terminal: {error.facts.get('reason', error.message)}"]
+    if companion := error.facts.get("companion"):
+        notes.append(
+            f"when it hibernates it leaves {companion} alone: a pipe between them ends, and what "
+            "it prints into that after its wake goes to a file in logs of LZY_HOME"
+        )
+        notes.append(error.remedy)
+    return notes
 
 
 def _reads_terminal(pid: int) -> bool:

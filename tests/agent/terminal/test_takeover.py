@@ -145,6 +145,12 @@ def test_what_cannot_be_taken_runs_on(
     error = lzy.fail("attach", str(service.look()["pid"]), "--take-terminal")
     assert "already" in error["message"]
     assert [s["name"] for s in lzy.succeed("ps")] == ["calm"]
+    notes = "\n".join(lzy.succeed("attach", pids[0], "--name", "piped")["notes"])
+    assert f"it stays in its terminal: cat ({pids[1]}) is in one job with it" in notes
+    assert "a pipe between them ends" in notes
+    assert "lzy run -- sh -c 'A | B'" in notes
+    shell.send("yet\r")
+    shell.expect_exact("heard yet")
 
 
 def test_lzy_is_killed_while_it_takes(

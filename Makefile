@@ -4,14 +4,16 @@
 #   make test    style, types, import contract and all tests (some 15 minutes on two cores)
 #   make lint    style, types and import contract only
 #   make bench   the figures of docs/performance.md, measured here
-#   make soak    what takes long: engine tests many times over, long fuzzing
+#   make soak    what takes long: sessions live on while whoever serves them is killed; long fuzzing
 #   make clean   remove what the others made
 
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin
 PIP := $(RUN)/python -m pip install --quiet --quiet --disable-pip-version-check
-SOAK_ROUNDS ?= 50
+# `make soak SOAK_ROUNDS=1000 SOAK_SUITES=50` goes on for a day: all quick tests fifty times before.
+SOAK_ROUNDS ?= 20
+SOAK_SUITES ?= 0
 # `make test PYTEST="-k dump -x"` hands options to pytest.
 PYTEST ?=
 
@@ -40,14 +42,15 @@ lint: $(VENV)/.test
 bench: $(VENV)/.demo compiled
 	@$(RUN)/python bench/run.py
 
-# The engine's tests again and again, then what takes long; the first failure stops it.
+# What takes long, after the engine's tests as often as is wanted; the first failure stops it.
 soak: $(VENV)/.test
-	@for round in $$(seq $(SOAK_ROUNDS)); do \
-	    echo "round $$round of $(SOAK_ROUNDS)"; \
+	@for round in $$(seq $(SOAK_SUITES)); do \
+	    echo "round $$round of $(SOAK_SUITES)"; \
 	    $(RUN)/python -m pytest -q -x -p no:cacheprovider -m "not slow" --ignore=tests/soak \
 	        --ignore=tests/cli --ignore=tests/test_packaging.py $(PYTEST) tests || exit 1; \
 	done
-	@$(RUN)/python -m pytest -x -p no:cacheprovider -m slow --timeout=3600 $(PYTEST) tests
+	@LZY_SOAK_ROUNDS=$(SOAK_ROUNDS) $(RUN)/python -m pytest -x -p no:cacheprovider -m slow \
+	    --timeout=3600 $(PYTEST) tests
 
 # pip compiles what it installs; without this a tree under PYTHONDONTWRITEBYTECODE would be compiled
 # anew at every start of lzy, 60 ms of it, and the figures would be those of the compiler.

@@ -26,7 +26,7 @@ async def main() -> None:
     tcp_reader, tcp_writer = await asyncio.open_connection(*address)
     ours, theirs = socket.socketpair()
     pair_reader, pair_writer = await asyncio.open_connection(sock=ours)
-    asyncio.get_running_loop().create_task(
+    squaring = asyncio.create_task(  # held: what only a loop knows, garbage collection may take
         echo_squares(*await asyncio.open_connection(sock=theirs)), name="pair"
     )
 
@@ -104,7 +104,7 @@ async def main() -> None:
             await asyncio.sleep(0.01)
         proof["timers"] = fired == ["near"] and loop.time() - began >= 1.0
         proof["far timer"] = 3000 < far.when() - loop.time() < 3600 and not far.cancelled()
-        proof["ticking"] = not ticking.done()
+        proof["ticking"] = not ticking.done() and not squaring.done()
         return proof
 
     async def prove_in_time() -> Proof:

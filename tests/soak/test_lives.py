@@ -68,6 +68,7 @@ class Session:
     def move(self) -> None:
         """Hibernate and wake; a command that was killed may have got through or not."""
         self.run("dump", str(self.program.pid), "--name", self.name)
+        self.lzy.run("pager", "--resume")  # of one that runs on, both may have been killed before
         try:
             self.program.ask("ping")
         except AssertionError:

@@ -24,6 +24,8 @@ from ..checkpoint.history import check_session_name
 from ..checkpoint.unavailable import unavailable
 from . import errors
 from .attaching import attach, choose_name
+from .authority import MIGRATOR
+from .cgroups import check_bound
 from .chronicle import describe_reading
 from .documents import describe_event, describe_node, describe_session, write_metrics
 from .fields import BadBody, Field, parse
@@ -235,14 +237,19 @@ class Api:
         )
 
     async def _follow(self, request: Request, after: int, session: str) -> AsyncIterator[Any]:
-        while not self._agent.is_stopping:
-            found = self._agent.state.events(after, session=session)
-            if not found:
-                await self._agent.await_event(_FOLLOW_S)
-            for event in found:
-                after = event.number
-                if _may_see(request, event):
-                    yield describe_event(event)
+        listens = int(request.peer == MIGRATOR)
+        self._agent.listening_migrators += listens
+        try:
+            while not self._agent.is_stopping:
+                found = self._agent.state.events(after, session=session)
+                if not found:
+                    await self._agent.await_event(_FOLLOW_S)
+                for event in found:
+                    after = event.number
+                    if _may_see(request, event):
+                        yield describe_event(event)
+        finally:
+            self._agent.listening_migrators -= listens
 
     async def _readings(self, request: Request, asked: dict[str, Any]) -> Response:
         found = self._agent.chronicle.readings(
@@ -321,6 +328,7 @@ class Api:
             split_address(asked["address"])
         except LzyError as error:
             raise BadBody(error.message, remedy="give it as HOST:PORT") from None
+        _check_bound(session, asked.get("requests", {}))
         self._agent.call_off(session)
 
         def work(progress: Callable[[dict[str, Any]], None] | None) -> Awaitable[dict[str, Any]]:
@@ -343,6 +351,7 @@ class Api:
     ) -> Response:
         self._refuse_others(request)
         wanted = {name: asked["requests"][name] for name in _REQUESTS if name in asked["requests"]}
+        _check_bound(session, wanted)
         since = session.record.waiting_since_unix_s or self._agent.state.clock.now_s()
         self._agent.update(session, requests=wanted, waiting_since_unix_s=since if wanted else None)
         return Response(document={"session": describe_session(self._agent, session)})
@@ -462,6 +471,13 @@ def _name(asked: dict[str, Any]) -> str | None:
         return check_session_name(asked["name"]) if "name" in asked else None
     except LzyError as error:
         raise BadBody(error.message, remedy=error.remedy) from None
+
+
+def _check_bound(session: Session, requests: dict[str, Any]) -> None:
+    """Raise Incompatible where what it asks for is new, and less memory than it holds."""
+    asked_bytes = requests.get("memory_bytes") or 0
+    if asked_bytes != session.record.requests.get("memory_bytes"):
+        check_bound(session.record.name, session.held_bytes, asked_bytes)
 
 
 def _check_terminal(path: str, uid: int) -> None:

@@ -13,8 +13,26 @@ import zlib
 from pathlib import Path
 from typing import Final
 
+from ..checkpoint.errors import Incompatible
+
 _ROOT: Final = Path("/sys/fs/cgroup")
 _PERIOD_US: Final = 100_000
+
+
+def least_memory_bytes(held_bytes: int) -> int:
+    """The smallest bound for a session that holds so much: below it the kernel might kill it."""
+    return held_bytes + held_bytes // 10 + (16 << 20)
+
+
+def check_bound(name: str, held_bytes: int, asked_bytes: int) -> None:
+    """Raise Incompatible where session `name` would be killed within what it asks for."""
+    least_bytes = least_memory_bytes(held_bytes)
+    if 0 < asked_bytes < least_bytes:
+        raise Incompatible(
+            f"session {name} holds {held_bytes >> 20} MiB: bounded to {asked_bytes >> 20} MiB it"
+            " would be killed",
+            remedy=f"ask for {-(-least_bytes >> 20)}M at least, or for none in particular",
+        )
 
 
 class Cgroup:

@@ -73,14 +73,21 @@ class Content(NamedTuple):
     pause: Callable[[int], Awaitable[None]]
 
 
+Passage = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+
+
 class Response(NamedTuple):
-    """An answer: a document, text, bytes of a file, or lines that follow as they come."""
+    """An answer: a document, text, bytes of a file, or lines that follow as they come.
+
+    Or 101 and a `passage`, which uses the connection from then on, for whatever it likes.
+    """
 
     status: int = 200
     document: Any = None
     text: str | None = None
     lines: AsyncIterator[Any] | None = None
     content: Content | None = None
+    passage: Passage | None = None
     headers: dict[str, str] = {}  # noqa: RUF012 - never changed in place
 
 
@@ -189,6 +196,10 @@ class Server:
             traceback.print_exc(file=sys.stderr)
             words = f"the agent failed: {type(error).__name__}: {error}"
             response = Response(500, {"error": words, "remedy": "see the agent's log"})
+        if response.passage:
+            writer.write(b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: lzy\r\n\r\n")
+            await response.passage(reader, writer)
+            return False
         await _answer(writer, response)
         return response.lines is None and request.headers.get("connection") != "close"
 

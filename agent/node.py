@@ -25,14 +25,16 @@ from ..checkpoint.stages import reach
 from ..checkpoint.store import Store
 from . import errors, operations
 from .authority import agent_place
-from .cgroups import Cgroup
+from .cgroups import Cgroup, least_memory_bytes
 from .children import Children
 from .chronicle import Chronicle
 from .identity import read_identity
 from .moving import ASKED, BACK, Mover
 from .operations import CHECKPOINT, DOZE, HIBERNATE, MIGRATE, ROUSE, WAKE, Order
-from .peers import Contacts
+from .passages import Passages, Place
+from .peers import Contacts, split_address
 from .ports import Ports
+from .processes import list_below
 from .repair import find_out
 from .session import Session
 from .settings import Settings, combine
@@ -61,6 +63,9 @@ _LEADS_TO: Final = {
 _HEAVY: Final = frozenset({CHECKPOINT, HIBERNATE, DOZE})
 _MOST_WAITING = 8
 _BACKOFF_S, _LONGEST_BACKOFF_S = 60.0, 3600.0
+CALLED: Final = "called"
+"""The event of which a migrator makes a wake, where there is room for it."""
+_MIGRATOR_ANSWERS_S, _LOOKS_EVERY_S = 8.0, 0.1
 _SETTLES_S = 0.3  # from a process's end until a dump that ended it has said so
 
 Progress = Callable[[dict[str, Any]], None]
@@ -81,6 +86,9 @@ class Agent:
         self.contacts = Contacts(agent_place(home))
         self.mover = Mover(self)
         self.ports = Ports(self._open_image, self._wake_for)
+        self.passages = Passages(self.contacts, self.spawn)
+        self.listening_migrators = 0
+        """How many hear of our events as they come: one, or none."""
         self.sessions: dict[str, Session] = {}
         self.began_unix_s = time.time()
         self.counters: dict[str, int] = {}
@@ -128,7 +136,7 @@ class Agent:
                 if session.record.state in LIVING:
                     self._watch_end(session)
             self.tell_terminal(session.record)
-            self.ports.follow(session.record)
+            self._follow_ports(session.record)
         self.mover.conclude_all()
         self.mover.keep_followed()
         for session in self.sessions.values():
@@ -148,6 +156,7 @@ class Agent:
         while self._is_at_work and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
         self.ports.close()
+        self.passages.close()
         self.chronicle.close()
         self.state.close()
 
@@ -207,8 +216,11 @@ class Agent:
     ) -> None:
         """Look after it no longer: it lives on another node; `followed`: which reads here yet."""
         image = session.record.image if followed else ""
+        address = str(session.record.moving.get("address", ""))
         self.state.depart(session.record, epoch, node, words, image)
         self.mover.keep_followed()
+        if kept := self.ports.hand_over(session.record.name):
+            self.passages.keep(Place(session.record.name, node, address, epoch), kept)
         self.counters["migrated"] = self.counters.get("migrated", 0) + 1
         self.forget(session)
 
@@ -235,10 +247,19 @@ class Agent:
         if "state" in changes:
             self.tell_terminal(session.record)
         if "state" in changes or "moving" in changes:
-            self.ports.follow(session.record)
+            self._follow_ports(session.record)
         if kind:
             self.counters[kind] = self.counters.get(kind, 0) + 1
             self.ring()
+
+    def _follow_ports(self, record: Record) -> None:
+        """Keep its ports, or free them for it: also where it is made beside us, on this machine."""
+        self.passages.end(record.name)
+        address, own = record.moving.get("address"), self.identity.address
+        if address and own and split_address(address)[0] == split_address(own)[0]:
+            self.ports.release(record.name)
+        else:
+            self.ports.follow(record)
 
     def tell_terminal(self, record: Record) -> None:
         """Let the keeper of its terminal, if it has one, know how the session is."""
@@ -516,11 +537,14 @@ class Agent:
             return
         group = Cgroup.inside("sessions", session.record.name)
         memory_bytes = int(asked.get("memory_bytes") or 0)
+        if memory_bytes:  # it may have grown since it asked
+            memory_bytes = max(memory_bytes, least_memory_bytes(session.held_bytes))
         if group.limit(memory_bytes=memory_bytes):
             session.memory_limit_bytes = memory_bytes
         if asked.get("cpu"):
             group.share(float(asked["cpu"]))
-        group.add(session.record.pid)
+        for pid in (session.record.pid, *list_below(session.record.pid)):
+            group.add(pid)
 
     def _hear_end(self, session: Session) -> None:
         pidfd = -1
@@ -564,8 +588,24 @@ class Agent:
     def _wake_for(self, name: str, port: int) -> None:
         """Somebody has connected to a port of a session that hibernates."""
         session = self.sessions[name]
-        self.update(session, "called", f"somebody connected to port {port}")
-        self.spawn(self.operate(session, WAKE, why=f"a connection to port {port}"))
+        with contextlib.suppress(StoreUnavailable):
+            self.update(session, CALLED, f"somebody connected to port {port}")
+        self.spawn(self._wake_where_there_is_room(session, f"a connection to port {port}"))
+
+    async def _wake_where_there_is_room(self, session: Session, why: str) -> None:
+        """Have the migrator say on which node, if it has heard of the call; else wake it here."""
+
+        def sleeps() -> bool:
+            known = self.sessions.get(session.record.name) is session
+            return known and session.record.state == HIBERNATED and not session.lock.locked()
+
+        deadline = time.monotonic() + (_MIGRATOR_ANSWERS_S if self.listening_migrators else 0)
+        while sleeps() and (
+            self.mover.is_leaving(session.record.name) or time.monotonic() < deadline
+        ):
+            await self.await_event(_LOOKS_EVERY_S)
+        if sleeps():
+            await self.operate(session, WAKE, why=why)
 
     def _output(self, record: Record) -> Path:
         """The file for what a woken session prints where nobody hears it any more."""

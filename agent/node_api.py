@@ -6,6 +6,7 @@ import asyncio
 import os
 import re
 import time
+from asyncio import StreamReader, StreamWriter
 from typing import Any, Final
 
 from ..checkpoint.errors import AccessDenied, NotFound
@@ -14,7 +15,9 @@ from ..checkpoint.store import Store
 from .fields import BadBody, Field
 from .http import Content, Request, Response
 from .node import Agent
+from .passages import connect_to_session, join
 from .routes import NODES, Route, parse_query
+from .state import Arrival
 
 _A: Final = "/v1/arrivals/{arrival}/{epoch}"
 NODE_ROUTES: Final = (
@@ -36,6 +39,8 @@ NODE_ROUTES: Final = (
           who=NODES),
     Route("POST", "/v1/departures/{arrival}/{epoch}/complete", "complete",
           "The node that a session went to has all that it read here.", who=NODES),
+    Route("POST", "/v1/passages/{arrival}/{epoch}/{port}", "passage",
+          "A connection to a session that came from the asking node: 101, then frames.", who=NODES),
     Route("GET", "/v1/images/{image}", "image", "The manifest of an image.", who=NODES),
     Route("GET", "/v1/packs/{pack}", "pack", "A pack of this node's store, or a part.",
           query={"offset": Field("integer", "where it begins", 0, 1 << 30),
@@ -67,6 +72,8 @@ class NodeApi:
         arrival = self._agent.state.arrival(name, epoch)
         if arrival and arrival.source != source:
             raise AccessDenied(f"session {name} comes from {arrival.source}, not from {source}")
+        if route.handle == "passage":
+            return await self._open_passage(arrival, parts["port"])
         if route.handle == "offer":
             return Response(document=mover.offer(name, epoch, source, asked))
         if route.handle == "prepare":
@@ -76,6 +83,27 @@ class NodeApi:
         if route.handle == "cancel":
             return Response(document=await mover.cancel(name, epoch, source))
         return Response(document=mover.forget(name, epoch))
+
+    async def _open_passage(self, arrival: Arrival | None, port: str) -> Response:
+        """Connect to where a session listens that the asking node has brought here."""
+        session = self._agent.sessions.get(arrival.name) if arrival else None
+        if not arrival or not session or not session.is_living:
+            raise NotFound("there is no such session here", remedy="see lzy ps")
+        with (
+            Store.open(self._agent.store) as store,
+            store.load_unchecked(session.record.image) as image,
+        ):
+            reader, writer = await connect_to_session(image, port)
+
+        async def passage(far_reader: StreamReader, far_writer: StreamWriter) -> None:
+            try:
+                await join(reader, writer, far_reader, far_writer)
+            except ConnectionError:
+                writer.transport.abort()
+            finally:
+                writer.close()
+
+        return Response(101, passage=passage)
 
     def _open(self, kind: str, name: str, part: dict[str, Any]) -> Response:
         """A file of the store, as it is, or a part of it."""

@@ -12,6 +12,7 @@ import json
 import re
 import socket
 import ssl
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from .client import Client, Unanswered
 from .http import USER_HEADER
 
 _CONNECTS_WITHIN_S = 5.0
+_AGREES_WITHIN_S = 30.0
 
 
 class Unreachable(LzyError):
@@ -117,6 +119,52 @@ class Contacts:
             self._context = client_context(self.place)
         return self._context
 
+    @contextlib.asynccontextmanager
+    async def open(
+        self, address: str, subject: str, path: str
+    ) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+        """A connection to that agent for a block's own use, once it has agreed to POST `path`.
+
+        Raises Unreachable, Unanswered, or what it answered.
+        """
+        where = f"{subject} at {address}"
+        reader, writer = await self._connect(address, subject)
+        try:
+            writer.write(f"POST {path} HTTP/1.1\r\nHost: lzy\r\n\r\n".encode())
+            async with asyncio.timeout(_AGREES_WITHIN_S):
+                await writer.drain()
+                head = await reader.readuntil(b"\r\n\r\n")
+            if not head.startswith(b"HTTP/1.1 101 "):
+                _read(head + await reader.read(-1), where)
+                raise Unanswered(f"{where} does not pass anything on")
+            yield reader, writer
+        except (TimeoutError, asyncio.IncompleteReadError) as error:
+            raise Unanswered(f"{where} did not answer") from error
+        finally:
+            writer.close()
+            with contextlib.suppress(OSError, ssl.SSLError):
+                await writer.wait_closed()
+
+    async def _connect(
+        self, address: str, subject: str
+    ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """A connection to who it should be. Raises Unreachable, AccessDenied."""
+        host, port = split_address(address)
+        try:
+            async with asyncio.timeout(_CONNECTS_WITHIN_S):
+                reader, writer = await asyncio.open_connection(
+                    host, port, ssl=self.context(), server_hostname=""
+                )
+        except (OSError, TimeoutError) as error:
+            words = f"{subject} at {address} does not answer: {error or 'it takes too long'}"
+            raise Unreachable(words, remedy="see lzy nodes") from error
+        notice_cuts(writer.get_extra_info("socket"))
+        found = subject_of(writer.get_extra_info("peercert"))
+        if found != subject:
+            writer.close()
+            raise AccessDenied(f"{address} is {found or 'nobody'}, not {subject}")
+        return reader, writer
+
     async def ask(
         self,
         address: str,
@@ -127,21 +175,9 @@ class Contacts:
         timeout_s: float = 30.0,
     ) -> dict[str, Any]:
         """What that agent answers. Raises Unreachable, Unanswered, or what it answered."""
-        host, port = split_address(address)
         where = f"{subject} at {address}"
+        reader, writer = await self._connect(address, subject)
         try:
-            async with asyncio.timeout(_CONNECTS_WITHIN_S):
-                reader, writer = await asyncio.open_connection(
-                    host, port, ssl=self.context(), server_hostname=""
-                )
-        except (OSError, TimeoutError) as error:
-            words = f"{where} does not answer: {error or 'it takes too long'}"
-            raise Unreachable(words, remedy="see lzy nodes") from error
-        notice_cuts(writer.get_extra_info("socket"))
-        try:
-            found = subject_of(writer.get_extra_info("peercert"))
-            if found != subject:
-                raise AccessDenied(f"{address} is {found or 'nobody'}, not {subject}")
             content = json.dumps(body).encode() if body is not None else b""
             head = f"{method} {path} HTTP/1.1\r\nHost: lzy\r\nConnection: close\r\n"
             writer.write(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)

@@ -7,8 +7,9 @@ accepts the connection and finds what was sent. Nothing is read here.
 Not for notebook kernels: their clients connect again and again by themselves (ZeroMQ), which is no
 use of the session.
 
-*Guarantee*: a kept socket is closed here when the session lives, moves or is forgotten; if the wake
-fails it goes on being kept, and is listened to again after a while.
+*Guarantee*: a kept socket is closed here when the session lives or is forgotten; if the wake fails
+it goes on being kept, and is listened to again after a while. When the session has gone to another
+node it is handed to `passages`.
 """
 
 from __future__ import annotations
@@ -42,8 +43,10 @@ class Ports:
         """Keep, or let go of, a session's ports, as its record has become."""
         if record.state == WAKING:
             self._listen(record.name, False)
-        elif record.state != HIBERNATED or record.moving:
+        elif record.state != HIBERNATED:
             self.release(record.name)
+        elif record.moving:  # whoever waits is passed on, once it lives there
+            self._listen(record.name, False)
         elif record.name not in self._kept:
             if "ipykernel" not in record.command:
                 self._keep(record)
@@ -63,6 +66,11 @@ class Ports:
         self._listen(name, False)
         for sock in self._kept.pop(name, {}).values():
             sock.close()
+
+    def hand_over(self, name: str) -> list[socket.socket]:
+        """The sockets that are kept for a session, to be the caller's."""
+        self._listen(name, False)
+        return list(self._kept.pop(name, {}).values())
 
     def close(self) -> None:
         """Let go of all."""

@@ -48,6 +48,17 @@ def list_processes() -> dict[int, Process]:
     return found
 
 
+def list_below(pid: int) -> list[int]:
+    """The pids of all descendants of a process, as they are just now."""
+    children: dict[int, list[int]] = {}
+    for process in list_processes().values():
+        children.setdefault(process.parent, []).append(process.pid)
+    found = [pid]
+    for each in found:
+        found += children.get(each, [])
+    return found[1:]
+
+
 def look_at(pid: int) -> Process | None:
     """That process, be it a zombie; None when there is none."""
     try:

@@ -53,6 +53,11 @@ class Session:
         """For how long every look has found every probe idle; counted from the first such look."""
         return time.monotonic() - self._idle_since_s if self._idle_since_s is not None else 0.0
 
+    @property
+    def held_bytes(self) -> int:
+        """Memory that it holds, or will hold when it wakes."""
+        return max(self.memory_bytes if self.is_living else 0, self.record.image_bytes)
+
     def open_process(self) -> bool:
         """Take hold of the recorded process, to hear of its end; whether it is there."""
         self.close_process()

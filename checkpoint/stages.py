@@ -1,4 +1,4 @@
-"""The stages of dumps, restores, pagers and the agent, so that tests can end lzy at each of them.
+"""The stages of dumps, restores, pagers and daemons, so that tests can end lzy at each of them.
 
 `LZY_TEST_KILL_AT=dump.seized lzy dump …` makes lzy kill itself (SIGKILL) on reaching that stage.
 `LZY_TEST_STAGES_TO=FILE` has the time of each written there, for who wants to know where it goes.
@@ -57,6 +57,13 @@ STAGES: Final = (
     "move.fetched",
     "move.departed",
     "move.back",
+    "migrator.looked",
+    "migrator.decided",
+    "migrator.recorded",
+    "migrator.told",
+    "migrator.heard",
+    "migrator.chosen",
+    "migrator.answered",
     "door.prepared",
     "door.mapped",
     "door.borrowed",

@@ -15,11 +15,13 @@ from urllib.parse import urlencode
 
 from ..agent import errors
 from ..agent.api import ROUTES
+from ..agent.cgroups import check_bound
 from ..agent.client import Client
 from ..agent.fields import Field, parse
 from ..agent.http import Request, Response
 from ..agent.routes import parse_query
 from ..checkpoint.errors import AccessDenied, Busy, LzyError, NotFound
+from ..checkpoint.stages import reach
 from .fleet import Fleet, Look
 from .join import admit
 from .moves import (
@@ -159,8 +161,10 @@ class Api:
 
     async def _pass_on(self, request: Request, name: str, verb: str) -> Response:
         """Have the agent that has the session answer."""
-        if verb == "wake" and (moved := await self._wake_elsewhere(request, name)):
-            return moved
+        if verb in ("wake", "signal"):
+            moved = await self._wake_elsewhere(request, name)
+            if moved and verb == "wake":
+                return moved
         member = await asyncio.to_thread(self._fleet.find, name, request.uid)
         client = self._fleet.client(member, request.uid)
         path = client.session(name, verb)
@@ -180,15 +184,11 @@ class Api:
             look, session = find_session(looks, name)
             if session["pid"] is not None or not session["image"]:
                 return None
-            chosen = None
-            if not look.node.get("draining"):
-                if parse(request.body, _ANY).get("image"):  # an earlier one wakes where it is
-                    return None
-                if session["state"] != "hibernated":
-                    return None
-                if (chosen := choose_for_wake(looks, session)) is None:
-                    return None
-            self._check_owner(request, session)
+            if not look.node.get("draining") and parse(request.body, _ANY).get("image"):
+                return None  # an earlier one wakes where it is
+            if (chosen := choose_for_wake(looks, look, session)) is None:
+                return None
+            await asyncio.to_thread(self._check_owner, request, session, "wake", {})
             return await asyncio.to_thread(self._move, request, looks, session, Wish(), {}, chosen)
         return None
 
@@ -201,15 +201,18 @@ class Api:
             self._fleet.member(wish.node)
         looks = await asyncio.to_thread(self._fleet.look)
         _, session = find_session(looks, name)
-        self._check_owner(request, session)
+        order = {"node": wish.node or "-", "address": "-"}
+        await asyncio.to_thread(self._check_owner, request, session, "migrate", order)
         return await asyncio.to_thread(self._move, request, looks, session, wish, body)
 
-    def _check_owner(self, request: Request, session: dict[str, Any]) -> None:
+    def _check_owner(
+        self, request: Request, session: dict[str, Any], verb: str, body: dict[str, Any]
+    ) -> None:
+        """Raise AccessDenied for another's session: as its agent does, which writes it down."""
         if request.uid not in (0, session["owner_uid"]):
-            raise AccessDenied(
-                f"session {session['name']} belongs to user {session['owner_uid']}",
-                remedy="ask its owner, or root",
-            )
+            client = self._fleet.client(self._fleet.member(session["node"]), request.uid)
+            client.post(client.session(session["name"], verb), body, timeout_s=30)
+            raise AccessDenied(f"session {session['name']} belongs to user {session['owner_uid']}")
 
     def _move(
         self,
@@ -221,6 +224,8 @@ class Api:
         chosen: Choice | None = None,
     ) -> Response:
         name = session["name"]
+        held_bytes = max(session["memory_bytes"] if session["pid"] else 0, session["image_bytes"])
+        check_bound(name, held_bytes, wish.memory_bytes)
         choice = chosen or choose(looks, session, wish)
         told = {"choice": _describe(choice)}
         if body.get("dry_run"):
@@ -237,12 +242,14 @@ class Api:
             answer = client.post(path, {"requests": wanted}, timeout_s=30)
             self._hurry()
             return Response(document={**answer, **told, "queued": True})
+        reach("migrator.chosen")
         path = client.session(name, "migrate")
         order = migrate_body(choice, session, wish)
         order["bytes_per_s"] = body.get("bytes_per_s", 0.0)
         if "application/x-ndjson" in request.headers.get("accept", ""):
             return Response(lines=_stream(client, path, order, told, self._after(choice, name)))
         answer = client.post(path, order)
+        reach("migrator.answered")
         return Response(document={**answer, **told, **self._after(choice, name)()})
 
     def _after(self, choice: Choice, name: str) -> Callable[[], dict[str, Any]]:

@@ -13,6 +13,7 @@ import time
 
 from ..agent.clock import Clock
 from ..checkpoint.errors import Busy, LzyError
+from ..checkpoint.stages import reach
 from .facts import Fleet as Facts
 from .facts import SessionFacts, Settings, Slack
 from .fleet import Fleet, Look
@@ -42,6 +43,7 @@ class Loop:
     def go_round(self) -> float:
         """Ask, decide, tell; how long to wait until the next round, in seconds."""
         looks = self._fleet.look()
+        reach("migrator.looked")
         if all(look.failure for look in looks):
             return UNREACHABLE_PAUSE_S
         settings = read_settings(looks)
@@ -49,10 +51,13 @@ class Loop:
         facts = self._learn(read_fleet(looks, self._slacks, now_s), settings)
         decisions = decide(facts, settings, now_s)
         if decisions:
+            reach("migrator.decided")
             self._write(facts, settings, now_s, decisions)
+            reach("migrator.recorded")
         for decision in decisions:
             try:
                 self._carry_out(decision, looks)
+                reach("migrator.told")
             except Busy:
                 pass  # something is done to it already
             except LzyError as error:

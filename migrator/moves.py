@@ -85,8 +85,15 @@ def choose(looks: list[Look], session: dict[str, Any], wish: Wish) -> Choice:
     return Choice(name, address, words, refusals, True)
 
 
-def choose_for_wake(looks: list[Look], session: dict[str, Any]) -> Choice | None:
-    """Where a session that hibernates wakes, if its node has no room for it now and another has."""
+def choose_for_wake(looks: list[Look], look: Look, session: dict[str, Any]) -> Choice | None:
+    """Where a session that sleeps on the node of `look` wakes, if not there.
+
+    That node is drained, or has no room for it now and another has.
+    """
+    if look.node.get("draining"):
+        return choose(looks, session, Wish())
+    if session["state"] != "hibernated":
+        return None
     facts, settings = read_fleet(looks), read_settings(looks)
     own = next(s for s in facts.sessions if s.name == session["name"])
     here = next(node for node in facts.nodes if node.name == session["node"])

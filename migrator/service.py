@@ -22,6 +22,7 @@ from ..checkpoint.errors import LzyError
 from ..checkpoint.home import home
 from ..checkpoint.linux.detached import set_name
 from .api import Api
+from .calls import Calls
 from .fleet import Fleet
 from .loop import UNREACHABLE_PAUSE_S, Loop, log
 
@@ -65,17 +66,18 @@ async def _run(folder: Path) -> None:
     if address := migrator_address(folder):
         context = server_context(fleet_folder(folder), guests=True)
         await server.listen_to_nodes(address, context)
-    rounds = asyncio.ensure_future(_go_rounds(Loop(fleet), hurried))
+    rounds = asyncio.ensure_future(_go_rounds(Loop(fleet), Calls(fleet), hurried))
     await told.wait()
     rounds.cancel()
     await server.close()
     os._exit(0)  # threads may wait for nodes that do not answer
 
 
-async def _go_rounds(loop: Loop, hurried: asyncio.Event) -> None:
+async def _go_rounds(loop: Loop, calls: Calls, hurried: asyncio.Event) -> None:
     while True:
         began = time.monotonic()
         try:
+            await asyncio.to_thread(calls.listen)
             pause_s = await asyncio.to_thread(loop.go_round)
         except (LzyError, KeyError, TypeError, ValueError, OSError) as error:
             log(f"{type(error).__name__}: {error}")

@@ -225,6 +225,39 @@ def test_connection_wakes_a_session(start: Any, service: Service) -> None:
     program.adopt(service.look()["pid"])
 
 
+def test_use_wakes_a_session_where_there_is_room(trial: Trial) -> None:
+    """Who connects while its node takes no sessions is served by another, through the old one's
+    port: what was sent at once and what comes later, and who connects later. So is a signal."""
+    trial.up("--own-stores")
+    trial.ledger()
+    talk = (
+        "import socket\n"
+        "def ask(s, words):\n"
+        "    s.sendall(words); return s.recv(100).split()\n"
+        f"with socket.create_connection(('{WHERE[0]}', {PORT}), 60) as s:\n"
+        "    one = ask(s, b'1\\n'); two = ask(s, b'2\\n'); s.shutdown(socket.SHUT_WR)\n"
+        "    assert s.recv(100) == b''\n"
+        f"with socket.create_connection(('{WHERE[0]}', {PORT}), 60) as s:\n"
+        "    three = ask(s, b'3\\n')\n"
+        "assert [n for n, _, _ in (one, two, three)] == [b'1', b'2', b'3']\n"
+        "assert one[2] == two[2] == three[2]; print('served')"
+    )
+    trial.lzy.succeed("hibernate", "ledger")
+    trial.lzy.succeed("drain", "one")
+    asked = [*trial.lzy.executable, "enter", "two", "--", sys.executable, "-c", talk]
+    said = subprocess.run(
+        asked, env={**os.environ, "LZY_HOME": str(trial.home)}, capture_output=True, timeout=90
+    )
+    assert said.stdout == b"served\n", said.stderr.decode()
+    assert (trial.look()["node"], trial.look()["state"]) == ("two", "running")
+    trial.lzy.succeed("drain", "--undo", "one")
+    trial.lzy.succeed("migrate", "ledger", "--node", "one")
+    trial.lzy.succeed("hibernate", "ledger")
+    trial.lzy.succeed("drain", "one")
+    trial.lzy.succeed("signal", "ledger", "URG")
+    assert (trial.look()["node"], trial.look()["state"]) == ("two", "running")
+
+
 def wait_until_it_listens(port: int) -> None:
     deadline = time.monotonic() + PATIENCE_S
     while time.monotonic() < deadline:
@@ -239,6 +272,8 @@ def test_session_waits_for_a_gpu_and_is_held_to_its_share(trial: Trial) -> None:
     """It goes when there is one, with the memory that it asked for as its bound."""
     trial.up()
     trial.ledger()
+    small = trial.lzy.fail("migrate", "ledger", "--memory", "4M", "--dry-run")
+    assert "would be killed" in small["message"]
     trial.lzy.succeed("drain", "two")
     refused = trial.lzy.fail("migrate", "ledger", "--gpu")
     assert "no other node has a free GPU" in refused["message"]

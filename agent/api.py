@@ -141,6 +141,10 @@ class Api:
             return await self._dispatch(request)
         except LzyError as error:
             return Response(errors.status_of(error), errors.describe(error))
+        except PermissionError as error:
+            words = f"may not use {error.filename or request.path[:200]}: {error.strerror}"
+            told: LzyError = AccessDenied(words, remedy="lzy doctor tells what it lacks")
+            return Response(errors.status_of(told), errors.describe(told))
         except OSError as error:  # of a log or a lock, say: whatever the engine does is explained
             told = unavailable(f"do {request.path[:200]}", error)
             return Response(errors.status_of(told), errors.describe(told))
@@ -470,7 +474,8 @@ def _name(asked: dict[str, Any]) -> str | None:
     try:
         return check_session_name(asked["name"]) if "name" in asked else None
     except LzyError as error:
-        raise BadBody(error.message, remedy=error.remedy) from None
+        words = error.message.replace("an image", "a session", 1)
+        raise BadBody(words, remedy=error.remedy) from None
 
 
 def _check_bound(session: Session, requests: dict[str, Any]) -> None:

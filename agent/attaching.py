@@ -47,25 +47,32 @@ def attach(
     """
     if pid in (os.getpid(), os.getppid()):
         raise Unsupported(f"pid {pid} is lzy's own agent", remedy="choose another process")
-    owner = owner_of(pid)
+    try:
+        owner = owner_of(pid)
+    except NotFound as error:
+        raise NotFound(error.message, remedy="ps -ef shows what runs", pid=pid) from error
     if uid not in (0, owner):
         raise AccessDenied(
             f"process {pid} belongs to user {owner}, not to {uid}",
             remedy="its owner, or root, can attach it",
             pid=pid,
         )
-    try:
-        refuse_unfit(pid)
-    except Unsupported as error:
-        if "children" not in error.facts:  # those may end; it is in use until then
-            raise
     start = proc.start_time(pid)
     for session in agent.sessions.values():
         record = session.record
         if record.state in LIVING and (record.pid, record.start_time) == (pid, start):
             if name not in (None, record.name):
-                raise Busy(f"process {pid} is session {record.name} already", pid=pid)
+                raise Busy(
+                    f"process {pid} is session {record.name} already",
+                    remedy=f"use it by that name, or lzy detach {record.name} first",
+                    pid=pid,
+                )
             return Attached(session, [f"process {pid} was attached before"])
+    try:
+        refuse_unfit(pid)
+    except Unsupported as error:
+        if "children" not in error.facts:  # those may end; it is in use until then
+            raise
     command = command_of(pid)
     environment = _environment(pid)
     with Store.open(agent.store, create=True) as store:

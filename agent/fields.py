@@ -85,7 +85,12 @@ def _check(name: str, value: Any, field: Field) -> None:
 
 def _describe(field: Field) -> str:
     never = ", or null for never" if field.may_be_null else ""
-    bounds = f" from {field.low:g} to {field.high:g}" if field.kind in ("integer", "number") else ""
+    bounds = ""
+    if field.kind in ("integer", "number"):
+        low, high = (
+            f"{n:.0f}" if n == int(n) and n < 1e9 else f"{n:g}" for n in (field.low, field.high)
+        )
+        bounds = f" from {low} to {high}"
     return f"{field.words}: {field.kind}{bounds}{never}"
 
 

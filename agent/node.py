@@ -193,7 +193,10 @@ class Agent:
     ) -> Session:
         """Begin to look after a session; `checkpoint`: take its first one beside that."""
         if self.is_draining:
-            raise Busy(f"{self.identity.name} is being drained", remedy="choose another node")
+            raise Busy(
+                f"{self.identity.name} is being drained",
+                remedy=f"choose another node, or lzy drain --undo {self.identity.name}",
+            )
         self.state.insert(record, "attached", words, actor_uid)
         session = self.sessions[record.name] = Session(record)
         self._watch_end(session)

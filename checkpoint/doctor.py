@@ -306,7 +306,8 @@ def _check_gpu(_: Path) -> Finding:
     names = _ask_nvidia_smi()
     details["names"] = names
     told = ", ".join(names) if names else ", ".join(nodes) or "driver without a device"
-    words = f"{told}; a process that holds it cannot be dumped yet"
+    words = f"{told}; a process that holds it cannot be dumped yet, and counts as in use:"
+    words += " whether it computes is not asked"
     remedy = "end its use of the GPU first (a process that only sees it is no trouble)"
     return Finding("gpu", "degraded", words, remedy, details=details)
 

@@ -133,7 +133,11 @@ class Store:
             with open(path / "config.json", "rb") as file:
                 text = file.read(_MOST_CONFIG_BYTES + 1)
         except (FileNotFoundError, NotADirectoryError) as error:
-            raise NotFound(f"there is no store at {path}", path=str(path)) from error
+            raise NotFound(
+                f"there is no store at {path}",
+                remedy="lzy attach and lzy dump make one; --store and LZY_HOME name another",
+                path=str(path),
+            ) from error
         except OSError as error:
             raise unavailable(f"open store {path}", error) from error
         identity, check = _parse_config(path, text)

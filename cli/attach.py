@@ -75,6 +75,8 @@ def attach(
 
     given = {"doze_after_s": doze_after, "hibernate_after_s": hibernate_after}
     settings = {n: None if v == float("inf") else v for n, v in given.items() if v is not None}
+    if name == "":
+        raise click.BadParameter("a session needs a name, or leave --name out.")
     pid = find_process(process)
     found = find_node(pid)
     body: dict[str, Any] = {"pid": pid, "settings": settings, **found}

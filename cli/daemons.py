@@ -22,6 +22,7 @@ from .trial import (
     NodeList,
     all_answer,
     daemons_of,
+    has_nodes,
     hibernate_all,
     is_trial,
     prepare_fleet,
@@ -63,12 +64,20 @@ _ENDS_WITHIN_S = 40.0
     help="Idle this long, sessions are hibernated.  [default: 30m]",
 )
 @click.option(
-    "--notice", type=Duration(), help="Notice is given this long before that.  [default: 10s]"
+    "--notice",
+    type=Duration(most_s=3600),
+    help="Notice is given this long before that.  [default: 10s]",
 )
 @click.option(
-    "--after-wake", type=Duration(), help="Woken sessions stay at least this long.  [default: 5m]"
+    "--after-wake",
+    type=Duration(most_s=86400),
+    help="Woken sessions stay at least this long.  [default: 5m]",
 )
-@click.option("--sample-every", type=Duration(), help="How often to look.  [default: 15s]")
+@click.option(
+    "--sample-every",
+    type=Duration(least_s=0.05, most_s=3600),
+    help="How often to look.  [default: 15s]",
+)
 @click.option("--all-users", is_flag=True, help="Let every user of this machine talk to the agent.")
 @click.option(
     "--nodes",
@@ -120,8 +129,8 @@ def up(
             raise click.UsageError(f"lzy is up for {home()} already (agent {node['agent_pid']}).")
         if chosen:
             node = client.post("/v1/node/settings", {"settings": chosen})
-        if nodes or listen:
-            raise click.UsageError(f"lzy is up for {home()} already; lzy down stops it.")
+        if listen or (nodes and not has_nodes(home(), nodes)):
+            raise click.UsageError(f"lzy is up for {home()} otherwise already; lzy down stops it.")
         started = False
     except NoAgent:
         for each in nodes or ():

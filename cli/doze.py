@@ -37,7 +37,7 @@ def find_process(store: Store, asked: str) -> int:
     if not pids:
         raise NotFound(
             f"no process of session {asked} runs here",
-            remedy=f"bring it back with: lzy restore {asked}",
+            remedy=f"lzy ps tells where it is; lzy wake {asked}, or lzy restore {asked}",
             session=asked,
         )
     if len(pids) > 1:
@@ -84,6 +84,9 @@ def doze(
 
     if once and limit is None:
         raise click.UsageError("--once goes with --limit.")
+    if limit is None and store is None and (report := _ask_agent(process)):
+        say_json(as_document(report)) if as_json else say(describe(report))
+        return
     opened = open_store(store, create=True)
     pid = find_process(opened, process)
     enter_copy(pid)
@@ -99,6 +102,30 @@ def doze(
         say_json(as_document(report))
     else:
         say(describe(report))
+
+
+def _ask_agent(process: str) -> DozeReport | None:
+    """Have the agent do it, which is to know of it, if it looks after a session of that name."""
+    from ..agent.client import Client, NoAgent
+    from ..checkpoint.doze import DozeReport
+    from ..checkpoint.errors import Busy, NotFound
+    from .progress import ProgressLine
+
+    if process.isdecimal():
+        return None
+    client = Client()
+    try:
+        client.get(client.session(process))
+    except (NoAgent, NotFound):
+        return None
+    try:
+        with ProgressLine() as line:
+            answer = client.work(client.session(process, "doze"), {}, line.update)
+    except KeyboardInterrupt:
+        raise Interrupted(f"{process} is still being put to doze; see lzy ps") from None
+    if not (told := answer["report"]):
+        raise Busy(f"session {process} dozes already", remedy=f"lzy wake {process} ends that")
+    return DozeReport(**{name: told[name] for name in DozeReport._fields})
 
 
 def _keep_below(

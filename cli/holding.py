@@ -22,7 +22,12 @@ from .sessions import choose, complete_name, name_argument
 )
 @name_argument
 @click.option(
-    "--for", "for_s", type=Duration(), default="1h", show_default=True, help="At most 30 days."
+    "--for",
+    "for_s",
+    type=Duration(least_s=1, most_s=30 * 86400),
+    default="1h",
+    show_default=True,
+    help="At most 30 days.",
 )
 @json_option
 def hold(name: str | None, for_s: float, as_json: bool) -> None:

@@ -144,7 +144,7 @@ def _remark(session: dict[str, Any], now: float) -> str:
         return f"{operation['verb']}: {operation['stage']}"
     if session["moving_to"]:
         return f"on its way to {session['moving_to']}"
-    if session["waiting_since_unix_s"]:
+    if session["waiting_since_unix_s"] and session["pid"]:
         return f"waits for {spell_requests(session['requests'])}"
     if session["failure"]:
         return paint(str(session["failure"])[:80], "red")
@@ -207,6 +207,8 @@ def why(name: str | None, as_json: bool) -> None:
     else:
         pairs.append(("next", "nothing"))
     pairs.append(("because", step.why))
+    if document["pid"] is None and document["image"] and document["state"] != "waking":
+        pairs.append(("to use it", f"lzy wake {document['name']}"))
     if document["failure"]:
         pairs.append(("failure", paint(document["failure"], "red")))
     say([*lines, *facts(pairs)])

@@ -89,6 +89,17 @@ def is_trial(folder: Path) -> bool:
     return (folder / "fleet" / "trial.json").exists()
 
 
+def has_nodes(folder: Path, nodes: list[Identity]) -> bool:
+    """Whether that home has these very nodes, in namespaces of this machine."""
+    from ..agent.identity import read_identity
+    from ..agent.trial import node_home, read_trial
+
+    if not is_trial(folder) or read_trial(folder)["nodes"] != [node.name for node in nodes]:
+        return False
+    own = (read_identity(node_home(folder, node.name)) for node in nodes)
+    return all(was._replace(address="") == node for was, node in zip(own, nodes, strict=True))
+
+
 def prepare_trial(
     folder: Path,
     nodes: list[Identity],

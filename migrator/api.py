@@ -226,6 +226,12 @@ class Api:
         name = session["name"]
         held_bytes = max(session["memory_bytes"] if session["pid"] else 0, session["image_bytes"])
         check_bound(name, held_bytes, wish.memory_bytes)
+        if wish.gpu and wish.gpu <= session["gpu_count"] and wish == Wish(gpu=wish.gpu):
+            what = "a GPU" if wish.gpu == 1 else f"{wish.gpu} GPUs"
+            raise Busy(
+                f"session {name} has {what} already, on {session['node']}",
+                remedy=f"lzy migrate {name} --node NODE moves it all the same",
+            )
         choice = chosen or choose(looks, session, wish)
         told = {"choice": _describe(choice)}
         if body.get("dry_run"):

@@ -240,10 +240,10 @@ def _next_rung(session: SessionFacts, own: Settings, now_s: float) -> Step:
     if gpu and session.gpu_share <= 0 and session.gpu_idle_for_s > 0:
         # A GPU's memory held at 0 % is a reason to give it back, whatever the CPU does.
         return _rung(GIVE_GPU_BACK, session, own, now_s, session.gpu_idle_for_s, "its GPU idle")
-    if gpu:
-        return Step("", NEVER_S, "its GPU computes")
     if not is_idle(session, own):
         return Step("", NEVER_S, _why_active(session, own))
+    if gpu:
+        return Step("", NEVER_S, "its GPU computes")
     if session.state == DOZING:
         return _rung(HIBERNATE, session, own, now_s, session.idle_for_s, "idle")
     lower = DOZE if own.doze_after_s <= own.hibernate_after_s else HIBERNATE

@@ -1,7 +1,8 @@
 """Placement: which node a session goes to, and of every other why not.
 
 A node must be able to carry a session (reachable, room, GPU, CPU features, the same mapped files);
-of those the cheapest for its share wins, then one that is on, then the fullest.
+of those the cheapest for its share wins, then one that is on, then one without a GPU that nobody
+asks for, then the fullest.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ def place(
 ) -> Placement:
     """The node for `need`. Without `explain`, refusals are only told when none was found."""
     best: NodeFacts | None = None
-    best_rank: tuple[float, bool, float, str] | None = None
+    best_rank: tuple[float, bool, bool, float, str] | None = None
     refused = []
     for node in nodes:
         obstacle = _find_obstacle(need, node, settings)
@@ -86,7 +87,8 @@ def place(
             continue
         free = 1 - node.reserved_memory_bytes / node.memory_bytes
         price = round(share_price(need, node), 9)
-        rank = (price, not node.warm, free, node.name)
+        spares_gpu = bool(node.gpus) and not need.gpu  # who needs it may come
+        rank = (price, not node.warm, spares_gpu, free, node.name)
         if best_rank is None or rank < best_rank:
             best, best_rank = node, rank
     if best is not None and not explain:

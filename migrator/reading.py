@@ -51,6 +51,9 @@ def read_session(
         cpu_share=document["cpu_share"],
         gpu_count=document["gpu_count"],
         gpu_share=document["gpu_share"],
+        gpu_idle_for_s=0.0
+        if any(v["probe"] == "gpu" and v["active"] for v in document["verdicts"])
+        else document["idle_for_s"],  # who has none open computes on none
         idle_for_s=document["idle_for_s"],
         verdicts=tuple(Verdict(**verdict) for verdict in document["verdicts"]),
         hold_until_s=ours(document["hold_until_unix_s"]),

@@ -55,7 +55,7 @@ def test_killed_at_each_step_of_an_eviction(
     pair: Pair, migrator: Migrator, start: Start, stage: str
 ) -> None:
     """The session runs on, or hibernates; the next migrator decides from what it finds."""
-    program = start("memory_pattern", "4", "calm").await_ready()
+    program = start("heap").await_ready()
     pair.begin(hibernate_after_s=1)
     pair.source.attach(program)
     migrator.begin(kill_at=f"migrator.{stage}")

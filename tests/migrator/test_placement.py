@@ -75,6 +75,15 @@ def test_of_equals_the_warm_and_then_the_fullest_wins() -> None:
     assert place(NEED, (cold, empty), S).node == empty
 
 
+def test_a_gpu_that_nobody_asks_for_is_left_free() -> None:
+    """Of equals one without; who asks for a GPU has it."""
+    there = (node("gpu", gpus=1, price_per_hour=0.0), node("plain", price_per_hour=0.0))
+    for need, expected in ((Need(1, GIB), "plain"), (Need(1, GIB, 1), "gpu")):
+        found = place(need, there, S).node
+        assert found
+        assert found.name == expected
+
+
 def test_a_session_needs_what_it_asks_for_and_what_it_has_been_seen_to_use() -> None:
     """The larger of request and observed peak, with room to grow; a core if it asks for none."""
     quiet = session(gib=1, peak_memory_bytes=10 * GIB)

@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 
 from lzy.migrator.fleet import Look, Member
+from lzy.migrator.idleness import GIVE_GPU_BACK, next_step
 from lzy.migrator.moves import choose_for_wake
+from lzy.migrator.reading import read_fleet, read_settings
 
 GIB = 1 << 30
 
@@ -45,7 +47,7 @@ ASLEEP = session("nb", "hibernated", 0.5)
 def test_wakes_where_there_is_room(other_gib: float, expected: str | None) -> None:
     """A neighbour that leaves no room sends it to the larger node, which is said, and why."""
     looks = [look("small", 1.2, ASLEEP, session("other", "running", other_gib)), look("large", 4)]
-    choice = choose_for_wake(looks, looks[0].sessions[0])
+    choice = choose_for_wake(looks, looks[0], looks[0].sessions[0])
     assert (choice.node if choice else None) == expected
     if choice:
         assert choice.why.startswith("small has no room for it: ")
@@ -55,4 +57,24 @@ def test_wakes_where_there_is_room(other_gib: float, expected: str | None) -> No
 def test_stays_where_no_other_has_room_either() -> None:
     """Then it wakes on its node all the same: no worse than it was before it slept."""
     looks = [look("small", 1.2, ASLEEP, session("other", "running", 0.7)), look("tiny", 0.2)]
-    assert choose_for_wake(looks, looks[0].sessions[0]) is None
+    assert choose_for_wake(looks, looks[0], looks[0].sessions[0]) is None
+
+
+def test_times_of_nodes_are_of_one_clock() -> None:
+    """Whatever the clocks of two nodes say, a hold of an hour is one of an hour."""
+    held = {**session("nb", "running", 0.5), "hold_until_unix_s": 1e9 + 3600.0}
+    looks = [look("small", 1.2, held)._replace(now_unix_s=1e9)]
+    (read,) = read_fleet(looks, now_s=5000.0).sessions
+    assert read.hold_until_s == 5000.0 + 3600.0
+    assert read.protected_until_s is None
+
+
+def test_gpu_that_is_not_open_is_idle() -> None:
+    """Who has asked for a GPU and holds none open, as with a declared one, gives it back."""
+    idle = {"probe": "cpu", "active": False, "reason": ""}
+    gpu = {"probe": "gpu", "active": True, "reason": "it has a GPU open"}
+    for verdicts, expected in (([idle], GIVE_GPU_BACK), ([idle, gpu], "")):
+        told = {"gpu_count": 1, "idle_for_s": 60.0, "verdicts": verdicts}
+        looks = [look("small", 1.2, {**session("nb", "running", 0.5), **told})]
+        (read,) = read_fleet(looks).sessions
+        assert next_step(read, read_settings(looks), 0.0).action == expected

@@ -21,7 +21,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from . import interrogate, proc, resources, tracking
+from . import interrogate, mapping_flags, proc, resources, tracking
 from .away import Away, Doze, NotAsItIs, hold_pager, read_away
 from .beside import Beside
 from .bookkeeping import Bookkeeping
@@ -301,7 +301,7 @@ class Capture:
             reach("dump.tracked")
             joined = not self.books.begun or self.books.begun.registered
             if joined and proc.read_bytes(root.witness, "maps") != now:
-                root.vmas = proc.mappings(self.pid)
+                root.vmas = mapping_flags.mappings(self.pid)
         elif self.books.account and not self.doze:
             root.ranges, self.written = tracking.look_at_all(self.pid, root.vmas)
             self._is_known = True

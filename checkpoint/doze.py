@@ -27,12 +27,12 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
-from . import proc, tracking
+from . import mapping_flags, proc, tracking
 from .away import NotAsItIs, end_pager, find_doze, hold_pager, is_unroused, read_away, read_moved
 from .content import intersect, join_ranges, own_page_ranges, subtract, windows_of
 from .dump import dump
 from .errors import AccessDenied, Busy, KernelError, LzyError, NotFound, Unsupported
-from .fitness import Progress, look_at_mappings
+from .fitness import Progress
 from .granted import may_grant, open_granted
 from .history import TO_DOZE
 from .home import run_directory
@@ -221,14 +221,14 @@ def _prepare(
     choose: Callable[[list[Range]], list[Range]],
 ) -> tuple[_Dropping | None, float]:
     """Find what can be dropped, and start a pager that knows it; and the seconds frozen."""
-    places, vmas = look_at_mappings(pid)
+    places, vmas = mapping_flags.look(pid)
     frozen_at = time.monotonic()
     with contextlib.ExitStack() as held:
         tracee = held.enter_context(stopped(pid))
         if tracking.find_account(pid) != account:
             raise _overtaken(pid)
         if proc.read_bytes(tracee.witness, "maps") != places:
-            vmas = proc.mappings(pid)
+            vmas = mapping_flags.mappings(pid)
         vmas = [vma for vma in vmas if _is_fit(vma)]
         fit = [(vma.start, vma.end) for vma in vmas]
         heard_of = [(vma.start, vma.end) for vma in vmas if "um" in vma.flags]
@@ -493,7 +493,7 @@ def _page_out_files(pid: int) -> None:
     """Let clean pages of files go: they are read again from the files; process_madvise(2)."""
     pidfd = proc.open_shared(pid)
     try:
-        for vma in proc.mappings(pid):
+        for vma in mapping_flags.mappings(pid):
             if vma.kind == "file" and not vma.shared and "w" not in vma.permissions:
                 with contextlib.suppress(OSError):
                     memory.page_out(pidfd, vma.start, vma.end - vma.start)

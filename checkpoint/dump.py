@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from . import proc, tracking
+from . import mapping_flags, proc, tracking
 from .away import Doze, NotAsItIs, find_doze
 from .capture import COPY_LIMIT_BYTES, Capture, DumpReport, Wishes
 from .content import intersect, join_ranges, own_page_ranges
@@ -132,7 +132,7 @@ def _find_fit_doze(pid: int, store: Store, window_pages: int, quick: bool) -> Do
     except LzyError:
         return None
     if quick:
-        vmas = proc.mappings(pid)
+        vmas = mapping_flags.mappings(pid)
         there = join_ranges(own_page_ranges(pid, vmas))
         written = intersect(there, join_ranges(tracking.written_ranges(pid, vmas)))
         if sum(end - start for start, end in written) > COPY_LIMIT_BYTES:

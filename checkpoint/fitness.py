@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from . import proc
+from . import mapping_flags, proc
 from .errors import Busy, NotFound, Unsupported
 from .filters import refuse_unsuspendable
 from .home import run_directory
@@ -92,20 +92,10 @@ def refuse_separate_threads(tracee: Tracee) -> None:
                 )
 
 
-def look_at_mappings(pid: int) -> tuple[bytes, list[Vma]]:
-    """Both what is /proc/PID/maps and the mappings with their flags.
-
-    Should the first read the same later, the second still hold.
-    """
-    witness = proc.witness(pid)
-    details = proc.read_bytes(witness, "smaps")
-    return proc.places_in(details), proc.look_up(witness, proc.parse_mappings(details))
-
-
 def wait_for_pager(pid: int, progress: Progress | None) -> tuple[bytes, list[Vma]]:
     """Wait until memory that a lazy restore still brings in is all there; the mappings then.
 
-    As `look_at_mappings` has them. Raises Busy if nothing arrives: the pager died.
+    As `mapping_flags.look` has them. Raises Busy if nothing arrives: the pager died.
     """
     last, moved_at = -1, time.monotonic()
     leaves_until = moved_at + _PAGER_LEAVES_S
@@ -113,7 +103,7 @@ def wait_for_pager(pid: int, progress: Progress | None) -> tuple[bytes, list[Vma
     with contextlib.suppress(NotFound, OSError):  # none, or another user's
         rouse(journal)  # should it doze, what is missing is wanted now
     while True:
-        places, vmas = look_at_mappings(pid)
+        places, vmas = mapping_flags.look(pid)
         missing = sum(vma.length for vma in vmas if "um" in vma.flags)
         if not missing:
             if not _pager_is_leaving(pid):

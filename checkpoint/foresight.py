@@ -15,7 +15,7 @@ from typing import Any, Final, NamedTuple
 
 from blake3 import blake3
 
-from . import interrogate, proc
+from . import interrogate, mapping_flags, proc
 from .codec import Encoder
 from .content import ProcessPages, own_page_ranges, windows_of
 from .errors import KernelError, LzyError, NotFound, Unsupported
@@ -232,7 +232,7 @@ def _look(
             ]
             entries = _describe(holders, objects, note) if holders else []
             for tracee in tracees:
-                vmas = proc.mappings(tracee.witness)
+                vmas = mapping_flags.mappings(tracee.witness)
                 _judge_mappings(tracee.pid, tracee.witness, vmas, objects, note)
                 count = len(os.listdir(f"/proc/{tracee.witness}/fd"))
                 looks[tracee.pid] = _Look(

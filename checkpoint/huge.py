@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from . import proc
+from . import mapping_flags, proc
 from .content import holds_own_pages, intersect
 from .errors import LzyError
 from .linux import memory
@@ -80,7 +80,7 @@ def _whole_ranges(
     always = "[always]" in _SETTING.read_text()
     pagemap = os.open(f"/proc/{proc.witness(pid)}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
     try:
-        for vma in vmas or proc.mappings(proc.witness(pid)):
+        for vma in vmas or mapping_flags.mappings(pid):
             allowed = "hg" in vma.flags or (always and "nh" not in vma.flags)
             if not allowed or vma.kind != "anonymous" or not holds_own_pages(vma):
                 continue

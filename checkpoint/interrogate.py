@@ -10,7 +10,7 @@ import base64
 import os
 from typing import Any
 
-from . import machine, proc
+from . import machine, mapping_flags, proc
 from .errors import Unsupported
 from .filters import describe_filters
 from .linux import layouts, memory, process, ptrace
@@ -233,7 +233,7 @@ def _future_locks(tracee: Tracee) -> int:
     """
     if proc.status(tracee.witness)["VmLck"].split()[0] == "0":
         return 0
-    for vma in proc.mappings(tracee.witness):
+    for vma in mapping_flags.mappings(tracee.witness):
         if vma.start <= tracee.arena < vma.end and "lo" in vma.flags:
             return memory.MCL_FUTURE | (memory.MCL_ONFAULT if "lf" in vma.flags else 0)
     return 0

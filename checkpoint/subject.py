@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-from . import interrogate, machine, proc
+from . import interrogate, machine, mapping_flags, proc
 from .beside import Beside
 from .content import (
     ProcessPages,
@@ -20,11 +20,12 @@ from .content import (
     subtract,
 )
 from .errors import LzyError, NotFound
-from .fitness import Progress, look_at_mappings, refuse_separate_threads, wait_for_pager
+from .fitness import Progress, refuse_separate_threads, wait_for_pager
 from .inheritance import find_inherited, open_frames
 from .linux import memory, process, ptrace
 from .machine import Call
 from .mapped import Mappings, refuse_mappings
+from .mapping_flags import Flags
 from .objects import Objects
 from .proc import Vma
 from .tracee import Tracee
@@ -62,7 +63,7 @@ class Subject:
         """Of `ranges`: what it shares copy-on-write with its parent, which has it too."""
         self._frames: memory.Frames | None = None  # what its children are compared with
         self._number = 0
-        self._seen: Beside[tuple[dict[int, frozenset[str]], dict[str, str]]] | None = None
+        self._seen: Callable[[], tuple[Flags, dict[str, str]]] | None = None
 
     @property
     def number(self) -> int:
@@ -85,7 +86,7 @@ class Subject:
         Raises NotFound, Unsupported, Busy.
         """
         with _ended_is_not_found(self.pid):
-            look = look_at_mappings(self.pid) if dozes else wait_for_pager(self.pid, progress)
+            look = mapping_flags.look(self.pid) if dozes else wait_for_pager(self.pid, progress)
             self.places, self.vmas = look
             refuse_mappings(proc.witness(self.pid), self.vmas)
 
@@ -112,7 +113,7 @@ class Subject:
     def look_again(self) -> bytes:
         """What /proc/PID/maps says now; the mappings are read anew if they have changed."""
         if (now := proc.read_bytes(self.witness, "maps")) != self.places:
-            self.vmas = proc.mappings(self.witness)
+            self.vmas = mapping_flags.mappings(self.witness)
             refuse_mappings(self.witness, self.vmas)
         return now
 
@@ -128,11 +129,16 @@ class Subject:
         return obstacle
 
     def look_closely(self) -> None:
-        """Begin to read the flags and policies of its mappings, of one that stands still.
+        """Read the flags and policies of its mappings, of one that stands still, or begin to.
 
-        As soon as may be, for it takes long where there is much memory, and in a thread of its own.
+        As soon as may be, and in a thread of its own: where the kernel's list cannot be had it
+        takes long if there is much memory.
         """
-        self._seen = Beside(partial(_look_closely, self.source_pid))
+        pid = self.source_pid
+        if seen := mapping_flags.look_closely(pid):
+            self._seen = lambda: seen
+        else:
+            self._seen = Beside(partial(mapping_flags.look_long, pid)).result
 
     def settle(self, *, as_seen: bool, knows: bool, goes_on: bool) -> None:
         """What the snapshot, or the stopped process, knows as well as the process did.
@@ -153,7 +159,7 @@ class Subject:
     def _renew(self) -> None:
         """Wait for the flags and policies of its mappings as they are since it was stopped."""
         if self._seen:
-            flags, self.policies = self._seen.result()
+            flags, self.policies = self._seen()
             self._seen = None
             self.mappings.renew_flags(flags, of_snapshot=bool(self.snapshot))
 
@@ -244,7 +250,7 @@ class Subject:
         self.end_snapshot()
         if self._seen:  # a dump that failed did not ask any more
             with contextlib.suppress(LzyError, OSError):
-                self._seen.result()
+                self._seen()
             self._seen = None
         if self.pidfd >= 0:
             os.close(self.pidfd)
@@ -293,11 +299,6 @@ def _split(tracee: Tracee) -> tuple[int, str]:
         return 0, "its clone was killed"
     ptrace.set_options(born[0], ptrace.PTRACE_O_EXITKILL)
     return born[0], ""
-
-
-def _look_closely(pid: int) -> tuple[dict[int, frozenset[str]], dict[str, str]]:
-    """The flags of the mappings of what stands still, by start, and its memory policies."""
-    return proc.parse_flags(proc.read_bytes(pid, "smaps")), proc.memory_policies(pid)
 
 
 def _end_snapshot(subject: Subject, snapshot: int) -> None:

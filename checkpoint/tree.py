@@ -12,9 +12,9 @@ import os
 import signal
 from typing import Any, NamedTuple
 
-from . import proc, resources
+from . import mapping_flags, proc, resources
 from .errors import Busy, NotFound, Unsupported
-from .fitness import Progress, look_at_mappings, refuse_unfit
+from .fitness import Progress, refuse_unfit
 from .mapped import refuse_mappings
 from .sessions import Place, refuse_lost
 from .subject import Subject
@@ -141,7 +141,7 @@ def _stop_child(
         subject.close()
         return False
     if not subject.vmas:  # born since
-        subject.places, subject.vmas = look_at_mappings(pid)
+        subject.places, subject.vmas = mapping_flags.look(pid)
         refuse_mappings(subject.witness, subject.vmas)
         if any("um" in vma.flags for vma in subject.vmas):
             raise Busy(

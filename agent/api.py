@@ -336,7 +336,7 @@ class Api:
         self._agent.call_off(session)
 
         def work(progress: Callable[[dict[str, Any]], None] | None) -> Awaitable[dict[str, Any]]:
-            return self._agent.mover.migrate(
+            return self._agent.departures.migrate(
                 session,
                 asked["node"],
                 asked["address"],

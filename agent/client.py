@@ -118,7 +118,7 @@ class Client:
         try:
             headers = {"Accept": "application/x-ndjson", **self.headers}
             content = None if body is None else json.dumps(body)
-            with _explained(self.where):
+            with explained(self.where):
                 connection.request(method, path, content, headers)
                 answer = connection.getresponse()
                 if answer.status >= 300:
@@ -133,7 +133,7 @@ class Client:
     ) -> dict[str, Any]:
         connection = self._connect(timeout_s)
         try:
-            with _explained(self.where):
+            with explained(self.where):
                 content = None if body is None else json.dumps(body)
                 headers = {"Connection": "close", **self.headers}
                 connection.request(method, path, content, headers)
@@ -168,7 +168,8 @@ class Client:
 
 
 @contextlib.contextmanager
-def _explained(where: str) -> Iterator[None]:
+def explained(where: str) -> Iterator[None]:
+    """What fails of a connection in words; raises Unanswered."""
     try:
         yield
     except (OSError, http.client.HTTPException) as error:

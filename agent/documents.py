@@ -22,7 +22,7 @@ def describe_session(agent: Agent, session: Session) -> dict[str, Any]:
         "name": record.name,
         "node": agent.identity.name,
         "owner_uid": record.owner_uid,
-        "state": MIGRATING if agent.mover.is_leaving(record.name) else record.state,
+        "state": MIGRATING if agent.departures.is_leaving(record.name) else record.state,
         "since_unix_s": agent.state.clock.shown(record.since_unix_s),
         "pid": record.pid if living else None,
         "command": record.command,

@@ -1,7 +1,7 @@
 """Chunks of packs that are not here yet are read where they are: at the node a session came from.
 
 A woken session needs what it wrote last at once; so that is asked for piece by piece, by its pager
-and by the readers ahead, while whole packs come behind (`Mover`). What comes is authenticated as
+and by the readers ahead, while whole packs come behind (`arriving`). What comes is authenticated as
 what is read from a disk: an image says of each chunk what it must be.
 
 Of each process and thread there is one connection. While the node cannot be reached a read fails

@@ -24,12 +24,14 @@ from ..checkpoint.linux.process import PR_SET_CHILD_SUBREAPER, prctl
 from ..checkpoint.stages import reach
 from ..checkpoint.store import Store
 from . import errors, operations
+from .arriving import Arrivals
 from .authority import agent_place
 from .cgroups import Cgroup, least_memory_bytes
 from .children import Children
 from .chronicle import Chronicle
+from .departing import Departures
 from .identity import read_identity
-from .moving import ASKED, BACK, Mover
+from .moving import ASKED, BACK, OtherNode
 from .operations import CHECKPOINT, DOZE, HIBERNATE, MIGRATE, ROUSE, WAKE, Order
 from .passages import Passages, Place
 from .peers import Contacts, split_address
@@ -84,9 +86,10 @@ class Agent:
         self.chronicle = Chronicle(self.folder / "readings.db")
         self.identity = read_identity(home)
         self.contacts = Contacts(agent_place(home))
-        self.mover = Mover(self)
+        self.departures = Departures(self)
+        self.arrivals = Arrivals(self)
         self.ports = Ports(self._open_image, self._wake_for)
-        self.passages = Passages(self.contacts, self.spawn)
+        self.passages = Passages(self)
         self.listening_migrators = 0
         """How many hear of our events as they come: one, or none."""
         self.sessions: dict[str, Session] = {}
@@ -137,11 +140,12 @@ class Agent:
                     self._watch_end(session)
             self.tell_terminal(session.record)
             self._follow_ports(session.record)
-        self.mover.conclude_all()
-        self.mover.keep_followed()
+        self.arrivals.conclude_all()
+        self.departures.keep_followed()
+        self.passages.start()
         for session in self.sessions.values():
             if session.record.moving:
-                self.spawn(self.mover.keep_asking(session))
+                self.spawn(self.departures.keep_asking(session))
         self.children.reap()
 
     async def stop(self) -> None:
@@ -157,6 +161,7 @@ class Agent:
             await asyncio.sleep(0.02)
         self.ports.close()
         self.passages.close()
+        self.contacts.close()
         self.chronicle.close()
         self.state.close()
 
@@ -214,16 +219,16 @@ class Agent:
             self.state.remove(session.record, "is no longer looked after", actor_uid)
             self.forget(session)
 
-    def depart(
-        self, session: Session, epoch: int, node: str, words: str, *, followed: bool
-    ) -> None:
+    def depart(self, session: Session, target: OtherNode, words: str, *, followed: bool) -> None:
         """Look after it no longer: it lives on another node; `followed`: which reads here yet."""
         image = session.record.image if followed else ""
-        address = str(session.record.moving.get("address", ""))
-        self.state.depart(session.record, epoch, node, words, image)
-        self.mover.keep_followed()
-        if kept := self.ports.hand_over(session.record.name):
-            self.passages.keep(Place(session.record.name, node, address, epoch), kept)
+        told = self.passages.describe(session, target.address)
+        self.state.depart(
+            session.record, target.epoch, target.node, words, followed=image, forwarded=told
+        )
+        self.departures.keep_followed()
+        place = Place(target.name, target.node, target.address, target.epoch)
+        self.passages.keep(place, told, self.ports.hand_over(target.name))
         self.counters["migrated"] = self.counters.get("migrated", 0) + 1
         self.forget(session)
 
@@ -314,7 +319,7 @@ class Agent:
                     still_wanted()
                 order = self.order(session, verb, why, image, terminal)
                 if verb == WAKE and more is None:
-                    more = self.mover.source_of(order.image or session.record.image)
+                    more = self.arrivals.source_of(order.image or session.record.image)
                 order = order._replace(**(more or {}))
                 return await self.carry_out(session, order, actor_uid, progress)
         finally:
@@ -604,7 +609,7 @@ class Agent:
 
         deadline = time.monotonic() + (_MIGRATOR_ANSWERS_S if self.listening_migrators else 0)
         while sleeps() and (
-            self.mover.is_leaving(session.record.name) or time.monotonic() < deadline
+            self.departures.is_leaving(session.record.name) or time.monotonic() < deadline
         ):
             await self.await_event(_LOOKS_EVERY_S)
         if sleeps():

@@ -6,7 +6,6 @@ import asyncio
 import os
 import re
 import time
-from asyncio import StreamReader, StreamWriter
 from typing import Any, Final
 
 from ..checkpoint.errors import AccessDenied, NotFound
@@ -15,9 +14,7 @@ from ..checkpoint.store import Store
 from .fields import BadBody, Field
 from .http import Content, Request, Response
 from .node import Agent
-from .passages import connect_to_session, join
 from .routes import NODES, Route, parse_query
-from .state import Arrival
 
 _A: Final = "/v1/arrivals/{arrival}/{epoch}"
 NODE_ROUTES: Final = (
@@ -66,44 +63,25 @@ class NodeApi:
             return self._open(route.handle, parts[route.handle], parse_query(request, route))
         if not parts["epoch"].isdecimal() or len(parts["epoch"]) > 15:
             raise BadBody("the epoch is no number")
-        name, epoch, mover = parts["arrival"], int(parts["epoch"]), self._agent.mover
+        name, epoch, arrivals = parts["arrival"], int(parts["epoch"]), self._agent.arrivals
         if route.handle == "complete":
-            return Response(document=mover.complete(name, epoch, source))
+            return Response(document=self._agent.departures.complete(name, epoch, source))
         arrival = self._agent.state.arrival(name, epoch)
         if arrival and arrival.source != source:
             raise AccessDenied(f"session {name} comes from {arrival.source}, not from {source}")
         if route.handle == "passage":
-            return await self._open_passage(arrival, parts["port"])
+            if arrival is None:
+                raise NotFound("there is no such session here", remedy="see lzy ps")
+            return Response(101, passage=await self._agent.passages.enter(arrival, parts["port"]))
         if route.handle == "offer":
-            return Response(document=mover.offer(name, epoch, source, asked))
+            return Response(document=arrivals.offer(name, epoch, source, asked))
         if route.handle == "prepare":
-            return Response(document=await mover.prepare(name, epoch, asked["image"]))
+            return Response(document=await arrivals.prepare(name, epoch, asked["image"]))
         if route.handle == "accept":
-            return Response(document=await mover.accept(name, epoch, asked))
+            return Response(document=await arrivals.accept(name, epoch, asked))
         if route.handle == "cancel":
-            return Response(document=await mover.cancel(name, epoch, source))
-        return Response(document=mover.forget(name, epoch))
-
-    async def _open_passage(self, arrival: Arrival | None, port: str) -> Response:
-        """Connect to where a session listens that the asking node has brought here."""
-        session = self._agent.sessions.get(arrival.name) if arrival else None
-        if not arrival or not session or not session.is_living:
-            raise NotFound("there is no such session here", remedy="see lzy ps")
-        with (
-            Store.open(self._agent.store) as store,
-            store.load_unchecked(session.record.image) as image,
-        ):
-            reader, writer = await connect_to_session(image, port)
-
-        async def passage(far_reader: StreamReader, far_writer: StreamWriter) -> None:
-            try:
-                await join(reader, writer, far_reader, far_writer)
-            except ConnectionError:
-                writer.transport.abort()
-            finally:
-                writer.close()
-
-        return Response(101, passage=passage)
+            return Response(document=await arrivals.cancel(name, epoch, source))
+        return Response(document=arrivals.forget(name, epoch))
 
     def _open(self, kind: str, name: str, part: dict[str, Any]) -> Response:
         """A file of the store, as it is, or a part of it."""

@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from ..checkpoint.image import Image
 
 CHECKPOINT, HIBERNATE, WAKE, DOZE, ROUSE = "checkpoint", "hibernate", "wake", "doze", "rouse"
-MIGRATE, PREPARE, VERIFY = "migrate", "prepare", "verify"
+MIGRATE, PREPARE, FETCH, VERIFY = "migrate", "prepare", "fetch", "verify"
 _LOCK_PATIENCE_S = 20.0
 _TELL_EVERY_S = 0.2
 _TAKES_DOWN_AFTER_S = 1.0
@@ -292,6 +292,12 @@ def _prepare_arrival(order: Order, store: Store, teller: _Teller) -> Report:
     return {"fetched_bytes": fetched, "left_bytes": 0}
 
 
+def _fetch(order: Order, store: Store, teller: _Teller) -> Report:
+    """Have all of an image of which a session runs already."""
+    reach("move.fetching")
+    return _prepare_arrival(order, store, teller)
+
+
 def _file_mappings(image: Image) -> list[dict[str, Any]]:
     vmas = image.document.get("vmas", [])
     return [v for v in vmas if v["kind"] == "file" and not v["path"].endswith(" (deleted)")]
@@ -351,6 +357,7 @@ _VERBS = {
     HIBERNATE: _hibernate,
     MIGRATE: _migrate,
     PREPARE: _prepare_arrival,
+    FETCH: _fetch,
     VERIFY: _verify,
     DOZE: _doze,
     ROUSE: _rouse,

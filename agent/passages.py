@@ -1,15 +1,20 @@
 """Connections that came for a session where it lived before are passed on to where it lives now.
 
-Somebody connects to a port that this agent keeps for a session, and the session wakes on another
-node, which has room for it. Its socket cannot go there; so this agent goes on listening, takes the
-connections in (those that waited, first), and passes their bytes through the other node's agent,
-which connects to the session. So only agents have to reach each other.
+Where a session listened (TCP), the node that it left goes on listening from its departure on. It
+takes the connections in (those that waited for it first), and passes their bytes through the
+agent of the node that has it, which connects to the session; so only agents have to reach each
+other, and a client on the old node, as the front end of a kernel that listens on 127.0.0.1, goes on
+with the address that it knows. If the session has moved on since, that agent passes on as well.
 
     client ── port ── this agent ══ TLS, in frames ══ its agent ── port ── session
 
-A frame is a length (u32, native) and so many bytes; none: that side has no more to say. It goes on
-until the session comes back, or nobody has connected for ten minutes; if this agent ends, these
-connections do, as in a failure of the network.
+A frame is a length (u32, native) and so many bytes; none: that side has no more to say. A client
+that comes while the session sleeps or moves waits for it. It goes on until the session comes back,
+is there no more, or nobody has used the port for `forward_s`. If an agent ends, so do these
+connections, as in a failure of the network; the next one listens again.
+
+*Guarantee*: for another node an agent connects to nothing but where a session listens that this
+node has brought, or that has gone on from here.
 """
 
 from __future__ import annotations
@@ -20,22 +25,31 @@ import re
 import socket
 import struct
 import time
-from collections.abc import Callable, Coroutine
-from typing import Any, NamedTuple
+from collections.abc import Coroutine
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..checkpoint.errors import LzyError, NotFound
-from ..checkpoint.image import Image
-from ..checkpoint.resources.tcp_socket import list_listening
+from ..checkpoint.errors import Busy, LzyError, NotFound
+from ..checkpoint.resources.tcp_socket import keep_listening, list_all_listening
+from ..checkpoint.store import Store
 from .authority import node_subject
-from .peers import Contacts
+from .http import Passage
+from .peers import split_address
+from .session import Session
+from .state import Arrival
 
-_KEPT_FOR_S = 600.0
+if TYPE_CHECKING:
+    from .node import Agent
+
 _PIECE_BYTES = 64 << 10
 _CONNECTS_WITHIN_S = 10.0
+_TRIES_AGAIN_S, _LONGEST_PAUSE_S = 0.1, 3.0
+_LOOKS_EVERY_S = 5.0
+_MOST_CONNECTIONS = 200
 _LENGTH = struct.Struct("=I")
 _LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
-Spawn = Callable[[Coroutine[Any, Any, None]], None]
+Pair = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+Entry = dict[str, Any]
 
 
 class Place(NamedTuple):
@@ -47,67 +61,206 @@ class Place(NamedTuple):
     epoch: int
 
 
+class _Way:
+    """What leads to one session: sockets that listen, and connections that are passed on."""
+
+    def __init__(self, place: Place) -> None:
+        self.place = place
+        self.servers: list[asyncio.Server] = []
+        self.connections: set[asyncio.Task[Any]] = set()
+        self.used_s = time.monotonic()
+
+    def close(self) -> None:
+        for server in self.servers:
+            server.close()
+        for task in self.connections:
+            task.cancel()
+
+
 class Passages:
     """What one agent passes on, by session."""
 
-    def __init__(self, contacts: Contacts, spawn: Spawn) -> None:
-        self._contacts = contacts
-        self._spawn = spawn
-        self._kept: dict[str, list[socket.socket]] = {}
-        self._used_s: dict[str, float] = {}
+    def __init__(self, agent: Agent) -> None:
+        self._agent = agent
+        self._ways: dict[str, _Way] = {}
+        self._known: tuple[str, list[Entry]] = "", []
+        """An image, and where its session listens: a client has several connections."""
 
-    def keep(self, place: Place, kept: list[socket.socket]) -> None:
-        """Go on listening at these sockets, which become ours, for a session that lives there."""
-        self.end(place.session)
-        self._kept[place.session] = kept
-        self._used_s[place.session] = time.monotonic()
-        loop = asyncio.get_running_loop()
+    def start(self) -> None:
+        """Lead where ports led before the agent was started again."""
+        for name, epoch, node, told in self._agent.state.forwarded():
+            place = Place(name, node, told["address"], epoch)
+            self._agent.spawn(self._keep(place, told["listening"], []))
+
+    def describe(self, session: Session, address: str) -> dict[str, Any]:
+        """What a departure to `address` says of its session's ports; nothing if none leads there.
+
+        An agent beside us on this machine has the ports of the session itself.
+        """
+        own = self._agent.identity.address
+        beside = own and split_address(address)[0] == split_address(own)[0]
+        if beside or self._agent.settings.forward_s <= 0:
+            return {}
+        with contextlib.suppress(LzyError, KeyError, TypeError, ValueError):
+            if listening := self._list_listening(session.record.image):
+                return {"address": address, "listening": listening}
+        return {}
+
+    def keep(self, place: Place, told: dict[str, Any], kept: list[socket.socket]) -> None:
+        """Lead to a session that lives there now, as `describe` told.
+
+        `kept`: sockets that listened for it until now, which become ours.
+        """
+        if told:
+            self._agent.spawn(self._keep(place, told["listening"], kept))
+            return
         for sock in kept:
-            loop.add_reader(sock.fileno(), self._take, place, sock)
-        self._spawn(self._end_when_unused(place.session, kept))
-
-    def end(self, session: str) -> None:
-        """Listen for it no longer; connections that are passed on go on."""
-        for sock in self._kept.pop(session, []):
-            asyncio.get_running_loop().remove_reader(sock.fileno())
             sock.close()
 
+    def end(self, session: str) -> None:
+        """Lead to it no longer; connections that are passed on end."""
+        if way := self._ways.pop(session, None):
+            way.close()
+            self._agent.state.end_forwarding(session)
+
     def close(self) -> None:
-        """Listen for nobody."""
-        for session in list(self._kept):
-            self.end(session)
+        """As the agent ends; the next one leads there again."""
+        for way in self._ways.values():
+            way.close()
+        self._ways.clear()
 
-    async def _end_when_unused(self, session: str, kept: list[socket.socket]) -> None:
-        while self._kept.get(session) is kept:
-            left_s = self._used_s[session] + _KEPT_FOR_S - time.monotonic()
-            if left_s <= 0:
-                self.end(session)
-                return
-            await asyncio.sleep(left_s)
+    # -- here: clients that come ---------------------------------------------------------------
 
-    def _take(self, place: Place, sock: socket.socket) -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                client, _ = sock.accept()
-                client.setblocking(False)
-                self._used_s[place.session] = time.monotonic()
-                self._spawn(self._pass(place, client, sock.getsockname()[1]))
+    async def _keep(self, place: Place, listening: list[Entry], kept: list[socket.socket]) -> None:
+        if old := self._ways.pop(place.session, None):
+            old.close()
+        way = self._ways[place.session] = _Way(place)
+        there = {sock.getsockname()[1]: sock for sock in kept}
+        for entry in listening:
+            port = entry["name"][1]
 
-    async def _pass(self, place: Place, client: socket.socket, port: int) -> None:
+            async def take(
+                reader: asyncio.StreamReader, writer: asyncio.StreamWriter, port: int = port
+            ) -> None:
+                await self._pass(way, port, reader, writer)
+
+            with contextlib.suppress(OSError):  # somebody else's by now
+                sock = there.pop(port, None) or keep_listening(entry)
+                way.servers.append(await asyncio.start_server(take, sock=sock))
+        for sock in there.values():
+            sock.close()
+        while self._ways.get(place.session) is way:
+            await asyncio.sleep(_LOOKS_EVERY_S)
+            if way.connections:
+                way.used_s = time.monotonic()
+            elif time.monotonic() - way.used_s > self._agent.settings.forward_s:
+                self.end(place.session)
+
+    async def _pass(
+        self, way: _Way, port: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
         """One connection, to its end."""
-        reader, writer = await asyncio.open_connection(sock=client)
-        path = f"/v1/passages/{place.session}/{place.epoch}/{port}"
+        task = asyncio.current_task()
+        assert task
+        if len(way.connections) >= _MOST_CONNECTIONS:
+            writer.transport.abort()
+            return
+        way.connections.add(task)
         try:
-            async with self._contacts.open(place.address, node_subject(place.node), path) as (
-                far_reader,
-                far_writer,
-            ):
-                await join(reader, writer, far_reader, far_writer)
-        except (LzyError, OSError):
-            writer.transport.abort()  # as from a server that has died
+            async with contextlib.AsyncExitStack() as held:
+                far = await self._reach(held, way, port, reader, writer)
+                await join(reader, writer, *far)
+        except NotFound:  # it has ended there
+            if self._ways.get(way.place.session) is way:
+                asyncio.get_running_loop().call_soon(self.end, way.place.session)
+            writer.transport.abort()
+        except (LzyError, OSError, asyncio.CancelledError):
+            writer.transport.abort()  # as from a server that has died; the port is free at once
         finally:
-            self._used_s[place.session] = time.monotonic()
+            way.connections.discard(task)
             writer.close()
+
+    async def _reach(
+        self,
+        held: contextlib.AsyncExitStack,
+        way: _Way,
+        port: int,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+    ) -> Pair:
+        """The way to the session, as soon as there is one, for as long as the client waits."""
+        pause_s = _TRIES_AGAIN_S
+        while True:
+            try:
+                return await held.enter_async_context(self._open(way.place, port))
+            except NotFound:
+                raise
+            except LzyError:
+                await asyncio.sleep(pause_s)
+                pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+            if reader.at_eof() or writer.is_closing():
+                raise ConnectionError("the client has gone")
+
+    def _open(self, place: Place, port: int) -> contextlib.AbstractAsyncContextManager[Pair]:
+        path = f"/v1/passages/{place.session}/{place.epoch}/{port}"
+        return self._agent.contacts.open(place.address, node_subject(place.node), path)
+
+    # -- there: connections from the node that it left -----------------------------------------
+
+    async def enter(self, arrival: Arrival, port: str) -> Passage:
+        """A connection to a session that has arrived, or has gone on since, for who brought it.
+
+        Raises NotFound (it is not here any more, or listens nowhere there), Busy (not now).
+        """
+        if not re.fullmatch(r"[0-9]{1,5}", port):
+            raise NotFound(f"it does not listen at port {port[:20]}")
+        session, way = self._agent.sessions.get(arrival.name), self._ways.get(arrival.name)
+        if session and session.record.epoch >= arrival.epoch:
+            reader, writer = await self._connect(session, int(port))
+
+            async def serve(far_reader: asyncio.StreamReader, far: asyncio.StreamWriter) -> None:
+                try:
+                    await join(reader, writer, far_reader, far)
+                except ConnectionError:
+                    writer.transport.abort()
+                finally:
+                    writer.close()
+
+            return serve
+        if way is None or way.place.epoch <= arrival.epoch:
+            raise NotFound("there is no such session here", remedy="see lzy ps")
+        held = contextlib.AsyncExitStack()
+        further = await held.enter_async_context(self._open(way.place, int(port)))
+
+        async def go_on(far_reader: asyncio.StreamReader, far: asyncio.StreamWriter) -> None:
+            async with held:
+                with contextlib.suppress(OSError):
+                    await _all(_copy(far_reader, further[1]), _copy(further[0], far))
+
+        way.used_s = time.monotonic()
+        return go_on
+
+    async def _connect(self, session: Session, port: int) -> Pair:
+        record = session.record
+        listening = self._list_listening(record.image)
+        entry = next((entry for entry in listening if entry["name"][1] == port), None)
+        if entry is None:
+            raise NotFound(f"session {record.name} does not listen at port {port}")
+        if not session.is_living and port not in self._agent.ports.numbers(record.name):
+            raise Busy(f"session {record.name} is {record.state}")
+        host = entry["name"][0]
+        try:
+            async with asyncio.timeout(_CONNECTS_WITHIN_S):
+                return await asyncio.open_connection(_LOOPBACK.get(host, host), port)
+        except (OSError, TimeoutError) as error:
+            raise Busy(f"session {record.name} does not answer at port {port}") from error
+
+    def _list_listening(self, image: str) -> list[Entry]:
+        """Where the session of an image listens."""
+        if self._known[0] != image:
+            with Store.open(self._agent.store) as store, store.load_unchecked(image) as opened:
+                self._known = image, list_all_listening(opened.document["descriptors"])
+        return self._known[1]
 
 
 async def join(
@@ -133,28 +286,25 @@ async def join(
             await writer.drain()
         writer.write_eof()
 
-    ways = [asyncio.ensure_future(way()) for way in (frame, unframe)]
     try:
-        await asyncio.gather(*ways)
+        await _all(frame(), unframe())
     except (asyncio.IncompleteReadError, OSError) as error:
         raise ConnectionError("the connection was cut") from error
+
+
+async def _all(*ways: Coroutine[Any, Any, None]) -> None:
+    """Until all have ended, or one has failed."""
+    tasks = [asyncio.ensure_future(way) for way in ways]
+    try:
+        await asyncio.gather(*tasks)
     finally:
-        for way in ways:
-            way.cancel()
+        for task in tasks:
+            task.cancel()
 
 
-async def connect_to_session(
-    image: Image, port: str
-) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    """A connection to a session of this node that was woken from `image`, where it listens.
-
-    Raises NotFound where it does not listen at that port.
-    """
-    if re.fullmatch(r"[0-9]{1,5}", port):
-        for entry in list_listening(image.document["descriptors"]):
-            host, found = entry["name"][:2]
-            if found == int(port):
-                with contextlib.suppress(OSError, TimeoutError):
-                    async with asyncio.timeout(_CONNECTS_WITHIN_S):
-                        return await asyncio.open_connection(_LOOPBACK.get(host, host), found)
-    raise NotFound(f"it does not listen at port {port[:20]}")
+async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Frames as they are; where they end nothing more comes from the other side either."""
+    while piece := await reader.read(_PIECE_BYTES):
+        writer.write(piece)
+        await writer.drain()
+    raise ConnectionError("it has ended")

@@ -25,6 +25,10 @@ class Settings(NamedTuple):
     """How many dumps at a time."""
     move_bytes_per_s: float = 0.0
     """How much other nodes may fetch from this one; 0: as much as goes."""
+    move_at_once_bytes: float = 2 << 20
+    """So much of what a session that comes wrote last is fetched before it wakes; more follows."""
+    forward_s: float = 3600.0
+    """So long after their last use the ports of a session that moved lead from here to it."""
 
 
 BOUNDS: dict[str, tuple[float, float]] = {
@@ -37,6 +41,8 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "idle_bytes_per_s": (0, 1e12),
     "operations": (1, 64),
     "move_bytes_per_s": (0, 1e12),
+    "move_at_once_bytes": (0, 1e12),
+    "forward_s": (0, 365 * 86400),
 }
 MAY_BE_NEVER = frozenset({"doze_after_s", "hibernate_after_s"})
 OF_A_SESSION = frozenset(

@@ -43,7 +43,7 @@ NEXT: Final = {
 """The ways between states. Some are only taken by others: by `lzy dump` and `lzy restore`."""
 
 _MOST_EVENTS = 20_000
-_VERSION = 4
+_VERSION = 5
 _SCHEMA = """
 CREATE TABLE sessions (
     name TEXT PRIMARY KEY,
@@ -106,6 +106,7 @@ CREATE TABLE departures (
 """,
     2: "ALTER TABLE departures ADD COLUMN followed TEXT NOT NULL DEFAULT ''",
     3: "CREATE TABLE clocks (boot_id TEXT PRIMARY KEY, ahead_s REAL NOT NULL) STRICT",
+    4: "ALTER TABLE departures ADD COLUMN forwarded TEXT NOT NULL DEFAULT ''",
 }
 """What makes a database of each earlier version one of the next."""
 
@@ -351,17 +352,34 @@ class State:
             (name, epoch, OFFERED),
         )
 
-    def depart(self, record: Record, epoch: int, node: str, words: str, followed: str = "") -> None:
+    def depart(
+        self,
+        record: Record,
+        epoch: int,
+        node: str,
+        words: str,
+        *,
+        followed: str = "",
+        forwarded: dict[str, Any] | None = None,
+    ) -> None:
         """The session lives on another node from now on, as life number `epoch`.
 
-        `followed`: the image that the other node reads here until it has all of it.
+        `followed`: the image that the other node reads here until it has all of it; `forwarded`:
+        ports of this node that lead to it.
         """
         with self._transaction():
             self._database.execute("DELETE FROM sessions WHERE name = ?", [record.name])
             self._database.execute(
-                "INSERT OR REPLACE INTO departures (name, epoch, node, unix_s, followed)"
-                " VALUES (?, ?, ?, ?, ?)",
-                (record.name, epoch, node, time.time(), followed),
+                "INSERT OR REPLACE INTO departures"
+                " (name, epoch, node, unix_s, followed, forwarded) VALUES (?, ?, ?, ?, ?, ?)",
+                (
+                    record.name,
+                    epoch,
+                    node,
+                    time.time(),
+                    followed,
+                    json.dumps(forwarded) if forwarded else "",
+                ),
             )
             self._tell(record.name, record.owner_uid, "migrated", words, None)
 
@@ -376,6 +394,17 @@ class State:
         """The images that other nodes read here."""
         rows = self._database.execute("SELECT followed FROM departures WHERE followed != ''")
         return {image for (image,) in rows}
+
+    def forwarded(self) -> list[tuple[str, int, str, dict[str, Any]]]:
+        """(session, its life, its node, what was said of its ports), of ports that lead there."""
+        rows = self._database.execute(
+            "SELECT name, epoch, node, forwarded FROM departures WHERE forwarded != ''"
+        )
+        return [(name, epoch, node, json.loads(told)) for name, epoch, node, told in rows]
+
+    def end_forwarding(self, name: str) -> None:
+        """Its ports lead nowhere any more."""
+        self._database.execute("UPDATE departures SET forwarded = '' WHERE name = ?", [name])
 
     def end_following(self, name: str, epoch: int, node: str) -> None:
         """That node has all of what it read here."""

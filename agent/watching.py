@@ -46,7 +46,7 @@ class Watcher:
                 self._adopt_restored()
                 self._mend_pagers()
                 self._mend_sessions()
-                self._agent.mover.conclude_all()
+                self._agent.arrivals.conclude_all()
             except Exception:  # a full disk, say: the next round may fare better
                 traceback.print_exc()
             passed_s = time.monotonic() - began
@@ -100,7 +100,7 @@ class Watcher:
         self, session: Session, verb: str, why: str, actor_uid: int | None, progress: Any = None
     ) -> dict[str, Any]:
         """Doze or hibernate a session if it stays idle. Raises Busy when it does not."""
-        leaving = self._agent.mover.is_leaving(session.record.name)
+        leaving = self._agent.departures.is_leaving(session.record.name)
         if session.lock.locked() or session.called_off is not None or leaving:
             raise Busy(f"something is done to session {session.record.name} already")
         session.called_off = asyncio.Event()
@@ -189,14 +189,14 @@ class Watcher:
 
     def _mend_sessions(self) -> None:
         """Find out about those of which something was left open: the store was away, say."""
-        mover = self._agent.mover
+        departures = self._agent.departures
         for session in self._agent.sessions.values():
             if session.lock.locked():
                 continue
             if _is_open(session):
                 self._agent.spawn(self._settle(session))
-            elif session.record.moving and not mover.is_leaving(session.record.name):
-                self._agent.spawn(mover.keep_asking(session))
+            elif session.record.moving and not departures.is_leaving(session.record.name):
+                self._agent.spawn(departures.keep_asking(session))
 
     def _mend_pagers(self) -> None:
         """Start pagers anew where they were killed: their processes stall until then."""

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from ..agent.authority import client_context, fleet_folder, node_subject
 from ..agent.client import Client, is_fleet
 from ..agent.identity import read_identity
-from ..agent.peers import Peer
+from ..agent.peers import Kept, Peer
 from ..checkpoint.errors import LzyError, NotFound
 
 _ANSWERS_WITHIN_S = 10.0
@@ -47,6 +47,7 @@ class Fleet:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._context: ssl.SSLContext | None = None
+        self._kept = Kept()
         self._pool = ThreadPoolExecutor(16, "lzy-node")
         self._last: dict[str, Look] = {}
 
@@ -64,7 +65,8 @@ class Fleet:
             return Client(self.folder, fleet=False)
         if self._context is None:
             self._context = client_context(fleet_folder(self.folder))
-        return Peer(member.address, node_subject(member.name), self._context, uid)
+        subject = node_subject(member.name)
+        return Peer(member.address, subject, self._context, uid, kept=self._kept)
 
     def member(self, name: str) -> Member:
         """The node of that name. Raises NotFound."""

@@ -232,11 +232,34 @@ def find_failures(proof: Proof, command: list[str]) -> list[str]:
     return failures
 
 
+class Holds:
+    """Stages (`lzy.checkpoint.stages`) at which the next who comes waits until it is let go."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir()
+        self._folder = folder
+        self.environment = {"LZY_TEST_HOLD_IN": str(folder)}
+
+    def hold(self, stage: str) -> None:
+        (self._folder / stage).touch()
+
+    def is_held(self, stage: str) -> bool:
+        """Whether somebody waits there."""
+        return (self._folder / f"{stage}.held").exists()
+
+    def let_go(self) -> None:
+        """Who waits goes on, and nobody is held any more."""
+        for path in self._folder.iterdir():
+            path.unlink()
+
+
 class CommandLine:
     """lzy as a user calls it: a command of its own, with a home and a store of its own."""
 
     def __init__(self, home: Path) -> None:
         self.home, self.store = home, home / "store"
+        self.environment: dict[str, str] = {}
+        """Variables for every command, and for the daemons that it starts."""
         script = Path(sys.executable).with_name("lzy")
         self.executable = (
             [str(script)]
@@ -246,7 +269,7 @@ class CommandLine:
 
     def start(self, *arguments: str, kill_at: str | None = None) -> subprocess.Popen[bytes]:
         """Start lzy; `kill_at` names the stage (`lzy.checkpoint.stages`) at which it dies."""
-        environment = {**os.environ, "LZY_HOME": str(self.home)}
+        environment = {**os.environ, "LZY_HOME": str(self.home), **self.environment}
         if kill_at is not None:
             environment["LZY_TEST_KILL_AT"] = kill_at
         return subprocess.Popen(

@@ -111,6 +111,12 @@ class TcpSocket(Kind):
 # --- listening for a process that is away -----------------------------------------------------
 
 
+def list_all_listening(table: Entry) -> list[Entry]:
+    """The listening sockets of a table."""
+    entries = [entry for entry in table["descriptions"] if entry["kind"] == KIND.name]
+    return [entry for entry in entries if entry["form"] == "listening"]
+
+
 def list_listening(table: Entry) -> list[Entry]:
     """The listening sockets of a table that others can listen at meanwhile.
 
@@ -122,7 +128,7 @@ def list_listening(table: Entry) -> list[Entry]:
         for entry in entries
         if entry["form"] in ("connected", "waiting") and entry["name"]
     } | {entry["peer_name"][1] for entry in entries if entry["form"] == "waiting"}
-    return [e for e in entries if e["form"] == "listening" and e["name"][1] not in inner]
+    return [entry for entry in list_all_listening(table) if entry["name"][1] not in inner]
 
 
 def address_key(entry: Entry) -> str:

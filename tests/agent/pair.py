@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from living import PATIENCE_S, Program
+from living import PATIENCE_S, Holds, Program
 from service import QUICK, Service
 
 from lzy.agent import authority
@@ -24,6 +24,7 @@ class Pair:
 
     def __init__(self, folder: Path, *, own_stores: bool = False) -> None:
         place = folder / "authority"
+        self.holds = Holds(folder / "holds")
         authority.make_authority(place)
         self.addresses: dict[str, str] = {}
         self.services: dict[str, Service] = {}
@@ -48,7 +49,7 @@ class Pair:
     def begin(self, **settings: float | None) -> Pair:
         for service in self.services.values():
             if service.agent is None:
-                service.begin()
+                service.begin(**self.holds.environment)
             service.set(**settings)
         return self
 
@@ -57,14 +58,16 @@ class Pair:
             service.close()
 
     def follow(self, to: str = "target", **more: Any) -> dict[str, Any]:
-        """As `move`, and what was written last has not come when this returns."""
+        """As `move`, and what was written last does not come before `await_complete`."""
+        self.holds.hold("move.fetching")
         report: dict[str, Any] = self.move(to, **more)["report"]
         assert report["follows_bytes"] > 0
         assert self.services[to].is_fetching()
         return report
 
     def await_complete(self, of: str = "target") -> None:
-        """Wait until a node has all of what it has taken."""
+        """Let what follows come, and wait until a node has all of what it has taken."""
+        self.holds.let_go()
         other = self.target if of == "source" else self.source
         self.services[of].wait_until(lambda: not self.services[of].is_fetching(), "all has come")
         assert other.followed() == set()

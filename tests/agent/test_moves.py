@@ -94,17 +94,12 @@ def test_pages_follow_where_stores_are_apart(
         pair.close()
 
 
-LATER = {"LZY_TEST_AT_ONCE_BYTES": "0", "LZY_TEST_FETCHES_AFTER_S": "3"}
-
-
 @pytest.fixture
 def apart(tmp_path: Path, nothing_left_behind: None) -> Iterator[Pair]:
-    """Two nodes with stores of their own, of which neither fetches anything before a wake."""
+    """Two nodes with stores of their own, of which neither fetches before a wake what is left."""
     made = Pair(tmp_path, own_stores=True)
     try:
-        for service in made.services.values():
-            service.begin(**LATER)
-        yield made.begin()
+        yield made.begin(move_at_once_bytes=0)
     finally:
         made.close()
 
@@ -146,7 +141,8 @@ def test_killed_while_memory_follows(apart: Pair, start: Start, who: str) -> Non
         apart.services[who].kill()
         adopt(program, pid)
         program.say("ping")  # it may answer, or stall
-        apart.services[who].begin(**LATER)
+        apart.holds.hold("move.fetching")
+        apart.services[who].begin(**apart.holds.environment)
         program.hear(PATIENCE_S)
     assert apart.prove(program) == "target"
     apart.await_complete()

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from living import PATIENCE_S, PROGRAMS, CommandLine, await_end, wait_readable
+from living import PATIENCE_S, PROGRAMS, CommandLine, Holds, await_end, wait_readable
 from pair import free_port
 from service import Service
 
@@ -27,7 +27,9 @@ from lzy.checkpoint.errors import LzyError
 from lzy.migrator.fleet import Fleet
 
 PORT = 9000
+KERNEL_PORTS = ("shell_port", "iopub_port", "stdin_port", "control_port", "hb_port")
 NODES = "one:1cpu:1G,two:1cpu:1G:1gpu"
+ORDER = ("one", "two")
 WHERE = ("10.77.0.2", "10.77.0.3")
 
 
@@ -36,6 +38,8 @@ class Trial:
 
     def __init__(self, lzy: CommandLine) -> None:
         self.lzy, self.home = lzy, lzy.home
+        self.holds = Holds(lzy.home.with_name("holds"))
+        lzy.environment |= self.holds.environment
         self.client = Client(self.home)
         self.running: list[subprocess.Popen[bytes]] = []
 
@@ -46,6 +50,7 @@ class Trial:
         return self
 
     def down(self) -> None:
+        self.holds.let_go()
         done = self.lzy.run("down", "--abandon")
         for child in self.running:
             child.kill()
@@ -88,12 +93,63 @@ class Trial:
         assert child.stdout.readline() == b"ready\n"
         return child
 
+    def kernel(self, folder: Path) -> str:
+        """A notebook kernel on node one, as session `ledger`; its connection file."""
+        ports = dict(zip(KERNEL_PORTS, range(PORT + 1, PORT + 6), strict=True))
+        file = folder / "kernel.json"
+        file.write_text(json.dumps({
+            "ip": "127.0.0.1", "transport": "tcp", "key": os.urandom(16).hex(),
+            "signature_scheme": "hmac-sha256", "kernel_name": "python3", **ports,
+        }))  # fmt: skip
+        pid = self.start("one", "-m", "ipykernel_launcher", "-f", str(file))
+        self.lzy.succeed("attach", str(pid), "--name", "ledger")
+        self.wait_until(lambda: self.look()["image"] and not self.look()["operation"])
+        return str(file)
+
+    def use_kernel(self, file: str) -> subprocess.Popen[bytes]:
+        """A front end on node one; it stops when its stdin is closed."""
+        words = [sys.executable, str(PROGRAMS / "kernel_client.py"), file]
+        holder = read_holder(holder_path(self.home, "one"))
+        child = subprocess.Popen(
+            ["nsenter", "-t", str(holder), "-n", *words],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        )  # fmt: skip
+        self.running.append(child)
+        assert child.stdout
+        assert child.stdout.readline() == b"ready\n"
+        return child
+
+    def ask(self, client: subprocess.Popen[bytes]) -> dict[str, Any]:
+        """What a client has found until now; it goes on."""
+        assert client.stdin
+        assert client.stdout
+        client.stdin.write(b"\n")
+        client.stdin.flush()
+        found: dict[str, Any] = json.loads(client.stdout.readline())
+        assert found["wrong"] == []
+        return found
+
     def stop(self, client: subprocess.Popen[bytes]) -> dict[str, Any]:
         out, _ = client.communicate(timeout=PATIENCE_S)
         found: dict[str, Any] = json.loads(out)
         assert found["wrong"] == []
-        assert found["messages"] > 10
+        assert found.get("messages", found.get("cells")) > 10
         return found
+
+    def count_ledgers(self) -> int:
+        """How many processes of the session there are."""
+        words = [sys.executable, str(PROGRAMS / "ledger.py"), str(PORT)]
+        wanted = b"".join(word.encode() + b"\0" for word in words)
+        found = 0
+        for pid in filter(str.isdecimal, os.listdir("/proc")):
+            with contextlib.suppress(OSError):
+                found += Path(f"/proc/{pid}/cmdline").read_bytes() == wanted
+        return found
+
+    def is_settled(self) -> bool:
+        """Whether the session runs, and is on its way nowhere."""
+        session = self.look()
+        return session["state"] == "running" and not session["moving_to"]
 
     def look(self) -> dict[str, Any]:
         return self.client.get("/v1/sessions/ledger")
@@ -141,6 +197,34 @@ def test_client_in_use_while_its_server_moves(trial: Trial) -> None:
     trial.up()
     assert trial.look()["state"] == "hibernated"
     trial.lzy.succeed("wake", "ledger")
+
+
+@pytest.mark.slow
+def test_front_end_follows_its_kernel(trial: Trial, tmp_path: Path) -> None:
+    """A kernel that listens on 127.0.0.1 only is used by one and the same client on its first node
+    wherever it is: from there its ports lead to it, also when that node's agent was killed."""
+    trial.up()
+    client = trial.use_kernel(trial.kernel(tmp_path))
+    for to in ("two", "one", "two"):
+        before = trial.ask(client)["cells"]
+        trial.lzy.succeed("migrate", "ledger", "--node", to)
+        trial.wait_until(lambda: trial.ask(client)["cells"] > before + 3)  # noqa: B023 - at once
+        assert trial.look()["node"] == to
+    os.kill(agent_of(trial.home / "nodes" / "one"), signal.SIGKILL)
+    before = trial.ask(client)["cells"]
+    trial.wait_until(lambda: trial.ask(client)["cells"] > before + 3)
+    trial.stop(client)
+
+
+def agent_of(home: Path) -> int:
+    """The pid of a node's agent here."""
+    for pid in map(int, filter(str.isdecimal, os.listdir("/proc"))):
+        with contextlib.suppress(OSError):
+            words = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            name = Path(f"/proc/{pid}/comm").read_text().strip()
+            if name == "lzy-agent" and f"LZY_HOME={home}".encode() in words:
+                return pid
+    raise AssertionError("there is no agent")
 
 
 def test_migrator_killed_and_link_cut(trial: Trial) -> None:
@@ -299,12 +383,19 @@ def has_cgroups() -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3600)
-def test_moved_to_and_fro_under_use(trial: Trial) -> None:
-    """`LZY_SOAK_ROUNDS` times there and back, stores apart: its client has missed nothing."""
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("what", ["ledger", "kernel"])
+def test_moved_to_and_fro_under_use(trial: Trial, tmp_path: Path, what: str) -> None:
+    """`LZY_SOAK_ROUNDS` times there and back, stores apart: its client has missed nothing.
+
+    A ledger's goes to where it is; that of a notebook kernel stays at the first node.
+    """
     trial.up("--own-stores")
-    trial.ledger()
-    client = trial.use()
+    if what == "ledger":
+        trial.ledger()
+        client = trial.use()
+    else:
+        client = trial.use_kernel(trial.kernel(tmp_path))
     for number in range(2 * int(os.environ.get("LZY_SOAK_ROUNDS", "100"))):
         to = ("two", "one")[number % 2]
         moved = trial.lzy.succeed("migrate", "ledger", "--node", to)
@@ -332,20 +423,56 @@ def test_link_cut_while_the_image_goes_ahead(trial: Trial) -> None:
     trial.stop(client)
 
 
+STEPS = ("offered", "prepared", "stopping", "stopped", "asked", "accepting", "accepted", "answered")
+
+
 @pytest.mark.slow
-def test_link_cut_while_memory_follows(trial: Trial, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cut when the session runs and lacks memory, and healed: it stalls at most, and goes on."""
-    monkeypatch.setenv("LZY_TEST_AT_ONCE_BYTES", "0")
-    monkeypatch.setenv("LZY_TEST_FETCHES_AFTER_S", "2")
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("lasts", ["shortly", "until it fails"])
+def test_link_cut_at_each_step(trial: Trial, lasts: str) -> None:
+    """Cut when source or target has come to a step, and healed: the session is in one place, with
+    one process, and its client has lost nothing; a short cut delays the move, and no more."""
     trial.up("--own-stores")
     trial.ledger()
     client = trial.use()
     fabric = read_holder(fabric_path(trial.home))
+    for step in STEPS:
+        stage, to = f"move.{step}", {"one": "two", "two": "one"}[trial.look()["node"]]
+        trial.holds.hold(stage)
+        asked = trial.lzy.start("migrate", "ledger", "--node", to)
+        trial.wait_until(lambda: trial.holds.is_held(stage))  # noqa: B023 - at once
+        set_link(fabric, ORDER.index(to), up=False)
+        trial.holds.let_go()
+        if lasts == "shortly":
+            time.sleep(1)
+        else:
+            asked.wait(PATIENCE_S)
+        set_link(fabric, ORDER.index(to), up=True)
+        asked.communicate(timeout=PATIENCE_S)
+        trial.wait_until(lambda: all(n["reachable"] for n in trial.lzy.succeed("nodes")))
+        trial.wait_until(trial.is_settled)
+        assert trial.count_ledgers() == 1, step
+        if lasts == "shortly":
+            assert trial.look()["node"] == to, step
+        assert trial.ask(client)["messages"] > 0
+    trial.stop(client)
+
+
+@pytest.mark.slow
+def test_link_cut_while_memory_follows(trial: Trial) -> None:
+    """Cut when the session runs and lacks memory, and healed: it stalls at most, and goes on."""
+    trial.up("--own-stores")
+    trial.client.post("/v1/node/settings", {"settings": {"move_at_once_bytes": 0}})
+    trial.ledger()
+    client = trial.use()
+    fabric = read_holder(fabric_path(trial.home))
     for to in ("two", "one", "two"):
+        trial.holds.hold("move.fetching")
         moved = trial.lzy.succeed("migrate", "ledger", "--node", to)
         assert moved["report"]["follows_bytes"] > 0
         left = {"two": 0, "one": 1}[to]  # that node's link
         set_link(fabric, left, up=False)
+        trial.holds.let_go()
         time.sleep(3)  # for what is fetched then to fail
         set_link(fabric, left, up=True)
         trial.wait_until(lambda: all(n["reachable"] for n in trial.lzy.succeed("nodes")))

@@ -92,11 +92,7 @@ class Subject:
 
     def end(self) -> None:
         """Kill it, whichever of its lives it is in, and reap it."""
-        with contextlib.suppress(ChildProcessError, ProcessLookupError):
-            if os.waitpid(self.pid, os.WNOHANG)[0] == 0:
-                os.kill(self.pid, signal.SIGKILL)
-                os.waitpid(self.pid, 0)
-        self._process.returncode = 0  # reaped here; Popen must not wait for that number again
+        end_lives(self._process)
 
     def __enter__(self) -> Subject:
         return self
@@ -124,6 +120,15 @@ class Command:
         if process.returncode:
             raise RuntimeError(f"lzy {' '.join(arguments)} failed")
         self.report: dict[str, Any] = json.loads(printed)
+
+
+def end_lives(process: subprocess.Popen[bytes]) -> None:
+    """Kill a child, be it the one that was started or the one that came back, and reap it."""
+    with contextlib.suppress(ChildProcessError, ProcessLookupError):
+        if os.waitpid(process.pid, os.WNOHANG)[0] == 0:  # alive: the number is no other's
+            os.kill(process.pid, signal.SIGKILL)
+            os.waitpid(process.pid, 0)
+    process.returncode = 0  # reaped here; Popen must not wait for that number again
 
 
 def is_alive(pid: int) -> bool:

@@ -1,15 +1,16 @@
 """Where the time of a move goes: `python bench/moves.py [--stores apart] [--moves N] MEBIBYTES…`.
 
 As root, alone on the machine. Two nodes in namespaces of this machine; the session is a TCP server
-of so much random memory, of which each message writes 4 KiB anew; a client sends one each 5 ms all
-the time, from a third namespace, and connects again when its connection ends. Of each move it
-prints the longest that a message took, what of it lzy says it stood still, and when each stage
-between the last dump's begin and the first instruction was reached. Everything is ended.
+of so much random memory, of which each message looks at 8 KiB and writes 4 anew; a client sends one
+each 5 ms all the time, from a third namespace, and connects again when its connection ends. Of each
+move it prints the longest that a message took, what of it lzy says it stood still, and when each
+stage between the last dump's begin and the first instruction was reached. Everything is ended.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import statistics
@@ -130,40 +131,6 @@ def report(mebibytes: int, stores: str, moves: list[Move]) -> None:
 
 # -- the session and its client ----------------------------------------------------------------
 
-CLIENT = r"""
-import select, socket, sys, time
-port, addresses = int(sys.argv[1]), sys.argv[2:]
-number, at, connection, longest = 0, 0, None, 0.0
-print("ready", flush=True)
-while True:
-    if select.select([sys.stdin], [], [], 0.005)[0]:
-        sys.stdin.readline()
-        print(longest, flush=True)
-        longest = 0.0
-    number += 1
-    began = time.monotonic()
-    while True:
-        try:
-            if connection is None:
-                connection = socket.create_connection((addresses[at], port), 0.3)
-                connection.settimeout(5)
-            connection.sendall(b"%d\n" % number)
-            answer = b""
-            while not answer.endswith(b"\n"):
-                piece = connection.recv(4096)
-                if not piece:
-                    raise ConnectionError
-                answer += piece
-            break
-        except OSError:
-            if connection is not None:
-                connection.close()
-            connection, at = None, (at + 1) % len(addresses)
-            time.sleep(0.002)
-    assert answer.split()[:2] == [b"%d" % number] * 2, answer
-    longest = max(longest, time.monotonic() - began)
-"""
-
 
 def start_server(home: Path, mebibytes: int, children: list[subprocess.Popen[str]]) -> int:
     """The session's process on node one; its pid here."""
@@ -197,7 +164,7 @@ def start_client(home: Path, children: list[subprocess.Popen[str]]) -> subproces
     """Its client, between the nodes."""
     from lzy.agent.network import fabric_path, read_holder
 
-    words = [sys.executable, "-c", CLIENT, str(PORT), *WHERE]
+    words = [sys.executable, str(PROGRAMS / "ledger_client.py"), str(PORT), *WHERE]
     client = subprocess.Popen(
         ["nsenter", "-t", str(read_holder(fabric_path(home))), "-n", *words],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
@@ -214,7 +181,10 @@ def ask_longest(client: subprocess.Popen[str]) -> float:
     assert client.stdout
     client.stdin.write("\n")
     client.stdin.flush()
-    return float(client.stdout.readline())
+    told = json.loads(client.stdout.readline())
+    if told["wrong"]:
+        raise SystemExit(f"the client was told something wrong: {told}")
+    return float(told["longest_s"])
 
 
 def wait_until_settled(client: Client) -> None:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import queue
-import signal
 import subprocess
 import time
 from pathlib import Path
 from typing import Any
 
+from hosting import end_lives, is_alive
 from jupyter_client.blocking.client import BlockingKernelClient
 from jupyter_client.manager import KernelManager
 
@@ -117,18 +115,5 @@ class Notebook(FrontEnd):
     def close(self) -> None:
         """End the kernel, whether it is the one we started or the one that came back."""
         super().close()
-        with contextlib.suppress(ProcessLookupError, ChildProcessError):
-            if os.waitpid(self.pid, os.WNOHANG)[0] == 0:  # alive: the number is no other's
-                os.kill(self.pid, signal.SIGKILL)
-                os.waitpid(self.pid, 0)
-        self.process.returncode = 0  # reaped above; Popen must not wait for that pid any more
+        end_lives(self.process)
         self.manager.cleanup_resources()
-
-
-def is_alive(pid: int) -> bool:
-    """Whether `pid` exists and is no zombie."""
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            return file.read().rpartition(b")")[2].split()[0] not in (b"Z", b"X")
-    except OSError:
-        return False

@@ -446,7 +446,7 @@ def test_link_cut_at_each_step(trial: Trial, lasts: str) -> None:
         if lasts == "shortly":
             time.sleep(1)
         else:
-            asked.wait(PATIENCE_S)
+            asked.wait(3 * PATIENCE_S)  # it asks again for a while
         set_link(fabric, ORDER.index(to), up=True)
         asked.communicate(timeout=PATIENCE_S)
         trial.wait_until(lambda: all(n["reachable"] for n in trial.lzy.succeed("nodes")))

@@ -115,25 +115,23 @@ def increments(bench: Bench) -> Iterator[Figure]:
 def tracking(bench: Bench) -> Iterator[Figure]:
     """How much longer a program takes to rewrite all of its memory once it is under account.
 
-    In the first interval all of it is; after it was rewritten in two, it is left out.
+    In the first interval all of it is; once it was rewritten, it is left out.
     """
     size = bench.size(512)
     what = f"rewriting {size // MIB} MiB between two checkpoints"
     settled = Figure(
-        "tracking", f"{what} ÷ without lzy, from the third interval on", "times", at_most=1.10
+        "tracking", f"{what} ÷ without lzy, from the second interval on", "times", at_most=1.10
     )
     settled_first = Figure("tracking_pass", "… its first pass after a checkpoint alone", "times")
-    learning = Figure("tracking_learning", "… in the first and second interval", "times")
-    learning_first = Figure("tracking_first", "… … first passes after a checkpoint alone", "times")
+    learning = Figure("tracking_learning", "… in the first interval", "times")
+    learning_first = Figure("tracking_first", "… … its first pass alone", "times")
     for _ in range(min(bench.repeats, 3)):
         with bench.store() as store, Scribe(size) as scribe:
             alone = [scribe.do("rewrite") for _ in range(20)]
             for interval in range(6):
                 _checkpoint(scribe, store)
                 after = [scribe.do("rewrite") for _ in range(20)]
-                whole, first = (
-                    (settled, settled_first) if interval > 1 else (learning, learning_first)
-                )
+                whole, first = (settled, settled_first) if interval else (learning, learning_first)
                 whole.values.append(sum(after) / sum(alone))
                 first.values.append(after[0] / statistics.median(alone))
     yield from (settled, settled_first, learning, learning_first)

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from . import proc, tracking
+from .content import join_ranges
+from .dense import without
 from .errors import KernelError, LzyError
 from .huge import gather_huge_pages
 from .inject import close_descriptor
@@ -25,8 +27,8 @@ Range = tuple[int, int]
 class Bookkeeping:
     """One dump's part in an account.
 
-    Its steps in order: `open_base`, `ask`, then `begin` or `read`, `tie`; at the end of a dump
-    that failed, `give_up`.
+    Its steps in order: `open_base`, `ask`, then `begin` or `read`, `leave_out`, `tie`; at the end
+    of a dump that failed, `give_up`.
     """
 
     def __init__(self, root: Subject, notes: list[str]) -> None:
@@ -39,11 +41,21 @@ class Bookkeeping:
         """The account that stands, as far as it can be relied on."""
         self.begun: tracking.Begun | None = None
         """The account that began anew."""
+        self._left_out: Sequence[Range] = ()
 
     @property
     def left_out(self) -> Sequence[Range]:
         """What the account that stands does not cover, and so counts as written."""
         return self.account.left_out if self.account else ()
+
+    def leave_out(self, still_dense: Sequence[Range]) -> None:
+        """Leave out what was written densely of the account that began anew.
+
+        `still_dense`: what of that was left out before and has changed all the same.
+        """
+        if self.begun:
+            self._left_out = join_ranges([*without(self.begun.dense, self.left_out), *still_dense])
+            tracking.leave_out(self._root.pid, self._number, self._left_out)
 
     def open_base(self, store: Store, window_pages: int) -> Image | None:
         """The image that the account began with, if it is there, in this store, and fits."""
@@ -79,15 +91,11 @@ class Bookkeeping:
         """Whether the process has a descriptor with which account can be kept."""
         return self._number >= 0
 
-    def begin(self, *, spares_dense: bool) -> list[Range] | None:
-        """Begin it anew; the pages that may have been written until now, or None: any may.
-
-        `spares_dense`: what is written densely again and again is left out of it.
-        """
+    def begin(self) -> list[Range] | None:
+        """Begin it anew; the pages that may have been written until now, or None: any may."""
         root = self._root
-        dense = self.account.dense if self.account and spares_dense else ()
         try:
-            self.begun = tracking.begin_account(root.tracee, self._number, root.vmas, dense=dense)
+            self.begun = tracking.begin_account(root.tracee, self._number, root.vmas)
         except OSError as error:
             self._notes.append(
                 f"the next checkpoint reads more of the memory than was written: {error}"
@@ -98,7 +106,7 @@ class Bookkeeping:
         """The pages that may have been written since it began; None if there is no account."""
         return tracking.written_ranges(self._root.pid, self._root.vmas) if self.account else None
 
-    def tie(self, store: Store, image: str, dense: list[Range]) -> None:
+    def tie(self, store: Store, image: str) -> None:
         """Record that it began with that image, which is committed."""
         root = self._root
         tracking.remember(
@@ -110,8 +118,7 @@ class Bookkeeping:
                 self._inode,
                 str(store.path),
                 image,
-                dense,
-                self.begun.left_out if self.begun else (),
+                self._left_out,
             )
         )
 
@@ -132,5 +139,5 @@ class Bookkeeping:
 
     def gather(self) -> None:
         """Have the kernel put huge pages together again where it was left out."""
-        if self.begun and self.begun.left_out:
-            gather_huge_pages(self._root.pid, self.begun.left_out, self._root.mappings.vmas)
+        if self._left_out:
+            gather_huge_pages(self._root.pid, self._left_out, self._root.mappings.vmas)

@@ -29,11 +29,12 @@ from .carried import Cargo
 from .content import (
     CopiedPages,
     ProcessPages,
+    intersect,
     join_ranges,
     own_page_ranges,
+    subtract,
     windows_of,
 )
-from .dense import contains, still_dense
 from .errors import KernelError, NotFound, StoreUnavailable
 from .fitness import Progress
 from .history import TO_DOZE, next_checkpoint, remember
@@ -46,6 +47,7 @@ from .lineage import forget_lineage
 from .linux import PAGE_BYTES, process
 from .named import describe_named, remove_own
 from .objects import Objects
+from .recheck import recheck
 from .reporting import reporting
 from .resources.kind import load_kinds
 from .stages import reach
@@ -106,7 +108,7 @@ class DumpReport(NamedTuple):
     base: str | None
     """The image that unwritten pages were taken from; None when all were read."""
     written_bytes: int
-    """Memory that was read, because it may have changed since `base`."""
+    """Memory that was stored, because it has changed since `base` or may have."""
     notes: list[str]
 
 
@@ -178,8 +180,8 @@ class Capture:
                 self._settle()
                 for subject in self.tree:
                     cargo.add_mapped(subject.source_pid, subject.mappings.vmas)
-                doubtful = self._write(writer)
-                summary = self._commit(writer, cargo, doubtful)
+                self._write(writer)
+                summary = self._commit(writer, cargo)
             self._finish(summary.name)
         except ProcessLookupError as error:
             raise NotFound(f"process {self.pid} ended while it was dumped", pid=self.pid) from error
@@ -297,7 +299,7 @@ class Capture:
         for subject in self.tree[1:]:
             subject.look_again()
         if self._is_to_keep_account and self.books.is_open:
-            self.written = self.books.begin(spares_dense=self.wishes.why != TO_DOZE)
+            self.written = self.books.begin()
             reach("dump.tracked")
             joined = not self.books.begun or self.books.begun.registered
             if joined and proc.read_bytes(root.witness, "maps") != now:
@@ -361,34 +363,28 @@ class Capture:
         describe_named(self.objects, root.start_time, ours)
         reach("dump.writing")
 
-    def _write(self, writer: ImageWriter) -> list[int]:
-        """Write the memory; windows of which nobody knows whether they were written."""
+    def _write(self, writer: ImageWriter) -> None:
+        """Write the memory."""
         wishes, root, base, written = self.wishes, self.root, self.base, self.written
         others = sum(length_bytes(subject.fresh) for subject in self.tree[1:])
         total = self.objects.total_bytes + length_bytes(root.fresh) + others
-        doubtful: list[int] = []
-        if base:
-            writer.expect_objects(base, FIRST_MEMBER_SPACE)
-        if base and written is not None:
-            try:
-                kept, fresh = plan_checkpoint(
-                    base, root.ranges, join_ranges(written), self.away.missing
-                )
-            except TooScattered:
-                raise NotAsItIs from None
-            writer.keep(base, kept)
-            left_out = self.books.left_out
-            doubtful = [address for address, _ in fresh if contains(left_out, address)]
-            if doubtful:
-                writer.expect(base, doubtful)
-        else:
-            fresh = windows_of(root.ranges, wishes.window_pages)
-        own_bytes = sum(mask.bit_count() for _, mask in fresh) * PAGE_BYTES
-        self.written_bytes = own_bytes + others
-        self.refreshed = [address for address, _ in fresh]
         pages = root.open_pages()
         source: ProcessPages | CopiedPages = pages
         try:
+            if base:
+                writer.expect_objects(base, FIRST_MEMBER_SPACE)
+            if base and written is not None:
+                written = self._compare(writer, base, join_ranges(written), pages)
+                try:
+                    kept, fresh = plan_checkpoint(base, root.ranges, written, self.away.missing)
+                except TooScattered:
+                    raise NotAsItIs from None
+                writer.keep(base, kept)
+            else:
+                fresh = windows_of(root.ranges, wishes.window_pages)
+            own_bytes = sum(mask.bit_count() for _, mask in fresh) * PAGE_BYTES
+            self.written_bytes = own_bytes + others
+            self.refreshed = [address for address, _ in fresh]
             if wishes.leave_running and not self.runs_on:
                 source = self._copy_or_stay(pages, fresh)
             if not base and (parent := self.session["parent"]):  # as the next wake may need it
@@ -404,7 +400,19 @@ class Capture:
         finally:
             source.close()
         reach("dump.written")
-        return doubtful
+
+    def _compare(
+        self, writer: ImageWriter, base: Image, written: list[Range], pages: ProcessPages
+    ) -> list[Range]:
+        """What was written: of what was left out of the account, what has changed."""
+        left_out = intersect(self.root.ranges, intersect(written, list(self.books.left_out)))
+        checked = recheck(base, pages, windows_of(left_out, base.window_pages))
+        if self.wishes.why != TO_DOZE and not self.doze:
+            self.books.leave_out(checked.dense)
+        writer.expect(
+            base, (address for address, _ in windows_of(checked.dense, base.window_pages))
+        )
+        return subtract(written, checked.same)
 
     def _copy_or_stay(
         self, source: ProcessPages, fresh: list[tuple[int, int]]
@@ -424,9 +432,8 @@ class Capture:
 
     # -- the manifest ------------------------------------------------------------------------------
 
-    def _commit(self, writer: ImageWriter, cargo: Cargo, doubtful: list[int]) -> ImageSummary:
+    def _commit(self, writer: ImageWriter, cargo: Cargo) -> ImageSummary:
         """The manifest, once everything it names has been read back and found right."""
-        changed = writer.find_changed(self.base, doubtful) if self.base and doubtful else []
         document = self._describe()
         if carried := cargo.describe():
             document["carried"] = carried
@@ -440,9 +447,7 @@ class Capture:
             seed_order(self.store, summary.name, self.refreshed)
         reach("dump.committed")
         if self._is_to_keep_account and self.books.is_open:
-            begun = self.books.begun
-            dense = still_dense(begun.dense, self.books.left_out, changed) if begun else []
-            self.books.tie(self.store, summary.name, dense)
+            self.books.tie(self.store, summary.name)
         return summary
 
     def _describe(self) -> dict[str, Any]:

@@ -3,8 +3,8 @@
 The first write to a protected page is a fault, and the first to a huge page splits it. A program
 that rewrites all of an array between two checkpoints pays 512 faults for each huge page, and all
 that the account then says is that everything was written. Such memory, in units of a huge page, is
-left out: it counts as written at the next checkpoint, which reads it, and stores what has changed.
-When the contents of a unit turn out to be what they were, it comes under account again.
+left out from then on: it counts as written at the next checkpoint, which compares it with the image
+before (`recheck`). A unit of which less than half has changed by then is under account again.
 
 Everything here is arithmetic, and none of it can make an account miss a write: what is left out is
 not protected, and what is not protected counts as written.
@@ -12,9 +12,7 @@ not protected, and what is not protected counts as written.
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
-from operator import itemgetter
+from collections.abc import Iterable, Iterator
 
 from .content import join_ranges
 from .linux import PAGE_BYTES
@@ -42,28 +40,10 @@ def find_dense(written: Iterable[Range]) -> list[Range]:
     return _place(unit for unit, size in sizes.items() if size >= _LEAST_BYTES)
 
 
-def still_dense(
-    dense: Iterable[Range], left_out: Iterable[Range], changed: Iterable[int]
-) -> list[Range]:
-    """What of `dense` to take for densely written when the next account begins.
-
-    Of what was `left_out` of the last one, only units in which an address of `changed` lies.
-    """
+def without(dense: Iterable[Range], left_out: Iterable[Range]) -> list[Range]:
+    """The units of `dense` that were not left out."""
     was_out = set(_units(left_out))
-    in_use = {address // HUGE_PAGE_BYTES for address in changed}
-    return _place(unit for unit in _units(dense) if unit not in was_out or unit in in_use)
-
-
-def common(ranges: Iterable[Range], others: Iterable[Range]) -> list[Range]:
-    """The units that are in both."""
-    both = set(_units(others))
-    return _place(unit for unit in _units(ranges) if unit in both)
-
-
-def contains(ranges: Sequence[Range], address: int) -> bool:
-    """Whether an address lies in one of ascending ranges."""
-    at = bisect_right(ranges, address, key=itemgetter(0)) - 1
-    return at >= 0 and address < ranges[at][1]
+    return _place(unit for unit in _units(dense) if unit not in was_out)
 
 
 def _units(ranges: Iterable[Range]) -> Iterator[int]:

@@ -193,16 +193,6 @@ class ImageTables:
         self._kept_runs.extend(runs)
         self._kept.update(patchworks)
 
-    def fresh_contents(self) -> dict[int, tuple[int, bytes]]:
-        """{window address: (mask, id of the content)} of what was read of space 0."""
-        size = CHUNK_RECORD.size
-        found = {}
-        for runs in self._runs.values():
-            for address, mask, chunk in struct.iter_unpack("<QQQ", runs):
-                if not chunk >> 32:
-                    found[address] = mask, bytes(self._records[chunk * size : chunk * size + 32])
-        return found
-
     def encode_runs(self, *, ordered: bool) -> tuple[bytes, bytes]:
         """The run table and the pieces; call it last, when all chunks have their numbers.
 

@@ -29,12 +29,10 @@ from .content import (
     behind_file,
     cut_ranges,
     holds_own_pages,
-    intersect,
     join_ranges,
     neighbourhoods,
-    subtract,
 )
-from .dense import common, find_dense
+from .dense import find_dense
 from .errors import LzyError
 from .home import run_directory
 from .linux import PAGE_BYTES, memory, process, uffd
@@ -62,10 +60,8 @@ class Account(NamedTuple):
     inode: int
     store: str
     image: str
-    dense: Sequence[Range] = ()
-    """What was written densely until then, in units of huge pages (see `dense`): a hint."""
     left_out: Sequence[Range] = ()
-    """What of that was left unprotected, and counts as written: to know what to compare."""
+    """What is unprotected, being written densely, and counts as written (see `dense`): a hint."""
 
 
 class Begun(NamedTuple):
@@ -74,9 +70,7 @@ class Begun(NamedTuple):
     written: list[Range]
     """Pages that may have been written until then."""
     dense: list[Range]
-    """What was written densely, in units of huge pages."""
-    left_out: list[Range]
-    """What of that is not under account, being written densely again and again."""
+    """Of what was under account or left out: what was written densely, in units of huge pages."""
     registered: bool
     """Whether mappings came under account, which may have joined them to others."""
 
@@ -85,8 +79,7 @@ def find_account(pid: int) -> Account | None:
     """The account of process `pid`, if there is one to be relied on."""
     try:
         account = Account(**json.loads(_record(pid).read_bytes()))
-        dense, left_out = ([(a, b) for a, b in part] for part in account[-2:])
-        account = account._replace(dense=dense, left_out=left_out)
+        account = account._replace(left_out=[(a, b) for a, b in account.left_out])
     except (OSError, ValueError, TypeError):
         return None
     try:
@@ -286,43 +279,54 @@ def open_account(tracee: Tracee) -> int:
     return number
 
 
-def begin_account(
-    tracee: Tracee, number: int, vmas: Sequence[Vma], *, dense: Sequence[Range] = ()
-) -> Begun:
+def begin_account(tracee: Tracee, number: int, vmas: Sequence[Vma]) -> Begun:
     """Begin the account anew, on the descriptor `number` of the stopped process.
 
-    What was written until now, as `written_ranges` has it, in the same look at the page tables. Of
-    what has been written densely before (`dense`, ascending) that is left out which now is again.
+    What was written until now, as `written_ranges` has it, in the same look at the page tables.
     What has no page of its own yet is left alone: whatever comes to be there is outside of the
     account, and so will count as written. Raises OSError (EBUSY: memory is registered with somebody
     else's userfaultfd); what is not under account then will count as written.
     """
     withdraw(tracee.pid)
-    pidfd = proc.open_shared(tracee.pid)
+    own = list(filter(holds_own_pages, vmas))
+    with _own_duplicate(tracee.pid, number) as ours, _page_map(tracee.witness) as pagemap:
+        written: list[Range] = []
+        for start, end in neighbourhoods(own):
+            written += _find_written(pagemap, start, end, protect=True)
+        dense = find_dense(written)
+        written += _find_dropped(pagemap, own)
+        strangers = _find_strangers(pagemap, own)
+        for vma in strangers:
+            written.append((vma.start, vma.end))
+            if "ht" in vma.flags:  # of huge pages that are set aside: never under account
+                continue
+            uffd.register(ours, vma.start, vma.end - vma.start, uffd.REGISTER_MODE_WP)
+            _find_written(pagemap, vma.start, vma.end, protect=True)
+    return Begun(join_ranges(written), dense, bool(strangers))
+
+
+def leave_out(pid: int, number: int, ranges: Iterable[Range]) -> None:
+    """Keep account of these ranges no more: what is in them counts as written.
+
+    The process may run. What cannot be unprotected stays under account, which does no harm.
+    """
+    with contextlib.suppress(OSError, LzyError), _own_duplicate(pid, number) as ours:
+        for start, end in ranges:
+            with contextlib.suppress(OSError):
+                uffd.unprotect(ours, start, end - start)
+
+
+@contextlib.contextmanager
+def _own_duplicate(pid: int, number: int) -> Iterator[int]:
+    pidfd = proc.open_shared(pid)
     try:
         ours = take_descriptor(pidfd, number)
     finally:
         os.close(pidfd)
-    own = list(filter(holds_own_pages, vmas))
     try:
-        with _page_map(tracee.witness) as pagemap:
-            before = [run for part in dense for run in _find_written(pagemap, *part)]
-            left_out = common(find_dense(before), dense)
-            written = intersect(before, left_out)
-            for start, end in subtract(neighbourhoods(own), left_out):
-                written += _find_written(pagemap, start, end, protect=True)
-            found = find_dense(written)
-            written += _find_dropped(pagemap, own)
-            strangers = _find_strangers(pagemap, own)
-            for vma in strangers:
-                written.append((vma.start, vma.end))
-                if "ht" in vma.flags:  # of huge pages that are set aside: never under account
-                    continue
-                uffd.register(ours, vma.start, vma.end - vma.start, uffd.REGISTER_MODE_WP)
-                _find_written(pagemap, vma.start, vma.end, protect=True)
+        yield ours
     finally:
         os.close(ours)
-    return Begun(join_ranges(written), found, left_out, bool(strangers))
 
 
 def protect(pid: int, ranges: Iterable[Range]) -> None:

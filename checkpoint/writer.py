@@ -172,18 +172,6 @@ class ImageWriter:
         last = base.space_extent(end_space)[0]
         self._known.expect(base, {base.run(row)[2] for row in range(first, last)})
 
-    def find_changed(self, base: Image, windows: Iterable[int]) -> list[int]:
-        """Which of these windows of space 0, which were read, are not as `base` has them."""
-        fresh = self._tables.fresh_contents()
-        changed = []
-        for address in windows:
-            row = base.find_run(0, address)
-            _, mask, chunk = base.run(row) if row >= 0 else (0, 0, -1)
-            known = base.chunk_place(chunk)[0] if 0 <= chunk < base.chunk_count else b""
-            if (mask, known) != fresh.get(address, (0, b"")):
-                changed.append(address)
-        return changed
-
     def add_space(
         self, source: PageSource, windows: Iterable[tuple[int, int]], *, space: int
     ) -> None:

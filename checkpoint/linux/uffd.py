@@ -25,6 +25,7 @@ UFFDIO_UNREGISTER = 0x8010AA01
 UFFDIO_WAKE = 0x8010AA02
 UFFDIO_COPY = 0xC028AA03
 UFFDIO_ZEROPAGE = 0xC020AA04
+UFFDIO_WRITEPROTECT = 0xC018AA06
 
 REGISTER_MODE_MISSING = 1
 REGISTER_MODE_WP = 2
@@ -134,6 +135,11 @@ def pack_range(start: int, length_bytes: int) -> bytes:
 def unregister(fd: int, start: int, length_bytes: int) -> None:
     """UFFDIO_UNREGISTER; wakes whoever waits there. Nothing happens to VMAs not registered."""
     fcntl.ioctl(fd, UFFDIO_UNREGISTER, pack_range(start, length_bytes))
+
+
+def unprotect(fd: int, start: int, length_bytes: int) -> None:
+    """UFFDIO_WRITEPROTECT: writes there are free. Huge pages stay whole. ENOENT: not registered."""
+    fcntl.ioctl(fd, UFFDIO_WRITEPROTECT, struct.pack("<QQQ", start, length_bytes, 0))
 
 
 def same_description(pid: int, number: int, fd: int) -> bool:

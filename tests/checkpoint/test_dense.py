@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lzy.checkpoint.content import join_ranges
-from lzy.checkpoint.dense import common, contains, find_dense, still_dense
+from lzy.checkpoint.dense import find_dense, without
 from lzy.checkpoint.linux import PAGE_BYTES
 from lzy.checkpoint.linux.hugepages import HUGE_PAGE_BYTES
 
@@ -53,20 +53,9 @@ def test_half_of_a_unit_in_long_runs_is_dense(written: list[tuple[int, int]]) ->
     assert numbers(find_dense(written)) == expected
 
 
-@given(one=units, other=units, place=st.integers(0, 10 * PAGES))
-def test_units_in_common(
-    one: list[tuple[int, int]], other: list[tuple[int, int]], place: int
+@given(dense=units, left_out=units)
+def test_what_was_left_out_is_told_apart(
+    dense: list[tuple[int, int]], left_out: list[tuple[int, int]]
 ) -> None:
-    """Units of both lists are found, and what unit an address is in."""
-    assert numbers(common(one, other)) == numbers(one) & numbers(other)
-    assert contains(one, BASE + place * PAGE_BYTES) == (place // PAGES in numbers(one))
-
-
-@given(dense=units, left_out=units, changed=st.sets(st.integers(0, 10 * PAGES - 1)))
-def test_what_did_not_change_is_dense_no_more(
-    dense: list[tuple[int, int]], left_out: list[tuple[int, int]], changed: set[int]
-) -> None:
-    """Of units that were left out only those with a change stay; of the others, all."""
-    kept = numbers(still_dense(dense, left_out, [BASE + page * PAGE_BYTES for page in changed]))
-    in_use = {page // PAGES for page in changed}
-    assert kept == numbers(dense) - (numbers(left_out) - in_use)
+    """Units that were not left out are found, each by itself."""
+    assert numbers(without(dense, left_out)) == numbers(dense) - numbers(left_out)

@@ -194,7 +194,9 @@ class Api:
             words = f"user {request.uid} may not {request.method} {request.path}"
             self._agent.state.tell("", 0, "refused", words, request.uid)
             self._agent.ring()
-            raise AccessDenied("only root and the agent's own user may do that")
+            raise AccessDenied(
+                "only root and the agent's own user may do that", remedy="ask one of them"
+            )
 
     # -- the node
 
@@ -323,7 +325,10 @@ class Api:
             _check_terminal(terminal, request.uid)
         image = asked.get("image", "")
         if image and image.rpartition("@")[0] != session.record.name != image:
-            raise BadBody(f"{image} is no checkpoint of {session.record.name}")
+            raise BadBody(
+                f"{image} is no checkpoint of {session.record.name}",
+                remedy=f"see lzy log {session.record.name}",
+            )
         return await self._operate(WAKE, request, asked, session)
 
     async def _migrate(self, request: Request, asked: dict[str, Any], session: Session) -> Response:
@@ -446,7 +451,10 @@ class Api:
             await self._agent.operate(session, WAKE, actor_uid=request.uid)
         async with session.lock:
             if session.pidfd < 0:
-                raise NotFound(f"session {session.record.name} has no process")
+                raise NotFound(
+                    f"session {session.record.name} has no process",
+                    remedy=f"lzy wake {session.record.name} goes back to its last image",
+                )
             words = f"signal {asked['signal']}"  # before it is sent: the audit misses none
             self._agent.update(session, "signalled", words, request.uid)
             signal.pidfd_send_signal(session.pidfd, asked["signal"])
@@ -492,7 +500,9 @@ def _check_terminal(path: str, uid: int) -> None:
     except OSError:
         own = False
     if not (own or (uid == 0 and re.fullmatch(r"/dev/(pts/[0-9]+|tty[0-9]*)", path))):
-        raise AccessDenied(f"{path[:100]} is no terminal of yours")
+        raise AccessDenied(
+            f"{path[:100]} is no terminal of yours", remedy="name your own: tty(1) prints it"
+        )
 
 
 def _may_see(request: Request, event: Any) -> bool:

@@ -72,11 +72,14 @@ class Departures:
         """
         record = session.record
         if node == self._agent.identity.name:
-            raise Busy(f"session {record.name} is on {node} already")
+            raise Busy(f"session {record.name} is on {node} already", remedy="see lzy nodes")
         if record.name in self._leaving or record.moving:
             raise Busy(f"session {record.name} is on its way already", remedy="see lzy ps")
         if record.state not in (RUNNING, DOZING, HIBERNATED):
-            raise Busy(f"session {record.name} is {record.state}; it cannot move now")
+            raise Busy(
+                f"session {record.name} is {record.state}; it cannot move now",
+                remedy=f"wake it first: lzy wake {record.name}",
+            )
         self._leaving.add(record.name)
         target = OtherNode(self._agent, record.name, node, address, record.epoch + 1)
         try:

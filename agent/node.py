@@ -215,7 +215,10 @@ class Agent:
         self.call_off(session)
         async with session.lock:
             if session.record.moving:
-                raise Busy(f"session {session.record.name} is on its way to another node")
+                raise Busy(
+                    f"session {session.record.name} is on its way to another node",
+                    remedy="try again when it is there: see lzy ps",
+                )
             self.state.remove(session.record, "is no longer looked after", actor_uid)
             self.forget(session)
 
@@ -351,7 +354,9 @@ class Agent:
         """Whether there is something to do. Raises Busy, NotFound if it cannot be done."""
         record = session.record
         if self.sessions.get(record.name) is not session:
-            raise NotFound(f"session {record.name} was detached")
+            raise NotFound(
+                f"session {record.name} was detached", remedy="lzy attach PID has it back"
+            )
         if self.is_stopping:
             raise Busy("the agent is about to stop", remedy="start it again: lzy up")
         if verb == WAKE:

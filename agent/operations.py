@@ -369,7 +369,11 @@ def _prepare(order: Order, store: Store) -> Record:
     """See that the session's own process is there, served by a pager if need be, and known."""
     record = order.record
     if not is_alive(record.pid, record.start_time, record.boot_id):
-        raise NotFound(f"process {record.pid} of session {record.name} has ended", pid=record.pid)
+        raise NotFound(
+            f"process {record.pid} of session {record.name} has ended",
+            remedy=f"lzy wake {record.name} goes back to its last image",
+            pid=record.pid,
+        )
     from ..checkpoint.home import run_directory
 
     journal = journal_path(run_directory(), record.pid)

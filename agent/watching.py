@@ -102,7 +102,9 @@ class Watcher:
         """Doze or hibernate a session if it stays idle. Raises Busy when it does not."""
         leaving = self._agent.departures.is_leaving(session.record.name)
         if session.lock.locked() or session.called_off is not None or leaving:
-            raise Busy(f"something is done to session {session.record.name} already")
+            raise Busy(
+                f"something is done to session {session.record.name} already", remedy="see lzy ps"
+            )
         session.called_off = asyncio.Event()
         began_s = time.monotonic()
         try:
@@ -113,7 +115,10 @@ class Watcher:
 
             def still_wanted() -> None:
                 if called_off.is_set():
-                    raise Busy(f"the eviction of {session.record.name} was called off")
+                    raise Busy(
+                        f"the eviction of {session.record.name} was called off",
+                        remedy=f"see lzy why {session.record.name}",
+                    )
                 self._refuse_held(session)
 
             return await self._agent.operate(
@@ -138,7 +143,7 @@ class Watcher:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(session.called_off.wait(), notice_s)
             self._agent.update(session, "called_off", "somebody asked for something else")
-            raise Busy(f"the eviction of {name} was called off")
+            raise Busy(f"the eviction of {name} was called off", remedy=f"see lzy why {name}")
 
     async def _see_that_it_is_idle(self, session: Session, since_s: float) -> None:
         """Look over a moment of its own; every look since `since_s` must have found it idle."""
@@ -146,12 +151,17 @@ class Watcher:
         await asyncio.sleep(_LOOK_AGAIN_S)
         self.look(session)
         if session.lock.locked() or session.record.state not in LIVING or session.pidfd < 0:
-            raise Busy(f"something is done to session {session.record.name} already")
+            raise Busy(
+                f"something is done to session {session.record.name} already", remedy="see lzy ps"
+            )
         if session.is_active or session.idle_for_s < time.monotonic() - since_s:
             words = "; ".join(f"{v.probe}: {v.reason}" for v in session.verdicts if v.active)
             words = words or "it was a moment ago"
             self._agent.update(session, "called_off", f"it is in use again: {words}")
-            raise Busy(f"session {session.record.name} is in use again: {words}")
+            raise Busy(
+                f"session {session.record.name} is in use again: {words}",
+                remedy=f"lzy hibernate {session.record.name} asks no probe",
+            )
 
     def _refuse_held(self, session: Session) -> None:
         until, now_s = session.record.hold_until_unix_s, self._agent.state.clock.now_s()

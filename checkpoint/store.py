@@ -180,7 +180,10 @@ class Store:
         return [name for name in names if _NAME.fullmatch(name)]
 
     def images(self) -> list[ImageSummary]:
-        """All images, newest first; their headers are authenticated, damaged ones are marked."""
+        """All images, newest first; their headers are authenticated, damaged ones are marked.
+
+        Of a session the larger number is the newer one, whatever the clock was set to meanwhile.
+        """
         found = []
         for name in self.names():
             try:
@@ -189,8 +192,7 @@ class Store:
                 continue  # removed meanwhile
             except Damaged as error:
                 found.append(ImageSummary(name, 0.0, 0, 0, 0, 0, 0, 0, 0, 0, 0, str(error)))
-        found.sort(key=lambda image: (image.created_unix_s, image.name), reverse=True)
-        return found
+        return _newest_first(found)
 
     def load(self, name: str | None = None, *, known: Collection[bytes] = ()) -> Image:
         """Load and authenticate an image, the latest when no name is given.
@@ -392,6 +394,18 @@ class Store:
             if not image.damage:
                 return image.name
         raise NotFound(f"there is no image in {self.path}", remedy="make one with lzy dump")
+
+
+def _newest_first(images: list[ImageSummary]) -> list[ImageSummary]:
+    """By when they were made; but none is older than one of its session with a smaller number."""
+    from .history import split_name  # which knows of us
+
+    ages: dict[str, tuple[float, int, str]] = {}
+    latest_s: dict[str, float] = {}
+    for session, number, image in sorted((*split_name(image.name), image) for image in images):
+        latest_s[session] = max(latest_s.get(session, 0.0), image.created_unix_s)
+        ages[image.name] = (latest_s[session], number, image.name)
+    return sorted(images, key=lambda image: ages[image.name], reverse=True)
 
 
 def _close(*descriptors: int) -> None:

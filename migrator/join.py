@@ -124,7 +124,10 @@ def _ask(host: str, port: int, authority: str, body: dict[str, Any]) -> dict[str
         answer = connection.getresponse()
         document: dict[str, Any] = json.loads(answer.read())
     except (OSError, ValueError, http.client.HTTPException) as error:
-        raise LzyError(f"the migrator at {host}:{port} did not answer: {error}") from error
+        raise LzyError(
+            f"the migrator at {host}:{port} did not answer: {error}",
+            remedy="is lzy up there, and can that address be reached from here?",
+        ) from error
     finally:
         connection.close()
     if answer.status >= 300:

@@ -61,7 +61,7 @@ def choose(looks: list[Look], session: dict[str, Any], wish: Wish) -> Choice:
     own = next(s for s in facts.sessions if s.name == session["name"])
     here = session["node"]
     if wish.node == here:
-        raise Busy(f"session {own.name} is on {here} already")
+        raise Busy(f"session {own.name} is on {here} already", remedy="see lzy nodes")
     requests = own.requests._replace(
         node=wish.node,
         gpu=own.requests.gpu if wish.gpu is None else wish.gpu,

@@ -35,6 +35,7 @@ class Migrator:
         write_members(self.home, members)
         self.client = Client(self.home)
         self._log = self.home / "migrator.out"
+        self._api = Api(Fleet(self.home), lambda: None)
         self._process: subprocess.Popen[bytes] | None = None
 
     def begin(self, *, kill_at: str = "") -> Migrator:
@@ -77,5 +78,5 @@ class Migrator:
         """(status, document) of what its interface answers to that user, in this process."""
         content = b"" if body is None else json.dumps(body).encode()
         request = Request(method, path, {}, {}, content, uid, os.getpid())
-        answer = asyncio.run(Api(Fleet(self.home), lambda: None).answer(request))
+        answer = asyncio.run(self._api.answer(request))
         return answer.status, answer.document

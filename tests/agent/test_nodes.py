@@ -311,7 +311,7 @@ def test_connection_wakes_a_session(start: Any, service: Service) -> None:
 
 def test_use_wakes_a_session_where_there_is_room(trial: Trial) -> None:
     """Who connects while its node takes no sessions is served by another, through the old one's
-    port: what was sent at once and what comes later, and who connects later. So is a signal."""
+    port: what was sent at once and what comes later, and who connects later."""
     trial.up("--own-stores")
     trial.ledger()
     talk = (
@@ -334,12 +334,19 @@ def test_use_wakes_a_session_where_there_is_room(trial: Trial) -> None:
     )
     assert said.stdout == b"served\n", said.stderr.decode()
     assert (trial.look()["node"], trial.look()["state"]) == ("two", "running")
-    trial.lzy.succeed("drain", "--undo", "one")
-    trial.lzy.succeed("migrate", "ledger", "--node", "one")
+
+
+@pytest.mark.slow
+def test_signal_wakes_a_session_where_there_is_room(trial: Trial) -> None:
+    """Its node takes no sessions: it is woken on another, and the signal is sent there."""
+    trial.up()
+    trial.ledger()
     trial.lzy.succeed("hibernate", "ledger")
     trial.lzy.succeed("drain", "one")
     trial.lzy.succeed("signal", "ledger", "URG")
     assert (trial.look()["node"], trial.look()["state"]) == ("two", "running")
+    trial.lzy.succeed("signal", "ledger", "KILL")
+    trial.wait_until(lambda: trial.look()["state"] == "failed")
 
 
 def wait_until_it_listens(port: int) -> None:

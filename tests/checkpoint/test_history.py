@@ -104,6 +104,19 @@ def test_no_name_means_the_latest(store: Store) -> None:
     assert history.resolve(store, None) is None
 
 
+def test_the_latest_is_the_latest_when_the_clock_was_set_back(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a session the last checkpoint is its newest; `lzy restore` must not go back to another."""
+    for name, ahead_s in (("one", 0), ("calm", 100), ("calm@2", 7200), ("calm@3", -7200)):
+        at_ns = (1_800_000_000 + ahead_s) * 10**9
+        monkeypatch.setattr("lzy.checkpoint.writer.time.time_ns", lambda at_ns=at_ns: at_ns)
+        write(store, name)
+    assert [image.name for image in store.images()] == ["calm@3", "calm@2", "calm", "one"]
+    with store.load() as image:
+        assert image.name == "calm@3"
+
+
 def test_what_is_not_there_is_told(store: Store) -> None:
     """A checkpoint that is not there is refused with those that are; a name with where to look."""
     for name in ("calm", "calm@2", "calm@3", "calm@7"):

@@ -19,6 +19,7 @@ from .sizes import Size
     Examples:
       lzy migrate analysis --gpu            to a node with a free GPU
       lzy migrate analysis --gpu --wait     when there is one
+      lzy migrate analysis --cancel         wait for it no longer
       lzy migrate analysis --cpu 16 --memory 64G
       lzy migrate analysis --node large --dry-run
       lzy migrate analysis --bandwidth 50M  at 50 MiB a second
@@ -35,6 +36,7 @@ from .sizes import Size
 @click.option("--bandwidth", type=Size(), metavar="SIZE", help="Fetch no more in a second.")
 @click.option("--dry-run", is_flag=True, help="Only tell where it would go, and why.")
 @click.option("--wait", is_flag=True, help="If no node can take it now, go when one can.")
+@click.option("--cancel", is_flag=True, help="Wait no longer; it asks for nothing any more.")
 @json_option
 def migrate(
     name: str | None,
@@ -45,6 +47,7 @@ def migrate(
     bandwidth: int | None,
     dry_run: bool,
     wait: bool,
+    cancel: bool,
     as_json: bool,
 ) -> None:
     """Move a session to another node, where it goes on.
@@ -59,8 +62,14 @@ def migrate(
     given = {"gpu": gpu, "cpu": cpu, "memory_bytes": memory, "node": node}
     given |= {"bytes_per_s": bandwidth}
     body: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
-    body |= {"dry_run": dry_run, "wait": wait}
     path = client.session(chosen, "migrate")
+    if cancel:
+        if body or dry_run or wait:
+            raise click.UsageError("--cancel goes alone.")
+        answer = client.post(path, {"cancel": True})
+        say_json(answer) if as_json else say([f"{paint(chosen, 'bold')} waits for nothing"])
+        return
+    body |= {"dry_run": dry_run, "wait": wait}
     try:
         with ProgressLine() as line:
             answer = client.post(path, body) if dry_run else client.work(path, body, line.update)
@@ -77,7 +86,10 @@ def _say(name: str, answer: dict[str, Any], dry_run: bool) -> None:
     refused = table(["not", "because"], [(r["node"], r["reason"]) for r in choice["refusals"]])
     if answer.get("queued"):
         words = spell_requests(session["requests"])
-        say([f"{paint(name, 'bold')} waits for {words}: {choice['why']}", "lzy ps shows it"])
+        say([
+            f"{paint(name, 'bold')} waits for {words}: {choice['why']}",
+            f"lzy ps shows it; lzy migrate {name} --cancel ends it",
+        ])  # fmt: skip
         return
     if dry_run:
         if choice["node"]:

@@ -42,6 +42,7 @@ _MIGRATE: Final = {
     "bytes_per_s": Field("number", "how fast to fetch its memory; 0: as it goes", 0, 1e12),
     "dry_run": Field("boolean", "only tell where it would go"),
     "wait": Field("boolean", "if nothing is free, go when something is"),
+    "cancel": Field("boolean", "wait no longer, and ask for nothing in particular"),
 }
 _ATTACH: Final = {
     "pid": Field("integer", "the process, as its node numbers it", 1, 1 << 22, required=True),
@@ -203,6 +204,10 @@ class Api:
         _, session = find_session(looks, name)
         order = {"node": wish.node or "-", "address": "-"}
         await asyncio.to_thread(self._check_owner, request, session, "migrate", order)
+        if body.get("cancel"):
+            client = self._fleet.client(self._fleet.member(session["node"]))
+            path = client.session(name, "requests")
+            return Response(document=await asyncio.to_thread(client.post, path, {"requests": {}}))
         return await asyncio.to_thread(self._move, request, looks, session, wish, body)
 
     def _check_owner(
@@ -239,7 +244,8 @@ class Api:
         member = self._fleet.member(session["node"])
         client = self._fleet.client(member)
         if not choice.node:
-            if not body.get("wait") or session["pid"] is None:
+            alone = len(looks) == 1  # there is nothing to wait for
+            if not body.get("wait") or session["pid"] is None or alone:
                 raise refuse(choice, name, wish)
             wanted = wish.on_top_of(session["requests"])
             if wish.node:

@@ -372,6 +372,9 @@ def test_session_waits_for_a_gpu_and_is_held_to_its_share(trial: Trial) -> None:
     assert waits["queued"]
     shown = trial.lzy.run("ps").stdout.decode()
     assert "waits for a GPU, 256 MiB" in shown
+    trial.lzy.succeed("migrate", "ledger", "--cancel")
+    assert trial.look()["waiting_since_unix_s"] is None
+    trial.lzy.succeed("migrate", "ledger", "--gpu", "--memory", "256M", "--wait")
     trial.lzy.succeed("drain", "--undo", "two")
     trial.wait_until(lambda: (trial.look()["node"], trial.look()["state"]) == ("two", "running"))
     session = trial.look()

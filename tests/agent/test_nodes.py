@@ -267,6 +267,13 @@ def test_drained_node_is_left(trial: Trial) -> None:
 
 def kill_migrator(home: Path) -> None:
     """kill -9 of the migrator of that home, by its own pid."""
+    pidfd = signal_migrator(home, signal.SIGKILL)
+    assert wait_readable([pidfd], PATIENCE_S)
+    os.close(pidfd)
+
+
+def signal_migrator(home: Path, number: signal.Signals) -> int:
+    """Send the migrator of that home a signal; its pidfd, if that may end it."""
     assert len(Fleet(home).members) == 2
     for pid in map(int, filter(str.isdecimal, os.listdir("/proc"))):
         with contextlib.suppress(OSError):
@@ -274,10 +281,11 @@ def kill_migrator(home: Path) -> None:
             name = Path(f"/proc/{pid}/comm").read_text().strip()
             if name == "lzy-migrator" and f"LZY_HOME={home}".encode() in words:
                 pidfd = os.pidfd_open(pid)
-                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-                assert wait_readable([pidfd], PATIENCE_S)
+                signal.pidfd_send_signal(pidfd, number)
+                if number == signal.SIGKILL:
+                    return pidfd
                 os.close(pidfd)
-                return
+                return -1
     raise AssertionError("there is no migrator")
 
 
@@ -334,6 +342,28 @@ def test_use_wakes_a_session_where_there_is_room(trial: Trial) -> None:
     )
     assert said.stdout == b"served\n", said.stderr.decode()
     assert (trial.look()["node"], trial.look()["state"]) == ("two", "running")
+
+
+@pytest.mark.slow
+def test_connection_wakes_a_session_though_the_migrator_hangs(trial: Trial) -> None:
+    """Its agent asks where it is to wake, hears nothing for a while, and wakes it by itself."""
+    trial.up()
+    trial.ledger()
+    trial.lzy.succeed("hibernate", "ledger")
+    signal_migrator(trial.home, signal.SIGSTOP)
+    try:
+        talk = (
+            "import socket\n"
+            f"with socket.create_connection(('{WHERE[0]}', {PORT}), 60) as s:\n"
+            "    s.sendall(b'1\\n'); print(s.recv(100).split()[0])"
+        )
+        asked = [*trial.lzy.executable, "enter", "two", "--", sys.executable, "-c", talk]
+        environment = {**os.environ, "LZY_HOME": str(trial.home)}
+        said = subprocess.run(asked, env=environment, capture_output=True, timeout=90)
+        assert said.stdout == b"b'1'\n", said.stderr.decode()
+    finally:
+        signal_migrator(trial.home, signal.SIGCONT)
+    trial.wait_until(lambda: (trial.look()["node"], trial.look()["state"]) == ("one", "running"))
 
 
 @pytest.mark.slow

@@ -238,6 +238,10 @@ class Image:
             self._document = document
         return self._document
 
+    def forget_document(self) -> None:
+        """Have `document` be as it was written again, whatever was changed in it."""
+        self._document = None
+
     def member(self, number: int) -> Image:
         """The image as it would be if only that process of its tree had been dumped.
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import birth, machine, proc, reinstate, resources
 from .batch import Batch
-from .errors import Busy, Incompatible, KernelError, LzyError
+from .errors import Incompatible, KernelError, LzyError
 from .harbour import make_harbour
 from .image import Image
 from .interrogate import decode
@@ -226,18 +226,27 @@ class Member(MemberMemory):
             self._begin_pager()
 
     def _make_threads(self) -> list[Thread]:
-        """Clone the other threads, each under its old id; all stop before their first step."""
+        """Clone the other threads, each under its old id; all stop before their first step.
+
+        Raises Taken if one of these ids is somebody else's by now.
+        """
         tracee = self.tracee
         leader = tracee.speaker
         batch = tracee.batch()
         has_main = not self.own.get("main_thread")
-        for thread in self.threads[has_main:]:
+        wanted = self.threads[has_main:]
+        for thread in wanted:
             number = batch.put(layouts.pack_s64(thread["tid"]))
             arguments = batch.put(process.thread_clone_arguments(number, 0))
             batch.call(process.SYS_CLONE3, arguments, 88, what=f"thread {thread['tid']}")
         born: list[int] = []
         tracee.on_clone = born.append
-        tracee.run(leader, batch)
+        try:
+            tracee.run(leader, batch)
+        except KernelError as error:
+            if error.errno == errno.EEXIST:
+                raise birth.Taken(wanted[len(born)]["tid"]) from error
+            raise
         for tid in born:
             _await_first_stop(tid)
             tracee.adopt(tid)
@@ -506,11 +515,7 @@ def fork_stub(
     parent.run(parent.speaker, batch)
     if (result := batch.results[made]) < 0:
         if result == -errno.EEXIST:
-            raise Busy(
-                f"pid {number} is taken{birth.by_whom(number)}",
-                remedy="wait until it ends, or restore with --pid-namespace new",
-                pid=number,
-            )
+            raise birth.Taken(number)
         raise KernelError(f"cannot make process {number} again", -result)
     pid = born[0]
     _await_first_stop(pid)

@@ -102,6 +102,7 @@ class Restorer:
     ) -> None:
         self.began = time.monotonic()
         self.image = image
+        self.eager = eager
         self.session = session
         self.progress = progress
         self.document: dict[str, Any] = image.document
@@ -139,6 +140,17 @@ class Restorer:
 
     def restore(self, pid_namespace: str, options: resources.RestoreOptions) -> RestoreReport:
         """All steps; see the module."""
+        try:
+            return self._make(pid_namespace, options)
+        except birth.Taken as taken:  # it was free a moment ago
+            if pid_namespace != "auto":
+                raise
+            self.image.forget_document()
+            again = Restorer(self.image, self.eager, self.session, self.progress)
+            again.notes.append(_lives_apart(taken.facts["pid"]))
+            return again._make("new", options)
+
+    def _make(self, pid_namespace: str, options: resources.RestoreOptions) -> RestoreReport:
         born: birth.Birth | None = None
         root = self.root
         try:
@@ -165,14 +177,7 @@ class Restorer:
             self.local = resources.make_descriptors(self.table, _Source(self.objects), options)
             reach("restore.checked")
             # 3. A process with the old pid, stopped in our stub.
-            try:
-                born = self._give_birth(wanted, new_namespace)
-            except Busy:  # the pid was free a moment ago: somebody restores the image, too
-                if new_namespace or pid_namespace != "auto":
-                    raise
-                self.notes.append(_lives_apart(wanted.pid))
-                new_namespace = True
-                born = self._give_birth(wanted, new_namespace)
+            born = self._give_birth(wanted, new_namespace)
             root.be_born(born.pid)
             # 4. Its memory, and its children with theirs.
             root.grow(self.progress)
@@ -283,11 +288,7 @@ class Restorer:
             return True
         if choice == "host" or not taken:
             if taken:
-                raise Busy(
-                    f"pid {taken[0]} of image {self.image.name} is taken" + birth.by_whom(taken[0]),
-                    remedy="wait until it ends, or restore with --pid-namespace new",
-                    pid=taken[0],
-                )
+                raise birth.Taken(taken[0])
             if os.getppid() == wanted.parent:
                 return False
             if choice == "auto" and self._watches_parent():

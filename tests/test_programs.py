@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -11,14 +12,14 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from living import PATIENCE_S, PROGRAMS, Case, await_end, wait_readable
+from living import PATIENCE_S, PROGRAMS, Case, Holds, await_end, list_children, wait_readable
 
 if TYPE_CHECKING:
     from living import CommandLine, Program
@@ -159,6 +160,74 @@ def test_pid_taken(start: Start, lzy: CommandLine) -> None:
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(pidfd, signal.SIGKILL)
         os.close(pidfd)
+
+
+#: Is the process of that number; ends with its input.
+TAKER = """
+import os, sys
+from lzy.checkpoint.linux.process import clone3
+if clone3(set_tid=int(sys.argv[1])) == 0:
+    print("ready", flush=True)
+    sys.stdin.read()
+    os._exit(0)
+sys.stdin.read()
+os.wait()
+"""
+
+
+@contextlib.contextmanager
+def taken(number: int) -> Iterator[None]:
+    """Somebody else has that number, of a process or a thread."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", TAKER, str(number)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    try:
+        assert process.stdout
+        assert process.stdout.readline() == b"ready\n"
+        yield
+    finally:
+        process.communicate(timeout=PATIENCE_S)
+
+
+@pytest.mark.parametrize("name", ["numpy_threads", "tree_groups"])
+@pytest.mark.parametrize("namespace", ["auto", "host"])
+def test_number_taken_in_the_midst_of_a_restore(
+    start: Start, lzy: CommandLine, tmp_path: Path, name: str, namespace: str
+) -> None:
+    """Of a thread, or of a child: it lives apart then; `host` says so, and leaves nothing."""
+    program = start(name).await_ready()
+    threads = {int(tid) for tid in os.listdir(f"/proc/{program.pid}/task")}
+    number = (list_children(program.pid) or sorted(threads))[-1]
+    assert number != program.pid
+    lzy.dump(program)
+    holds = Holds(tmp_path / "holds")
+    lzy.environment |= holds.environment
+    holds.hold("restore.executed")
+    words = ("restore", "image", "--store", str(lzy.store), "--pid-namespace", namespace)
+    command = lzy.start(*words, "--json")
+    try:
+        deadline = time.monotonic() + PATIENCE_S
+        while not holds.is_held("restore.executed"):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        with taken(number):
+            holds.let_go()
+            told, complaint = command.communicate(timeout=PATIENCE_S)
+            if namespace == "auto":
+                assert command.returncode == 0, complaint.decode()
+                report = json.loads(told)
+                assert f"pid {number} is taken" in " ".join(report["notes"])
+                program.adopt(report["pid"])
+                program.prove()
+            else:
+                assert command.returncode == 8
+                assert f"pid {number} is taken by python" in json.loads(told)["error"]["message"]
+    finally:
+        command.kill()
+        command.communicate()
+    if namespace == "host":
+        lzy.restore(program)
+        program.prove()
 
 
 @some_programs

@@ -69,15 +69,17 @@ def _is_zombie(pid: int) -> bool:
         return True
 
 
-class Taken(Busy):
-    """A number that one of the processes or threads must have is somebody else's by now."""
+def number_taken(number: int) -> Busy:
+    """The error for a number that a process or thread must have and is somebody else's by now.
 
-    def __init__(self, number: int) -> None:
-        super().__init__(
-            f"pid {number} is taken{by_whom(number)}",
-            remedy="wait until it ends, or restore with --pid-namespace new",
-            pid=number,
-        )
+    `taken` among its facts tells it from others.
+    """
+    return Busy(
+        f"pid {number} is taken{by_whom(number)}",
+        remedy="wait until it ends, or restore with --pid-namespace new",
+        pid=number,
+        taken=number,
+    )
 
 
 def give_birth(
@@ -158,7 +160,7 @@ def _clone(pid: int, flags: int = 0) -> int:
         return process.clone3(flags=flags, exit_signal=exit_signal, set_tid=pid)
     except OSError as error:
         if error.errno == errno.EEXIST:
-            raise Taken(pid) from error
+            raise number_taken(pid) from error
         raise LzyError(
             f"cannot make a process with pid {pid}: {error.strerror}",
             remedy="run lzy as root (CAP_CHECKPOINT_RESTORE)",

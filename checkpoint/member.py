@@ -228,7 +228,7 @@ class Member(MemberMemory):
     def _make_threads(self) -> list[Thread]:
         """Clone the other threads, each under its old id; all stop before their first step.
 
-        Raises Taken if one of these ids is somebody else's by now.
+        Raises Busy if one of these ids is somebody else's by now.
         """
         tracee = self.tracee
         leader = tracee.speaker
@@ -245,7 +245,7 @@ class Member(MemberMemory):
             tracee.run(leader, batch)
         except KernelError as error:
             if error.errno == errno.EEXIST:
-                raise birth.Taken(wanted[len(born)]["tid"]) from error
+                raise birth.number_taken(wanted[len(born)]["tid"]) from error
             raise
         for tid in born:
             _await_first_stop(tid)
@@ -515,7 +515,7 @@ def fork_stub(
     parent.run(parent.speaker, batch)
     if (result := batch.results[made]) < 0:
         if result == -errno.EEXIST:
-            raise birth.Taken(number)
+            raise birth.number_taken(number)
         raise KernelError(f"cannot make process {number} again", -result)
     pid = born[0]
     _await_first_stop(pid)

@@ -142,12 +142,13 @@ class Restorer:
         """All steps; see the module."""
         try:
             return self._make(pid_namespace, options)
-        except birth.Taken as taken:  # it was free a moment ago
-            if pid_namespace != "auto":
+        except Busy as error:
+            number = error.facts.get("taken")  # it was free a moment ago
+            if not number or pid_namespace != "auto":
                 raise
             self.image.forget_document()
             again = Restorer(self.image, self.eager, self.session, self.progress)
-            again.notes.append(_lives_apart(taken.facts["pid"]))
+            again.notes.append(_lives_apart(number))
             return again._make("new", options)
 
     def _make(self, pid_namespace: str, options: resources.RestoreOptions) -> RestoreReport:
@@ -288,7 +289,7 @@ class Restorer:
             return True
         if choice == "host" or not taken:
             if taken:
-                raise birth.Taken(taken[0])
+                raise birth.number_taken(taken[0])
             if os.getppid() == wanted.parent:
                 return False
             if choice == "auto" and self._watches_parent():

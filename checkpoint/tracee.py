@@ -22,7 +22,7 @@ from . import machine, proc
 from .batch import Batch
 from .errors import AccessDenied, Busy, KernelError, LzyError, NotFound, Unsupported
 from .filters import mode_of, suspend_filters
-from .linux import memory, process, ptrace
+from .linux import PAGE_BYTES, memory, process, ptrace
 from .machine import Call
 from .rseq import leave_sequence
 
@@ -30,6 +30,7 @@ ALL_SIGNALS = 0xFFFFFFFFFFFFFFFF
 _CANDIDATES = (signal.SIGURG, signal.SIGWINCH, signal.SIGCHLD)  # ignored by default, signal(7)
 ARENA_BYTES = 1 << 20
 _STOP_WITHIN_S = 10.0
+_BACK_WITHIN_S, _BACK_PAUSE_S = 10.0, 0.005
 
 
 class Thread:
@@ -92,9 +93,38 @@ class Tracee:
     def seize(self) -> None:
         """Seize and stop all threads, again until no new one appears.
 
-        Raises AccessDenied, NotFound, or Unsupported where somebody else traces the process; in
-        every case nothing stays stopped.
+        A thread in which a lzy before us was killed in the midst of a call gets the time to find
+        its way back: our code, and what it puts back, must stand until then. Raises AccessDenied,
+        NotFound, Busy, or Unsupported where somebody else traces the process; in every case
+        nothing stays stopped.
         """
+        deadline = time.monotonic() + _BACK_WITHIN_S
+        while True:
+            self._seize_all()
+            left = [thread.tid for thread in self.threads.values() if self._is_on_its_way(thread)]
+            if not left:
+                return
+            self.let_go()
+            if time.monotonic() > deadline:
+                raise Busy(
+                    f"thread {left[0]} of pid {self.pid} is still in a call that a lzy made which "
+                    "was killed",
+                    remedy=f"if it is stopped: kill -CONT {self.pid}; then try again",
+                    pid=self.pid,
+                )
+            time.sleep(_BACK_PAUSE_S)
+
+    def _is_on_its_way(self, thread: Thread) -> bool:
+        """Whether it runs our code, which always lies at the end of a page (`_find_zeros`)."""
+        rip = thread.registers["rip"]
+        place = (rip | PAGE_BYTES - 1) + 1 - machine.CODE_BYTES - machine.CONTEXT_BYTES
+        if not place <= rip < place + machine.CODE_BYTES:
+            return False
+        with contextlib.suppress(OSError):
+            return os.pread(self.memory, len(machine.CODE), place) == machine.CODE
+        return False
+
+    def _seize_all(self) -> None:
         seized: list[int] = []
         try:
             while True:

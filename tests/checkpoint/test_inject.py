@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -46,6 +47,23 @@ def test_calls_are_the_processes_own() -> None:
         for _ in range(50):
             assert call_inside(subject.pid, Call(39)) == subject.pid
         assert Path(f"/proc/{subject.pid}/maps").read_text() == maps
+
+
+def test_killed_in_a_call_and_at_once_another() -> None:
+    """Who comes next waits until the thread has found its way back: the process lives on."""
+    with living(TALKING) as subject:
+        reader, writer = map(int, subject.hear().split())
+        for descriptor in (reader, writer):
+            injector = os.fork()
+            if injector == 0:
+                call_inside(subject.pid, Call(7, (0, 0, 400)))  # poll(2) of nothing
+                os._exit(1)
+            while not Path(f"/proc/{subject.pid}/syscall").read_text().startswith("7 0x0 0x0 "):
+                os.sched_yield()
+            os.kill(injector, signal.SIGKILL)
+            os.waitpid(injector, 0)
+            assert close_descriptor(subject.pid, descriptor) == 0
+            assert subject.ask("hello") == "hello"
 
 
 def test_nobody_there() -> None:

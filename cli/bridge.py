@@ -188,7 +188,7 @@ class Bridge:
         if typed:
             self._link.send(pack(INPUT, typed))
         self._send_window()
-        write(self._link.take_output())
+        self._show()
         self._say_ready()
         self._notice.update()
 
@@ -213,12 +213,12 @@ class Bridge:
             ready = select.select(heard, [], [], timeout_s)[0]
             if self._link in ready:
                 self._link.hear()
-                write(self._link.take_output())
+                self._show()
                 if self._link.end is not None and not self._shell:
                     raise Gone
             if self._woken in ready:
                 self._hear_signals()
-            if self._link.news is not None:
+            while self._link.news is not None:
                 self._notice.update()
             if self._step:
                 self._step.attend()
@@ -252,6 +252,12 @@ class Bridge:
                 return False, b""
             self._send_window()
 
+    def _show(self) -> None:
+        """What the program has printed, in place of what tells of its sleep."""
+        if output := self._link.take_output():
+            self._notice.clear()
+            write(output)
+
     def _is_missed(self) -> bool:
         """Whether the program has stopped or ended, and its shell could not be held then."""
         if not self._shell or self._program() == "runs":
@@ -283,7 +289,7 @@ class Bridge:
             for _ in range(looks):  # what it wrote last may still be on its way to the host
                 answer = self._link.look()
             self._notice.clear()
-            write(self._link.take_output())
+            self._show()
             if answer.get("is_alternate") and self._program() != "ended":
                 write(answer.get("modes_off", "").encode())
                 self._is_stale = True

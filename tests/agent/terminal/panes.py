@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -36,15 +36,17 @@ class Pane:
 
     def sees(self, *rows: str) -> None:
         """Wait until these are the last rows that are shown."""
-        self._tmux.terminals.service.wait_until(
-            lambda: self.screen()[-len(rows) :] == list(rows), f"it shows {rows}, {self.screen()}"
-        )
+        self._see(lambda shown: shown[-len(rows) :] == list(rows), repr(rows))
 
     def sees_text(self, text: str) -> None:
         """Wait until that is shown somewhere."""
-        self._tmux.terminals.service.wait_until(
-            lambda: text in "\n".join(self.screen()), f"it shows {text!r}, {self.screen()}"
-        )
+        self._see(lambda shown: text in "\n".join(shown), repr(text))
+
+    def _see(self, holds: Callable[[list[str]], bool], words: str) -> None:
+        try:
+            self._tmux.terminals.service.wait_until(lambda: holds(self.screen()), words)
+        except AssertionError as error:
+            raise AssertionError(f"it never shows {words}, but {self.screen()}") from error
 
     def resizes(self, rows: int, columns: int) -> None:
         """Change its window."""

@@ -145,7 +145,8 @@ class Journal:
         fd = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.posix_fallocate(fd, 0, _AREAS_AT + capacity)
+            # Both areas now: on a disk that fills up meanwhile the process must not stall for one.
+            os.posix_fallocate(fd, 0, _AREAS_AT + 2 * capacity)
             header = (_MAGIC, _VERSION, 0, _AREAS_AT, _AREAS_AT + capacity, 0, 0, len(text))
             os.pwrite(fd, b"".join(word.to_bytes(8, "little") for word in header), 0)
             os.pwrite(fd, text, _FACTS_AT)

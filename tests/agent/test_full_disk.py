@@ -144,6 +144,27 @@ def is_settled(service: Service) -> bool:
     return session["state"] in ("running", "hibernated") and not session["operation"]
 
 
+def test_dozing_session_gets_its_memory_from_a_full_disk(
+    start: Start, disk: Disk, small: Service
+) -> None:
+    """What its pager writes down of what it does with its memory has its room already."""
+    program = start("memory_pattern", "12").await_ready()
+    small.begin().set()
+    small.attach(program)
+    for verb in ("doze", "wake"):
+        if verb == "wake":
+            small.do("hibernate")
+            program.await_end()
+            program.adopt(small.do("wake")["session"]["pid"])
+        else:
+            small.do("doze")
+        disk.fill()
+        program.prove()
+        assert program.ask("prove")
+        disk.clear()
+        small.await_state("running")
+
+
 def test_end_that_could_not_be_written(start: Start, disk: Disk, small: Service) -> None:
     """A session ends while the disk is full: it is known how when there is room."""
     program = start("memory_pattern", "12").await_ready()

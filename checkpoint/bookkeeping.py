@@ -1,6 +1,7 @@
-"""The account of writes over one dump: what it began with, begun anew, tied to the new image.
+"""The accounts of writes over one dump: what each began with, begun anew, tied to the new image.
 
-Account is kept of the root of a tree only. See `tracking` for what the kernel does.
+Account is kept of each process of a tree by itself; one record tells with which image all of them
+began. See `tracking` for what the kernel does.
 """
 
 from __future__ import annotations
@@ -10,134 +11,272 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from . import proc, tracking
-from .content import join_ranges
+from .content import intersect, join_ranges, subtract, windows_of
 from .dense import without
 from .errors import KernelError, LzyError
 from .huge import gather_huge_pages
+from .increment import Kept, plan_checkpoint
 from .inject import close_descriptor
+from .recheck import recheck
 
 if TYPE_CHECKING:
     from .image import Image
     from .store import Store
     from .subject import Subject
+    from .writer import ImageWriter
 
 Range = tuple[int, int]
 
 
-class Bookkeeping:
-    """One dump's part in an account.
+class Book:
+    """The account of one process in one dump.
 
-    Its steps in order: `open_base`, `ask`, then `begin` or `read`, `leave_out`, `tie`; at the end
-    of a dump that failed, `give_up`.
+    Its steps in order: `ask`, then `begin`, `look` or `read`, `compare`, `plan`; at the end of a
+    dump that failed, `give_up`.
     """
 
-    def __init__(self, root: Subject, notes: list[str]) -> None:
-        self._root = root
-        self._notes = notes
-        self._tied = False
-        self._number = -1  # of the account's descriptor, in the process
-        self._inode = 0
-        self.account = tracking.find_account(root.pid)
+    def __init__(
+        self, subject: Subject, account: tracking.Account | None, notes: list[str]
+    ) -> None:
+        self.account = account
         """The account that stands, as far as it can be relied on."""
         self.begun: tracking.Begun | None = None
         """The account that began anew."""
+        self.before: Image | None = None
+        """What the image before has of this process by itself."""
+        self.written: list[Range] | None = None
+        """What may have been written since then; None: any of it."""
+        self.kept: Kept | None = None
+        """What is taken from `before`; None if nothing is."""
+        self.fresh: list[tuple[int, int]] = []
+        """The windows that are to be read."""
         self._left_out: Sequence[Range] = ()
+        self._subject = subject
+        self._notes = notes
+        self._number = -1  # of the account's descriptor, in the process
+        self._inode = 0
 
     @property
     def left_out(self) -> Sequence[Range]:
         """What the account that stands does not cover, and so counts as written."""
         return self.account.left_out if self.account else ()
 
-    def leave_out(self, still_dense: Sequence[Range]) -> None:
-        """Leave out what was written densely of the account that began anew.
-
-        `still_dense`: what of that was left out before and has changed all the same.
-        """
-        if self.begun:
-            self._left_out = join_ranges([*without(self.begun.dense, self.left_out), *still_dense])
-            tracking.leave_out(self._root.pid, self._number, self._left_out)
-
-    def open_base(self, store: Store, window_pages: int) -> Image | None:
-        """The image that the account began with, if it is there, in this store, and fits."""
-        if self.account is None or self.account.store != str(store.path):
-            return None
-        try:
-            base = store.load(self.account.image)
-        except LzyError:  # removed, damaged, away: then all of the memory is read
-            return None
-        if base.window_pages == window_pages:
-            return base
-        base.close()
-        return None
-
-    def ask(self, *, opens: bool) -> None:
-        """Now that the process stands still: is it the same account? `opens` one if there is none.
-
-        A note is left if none can be kept: it costs time only.
-        """
-        pid = self._root.pid
-        if tracking.find_account(pid) != self.account:  # another dump came in between
-            self.account = None
-        self._number = self.account.number if self.account else -1
-        if opens and not self.account:
-            try:
-                self._number = tracking.open_account(self._root.tracee)
-            except KernelError as error:
-                self._notes.append(f"the next checkpoint reads all of the memory: {error}")
-        self._inode = tracking.find_inode(pid, self._number)
-
     @property
     def is_open(self) -> bool:
         """Whether the process has a descriptor with which account can be kept."""
         return self._number >= 0
 
-    def begin(self) -> list[Range] | None:
-        """Begin it anew; the pages that may have been written until now, or None: any may."""
-        root = self._root
+    def ask(self, *, opens: bool) -> None:
+        """Now that the process stands still: `opens` an account if there is none.
+
+        A note is left if none can be kept: it costs time only.
+        """
+        self._number = self.account.number if self.account else -1
+        if opens and not self.account:
+            try:
+                self._number = tracking.open_account(self._subject.tracee)
+            except KernelError as error:
+                self._note(f"the next checkpoint reads all of the memory: {error}")
+        self._inode = tracking.find_inode(self._subject.pid, self._number)
+
+    def begin(self) -> None:
+        """Begin it anew, and see what was `written` until now.
+
+        Precondition: the record of the tree is withdrawn.
+        """
+        subject = self._subject
         try:
-            self.begun = tracking.begin_account(root.tracee, self._number, root.vmas)
+            self.begun = tracking.begin_account(subject.tracee, self._number, subject.vmas)
         except OSError as error:
-            self._notes.append(
-                f"the next checkpoint reads more of the memory than was written: {error}"
-            )
-        return self.begun.written if self.begun and self.account else None
+            self._note(f"the next checkpoint reads more of the memory than was written: {error}")
+        self.written = self.begun.written if self.begun and self.account else None
 
-    def read(self) -> list[Range] | None:
-        """The pages that may have been written since it began; None if there is no account."""
-        return tracking.written_ranges(self._root.pid, self._root.vmas) if self.account else None
+    def look(self) -> list[Range]:
+        """See what was `written`, and the pages that there are. Precondition: an account stands."""
+        pages, self.written = tracking.look_at_all(self._subject.pid, self._subject.vmas)
+        return pages
 
-    def tie(self, store: Store, image: str) -> None:
-        """Record that it began with that image, which is committed."""
-        root = self._root
-        tracking.remember(
-            tracking.Account(
-                root.pid,
-                root.start_time,
-                proc.boot_id(),
-                self._number,
-                self._inode,
-                str(store.path),
-                image,
-                self._left_out,
-            )
+    def read(self) -> None:
+        """See what was `written`, if there is an account."""
+        if self.account:
+            self.written = tracking.written_ranges(self._subject.pid, self._subject.vmas)
+
+    @property
+    def inherited_before(self) -> list[Range]:
+        """What it had from its parent in the image before."""
+        found = self.before.document.get("inherited", ()) if self.before else ()
+        return [(start, end) for start, end in found]
+
+    def compare(self, writer: ImageWriter, *, leaves_out: bool) -> None:
+        """See what of the memory that was left out of the account has really been written.
+
+        `leaves_out`: what was written densely is left out from now on. Precondition: what is read
+        stands still, or is a snapshot.
+        """
+        base, subject = self.before, self._subject
+        if base is None or self.written is None:
+            return
+        written = join_ranges(self.written)
+        left_out = intersect(subject.fresh, intersect(written, list(self.left_out)))
+        still_dense: Sequence[Range] = ()
+        if left_out:
+            pages = subject.open_pages()
+            try:
+                checked = recheck(base, pages, windows_of(left_out, base.window_pages))
+            finally:
+                pages.close()
+            written = subtract(written, checked.same)
+            still_dense = checked.dense
+            writer.expect(base, (at for at, _ in windows_of(still_dense, base.window_pages)))
+        if leaves_out and self.begun:
+            self._left_out = join_ranges([*without(self.begun.dense, self.left_out), *still_dense])
+            tracking.leave_out(subject.pid, self._number, self._left_out)
+        self.written = written
+
+    def plan(self, window_pages: int, away: Sequence[Range] = ()) -> None:
+        """What is `kept` and what is `fresh`, of what is stored with this process.
+
+        What it shared with its parent the image before has there, and not with this process: what
+        it has for itself by now is read. Raises TooScattered.
+        """
+        own = self._subject.fresh
+        if self.before is None or self.written is None:
+            self.fresh = windows_of(own, window_pages)
+            return
+        written = join_ranges([*self.written, *self.inherited_before])
+        self.kept, self.fresh = plan_checkpoint(self.before, own, written, away)
+
+    def describe(self, store: Store, image: str, space: int) -> tracking.Account:
+        """The account that began with that image, of which that space is the process."""
+        return tracking.Account(
+            pid=self._subject.pid,
+            start_time=self._subject.start_time,
+            boot_id=proc.boot_id(),
+            number=self._number,
+            inode=self._inode,
+            store=str(store.path),
+            image=image,
+            space=space,
+            left_out=self._left_out,
         )
+
+    def give_up(self) -> None:
+        """Take a descriptor that was opened out of the process again."""
+        if not self.is_open or self.account:
+            return
+        subject = self._subject
+        subject.let_go()
+        with contextlib.suppress(LzyError, OSError):
+            if tracking.find_inode(subject.pid, self._number) == self._inode:
+                close_descriptor(subject.pid, self._number)
+
+    def gather(self) -> None:
+        """Have the kernel put huge pages together again where it was left out."""
+        if self._left_out:
+            subject = self._subject
+            gather_huge_pages(subject.pid, self._left_out, subject.mappings.vmas)
+
+    def _note(self, note: str) -> None:
+        if note not in self._notes:  # the same of each process
+            self._notes.append(note)
+
+
+class Books:
+    """The accounts of all processes of a dump."""
+
+    def __init__(self, root: Subject, notes: list[str]) -> None:
+        self._root = root
+        self._notes = notes
+        self._accounts = tracking.find_accounts(root.pid)
+        self._base: Image | None = None
+        self._books: dict[Subject, Book] = {}
+        self._tied = False
+
+    def __getitem__(self, subject: Subject) -> Book:
+        return self._books[subject]
+
+    def open_base(self, store: Store, window_pages: int) -> Image | None:
+        """The image that the accounts began with, if it is there, in this store, and fits."""
+        known = next(iter(self._accounts.values()), None)
+        if known is None or known.store != str(store.path):
+            return None
+        try:
+            base = store.load(known.image)
+        except LzyError:  # removed, damaged, away: then all of the memory is read
+            return None
+        if base.window_pages == window_pages:
+            self._base = base
+            return base
+        base.close()
+        return None
+
+    def take_base(self, base: Image) -> None:
+        """Rely on no account, but hold the first process against that image."""
+        self._accounts.clear()
+        self._base = base
+
+    def compare(self) -> None:
+        """Now that all stand still: are they the same accounts? Another dump may have come between.
+
+        To be called before `ask`.
+        """
+        if self._accounts:
+            now = tracking.find_accounts(self._root.pid)
+            self._accounts = {
+                pid: known for pid, known in self._accounts.items() if now.get(pid) == known
+            }
+
+    def ask(self, subject: Subject, *, opens: bool) -> None:
+        """Take up the account of a process that stands still; see `Book.ask`."""
+        account = self._accounts.get(subject.pid)
+        book = self._books[subject] = Book(subject, account, self._notes)
+        if self._base and (account or subject is self._root):
+            book.before = self._base.in_space(account.space if account else 0)
+        book.ask(opens=opens)
+
+    def find_inherited(self, subject: Subject) -> list[Range]:
+        """What a process had from its parent in the image before, and neither has written since."""
+        book = self._books[subject]
+        parent = self._books[subject.parent] if subject.parent else None
+        if not (book.before and parent and parent.before):
+            return []
+        if book.written is None or parent.written is None:
+            return []
+        if book.before.document["process"]["parent"] != parent.before.document["pid"]:
+            return []  # another one, who had ended
+        changed = join_ranges([*book.written, *parent.written])
+        return subtract(book.inherited_before, changed)
+
+    def withdraw(self) -> None:
+        """Rely no more on what is recorded: to be called before the first account begins anew."""
+        tracking.withdraw(self._root.pid)
+
+    @property
+    def takes_from_base(self) -> bool:
+        """Whether anything is taken from the image before."""
+        return any(book.before and book.written is not None for book in self._books.values())
+
+    def tie(self, store: Store, image: str, spaces: dict[Subject, int]) -> None:
+        """Record that they began with that image, which is committed."""
+        first, *others = (
+            book.describe(store, image, spaces[subject])
+            for subject, book in self._books.items()
+            if book.is_open or subject is self._root
+        )
+        if self._books[self._root].is_open:
+            tracking.remember(first, others)
 
     def keep(self) -> None:
         """What was begun stays: the image is committed."""
         self._tied = True
 
     def give_up(self) -> None:
-        """Unless it was to be kept: take a descriptor that we opened out of the process again."""
-        if not self.is_open or self.account or self._tied:
-            return
-        root = self._root
-        root.let_go()
-        tracking.withdraw(root.pid)
-        with contextlib.suppress(LzyError, OSError):
-            if tracking.find_inode(root.pid, self._number) == self._inode:
-                close_descriptor(root.pid, self._number)
+        """Unless they were to be kept: take what we opened out of the processes again."""
+        if not self._tied:
+            for book in self._books.values():
+                book.give_up()
 
     def gather(self) -> None:
-        """Have the kernel put huge pages together again where it was left out."""
-        if self._left_out:
-            gather_huge_pages(self._root.pid, self._left_out, self._root.mappings.vmas)
+        """Have the kernel put huge pages together again, see `Book.gather`."""
+        for book in self._books.values():
+            book.gather()

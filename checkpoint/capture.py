@@ -7,8 +7,8 @@ processes are to end anyway, all stay stopped until their image is committed. An
 when every byte of it has been read back from the store and authenticated; only then is anything
 ended.
 
-Account of writes is kept of the first process only, the root of the tree: of the others all of the
-memory is read at each dump, but for what they share copy-on-write with their parents.
+Account of writes is kept of each process of the tree, so that what is read of it is what it wrote
+since the image before. What they write together (shared memory) is read at each dump.
 
 A process that dozes is dumped as it is: what is away is taken from the image that its pager has.
 Its pager would take a snapshot for a forked child; what is to be written of it is copied instead.
@@ -21,25 +21,22 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from . import interrogate, mapping_flags, proc, resources, tracking
+from . import interrogate, mapping_flags, proc, resources
 from .away import Away, Doze, NotAsItIs, hold_pager, read_away
 from .beside import Beside
-from .bookkeeping import Bookkeeping
+from .bookkeeping import Books
 from .carried import Cargo
 from .content import (
     CopiedPages,
     ProcessPages,
-    intersect,
     join_ranges,
     own_page_ranges,
-    subtract,
-    windows_of,
 )
 from .errors import KernelError, NotFound, StoreUnavailable
 from .fitness import Progress
 from .history import TO_DOZE, next_checkpoint, remember
 from .host import describe_host
-from .increment import TooScattered, plan_checkpoint
+from .increment import TooScattered
 from .inheritance import length_bytes
 from .interrupts import Deferred
 from .ipc import describe_ipc
@@ -47,7 +44,6 @@ from .lineage import forget_lineage
 from .linux import PAGE_BYTES, process
 from .named import describe_named, remove_own
 from .objects import Objects
-from .recheck import recheck
 from .reporting import reporting
 from .resources.kind import load_kinds
 from .stages import reach
@@ -140,19 +136,19 @@ class Capture:
         """Its descendants at the first look, by pid."""
         self.tree: list[Subject] = []
         """Who was stopped, the root first, parents before their children."""
+        self.spaces: dict[Subject, int] = {}
+        """Which part of the image is the memory of each."""
         self.ended: list[Ended] = []
         self.system_v: dict[str, Any] = {}
         self.objects = Objects()
         self.tables: list[dict[str, Any]] = []
         """The descriptors of each of `tree`."""
         self.base: Image | None = None
-        self.books = Bookkeeping(self.root, notes)
+        self.books = Books(self.root, notes)
         self.obstacle = "" if wishes.leave_running else "the process ends"
         """Why there is no snapshot, in words; empty if there is one."""
-        self.written: list[Range] | None = None
-        """What may have been written since `base`; None: any of it."""
         self.away = Away([], [])
-        self._is_known = False
+        self._known: set[Subject] = set()  # those whose `ranges` are
         self.runs_on = False
         self.freeze_s = 0.0
         self.written_bytes = 0
@@ -203,7 +199,7 @@ class Capture:
             processes=len(self.tree),
             left_running=wishes.leave_running,
             snapshot=not self.obstacle,
-            base=self.base.name if self.base and self.written is not None else None,
+            base=self.base.name if self.base and self.books.takes_from_base else None,
             written_bytes=self.written_bytes,
             notes=self.notes,
         )
@@ -240,8 +236,8 @@ class Capture:
             )
         self.base = self.books.open_base(self.store, wishes.window_pages)
         if not self.base and doze:
-            self.books.account = None
             self.base = self.store.load(doze.image)
+            self.books.take_base(self.base)
         if self.base and not wishes.leave_running:  # what is taken from it is not read again
             self.store.verify(self.base.name, wishes.progress, known=wishes.verified)
 
@@ -250,6 +246,8 @@ class Capture:
     def _stop(self) -> None:
         """Stop all threads of all processes."""
         self.tree, self.ended = stop_tree(self.root, self.seen)
+        members = range(FIRST_MEMBER_SPACE, FIRST_MEMBER_SPACE + len(self.tree) - 1)
+        self.spaces = dict(zip(self.tree, (0, *members), strict=True))
         reach("dump.seized")
         if self.doze and len(self.tree) > 1:  # born just now
             raise NotAsItIs
@@ -259,11 +257,12 @@ class Capture:
 
     def _ask(self) -> None:
         """Ask what only a process itself can tell, by system calls made inside it."""
+        self.books.compare()
         for subject in self.tree:
             subject.ask()
             if subject is self.root:
                 reach("dump.prepared")
-                self.books.ask(opens=self._is_to_keep_account)
+            self.books.ask(subject, opens=self._is_to_keep_account)
             subject.tracee.unmap_arena()
         if not self.wishes.leave_running:
             self.root.look_closely()
@@ -292,34 +291,43 @@ class Capture:
 
     def _map(self) -> None:
         """Their mappings, and which pages were written since the image before."""
-        root = self.root
-        now = root.look_again()
-        if now != root.places:
-            self.obstacle = self.obstacle or why_no_snapshot(root.vmas)
-        for subject in self.tree[1:]:
-            subject.look_again()
-        if self._is_to_keep_account and self.books.is_open:
-            self.written = self.books.begin()
-            reach("dump.tracked")
-            joined = not self.books.begun or self.books.begun.registered
-            if joined and proc.read_bytes(root.witness, "maps") != now:
-                root.vmas = mapping_flags.mappings(self.pid)
-        elif self.books.account and not self.doze:
-            root.ranges, self.written = tracking.look_at_all(self.pid, root.vmas)
-            self._is_known = True
-        else:
-            self.written = self.books.read()
+        if self._is_to_keep_account:
+            self.books.withdraw()
+        places = {}
+        for subject in self.tree:
+            now = places[subject] = subject.look_again()
+            if now != subject.places:
+                self.obstacle = self.obstacle or why_no_snapshot(subject.vmas)
+            self._look_into_account(subject, now)
         if self.doze:
-            self._is_known = True
+            root, book = self.root, self.books[self.root]
+            self._known.add(root)
             with hold_pager(self.doze):
                 root.ranges = own_page_ranges(self.pid, root.vmas)
                 self.away = read_away(self.doze, root.ranges)
-            known = root.ranges if self.written is None else self.written
-            self.written = [*known, *self.away.moved]
+            known = root.ranges if book.written is None else book.written
+            book.written = [*known, *self.away.moved]
         find_names(self.tree)
         for subject in self.tree:
             subject.map(self.objects)
-        self._is_as_seen = bool(self.doze) and self.wishes.leave_running and now == root.places
+        is_as_before = places[self.root] == self.root.places
+        self._is_as_seen = bool(self.doze) and self.wishes.leave_running and is_as_before
+
+    def _look_into_account(self, subject: Subject, now: bytes) -> None:
+        """What it wrote; `now` is what /proc/PID/maps says."""
+        book = self.books[subject]
+        if self._is_to_keep_account and book.is_open:
+            book.begin()
+            if subject is self.root:
+                reach("dump.tracked")
+            joined = not book.begun or book.begun.registered
+            if joined and proc.read_bytes(subject.witness, "maps") != now:
+                subject.vmas = mapping_flags.mappings(subject.witness)
+        elif book.account and not self.doze:
+            subject.ranges = book.look()
+            self._known.add(subject)
+        else:
+            book.read()
 
     def _split(self) -> None:
         """Take the snapshots and let the processes go on, if they are to and can."""
@@ -350,7 +358,7 @@ class Capture:
         for subject in self.tree:
             subject.settle(
                 as_seen=subject is root and self._is_as_seen,
-                knows=subject is root and self._is_known,
+                knows=subject in self._known,
                 goes_on=self.wishes.leave_running and not self.runs_on,
             )
         self.host = describe_host(
@@ -358,33 +366,26 @@ class Capture:
         )
         root.ranges = join_ranges([*root.ranges, *self.away.missing])
         for subject in self.tree[1:]:
-            subject.find_inherited()
+            subject.find_inherited(self.books.find_inherited(subject))
         ours = [pid for subject in self.tree for pid in (subject.pid, subject.snapshot)]
         describe_named(self.objects, root.start_time, ours)
         reach("dump.writing")
 
     def _write(self, writer: ImageWriter) -> None:
-        """Write the memory."""
-        wishes, root, base, written = self.wishes, self.root, self.base, self.written
-        others = sum(length_bytes(subject.fresh) for subject in self.tree[1:])
-        total = self.objects.total_bytes + length_bytes(root.fresh) + others
+        """Write the memory, as far as the image before has not got it."""
+        wishes, root, base = self.wishes, self.root, self.base
+        own = sum(length_bytes(subject.fresh) for subject in self.tree)
+        total = self.objects.total_bytes + own
+        if base:
+            writer.expect_objects(base, FIRST_MEMBER_SPACE)
+        self._plan(writer)
+        windows = [window for subject in self.tree for window in self.books[subject].fresh]
+        self.written_bytes = sum(mask.bit_count() for _, mask in windows) * PAGE_BYTES
+        fresh = self.books[root].fresh
+        self.refreshed = [address for address, _ in fresh]
         pages = root.open_pages()
         source: ProcessPages | CopiedPages = pages
         try:
-            if base:
-                writer.expect_objects(base, FIRST_MEMBER_SPACE)
-            if base and written is not None:
-                written = self._compare(writer, base, join_ranges(written), pages)
-                try:
-                    kept, fresh = plan_checkpoint(base, root.ranges, written, self.away.missing)
-                except TooScattered:
-                    raise NotAsItIs from None
-                writer.keep(base, kept)
-            else:
-                fresh = windows_of(root.ranges, wishes.window_pages)
-            own_bytes = sum(mask.bit_count() for _, mask in fresh) * PAGE_BYTES
-            self.written_bytes = own_bytes + others
-            self.refreshed = [address for address, _ in fresh]
             if wishes.leave_running and not self.runs_on:
                 source = self._copy_or_stay(pages, fresh)
             if not base and (parent := self.session["parent"]):  # as the next wake may need it
@@ -393,26 +394,38 @@ class Capture:
                 writer.expect_little(self.written_bytes)
             with reporting(wishes.progress, "writing", writer, total):
                 writer.add_space(source, fresh, space=0)
-                for number, content, windows in self.objects.contents(wishes.window_pages):
-                    writer.add_space(content, windows, space=number)
-                for space, subject in enumerate(self.tree[1:], FIRST_MEMBER_SPACE):
-                    _write_member(writer, subject, space, wishes.window_pages)
+                for number, content, held in self.objects.contents(wishes.window_pages):
+                    writer.add_space(content, held, space=number)
+                for subject in self.tree[1:]:
+                    self._write_member(writer, subject)
         finally:
             source.close()
         reach("dump.written")
 
-    def _compare(
-        self, writer: ImageWriter, base: Image, written: list[Range], pages: ProcessPages
-    ) -> list[Range]:
-        """What was written: of what was left out of the account, what has changed."""
-        left_out = intersect(self.root.ranges, intersect(written, list(self.books.left_out)))
-        checked = recheck(base, pages, windows_of(left_out, base.window_pages))
-        if self.wishes.why != TO_DOZE and not self.doze:
-            self.books.leave_out(checked.dense)
-        writer.expect(
-            base, (address for address, _ in windows_of(checked.dense, base.window_pages))
-        )
-        return subtract(written, checked.same)
+    def _plan(self, writer: ImageWriter) -> None:
+        """Have the writer keep what is as the image before has it."""
+        kept = []
+        leaves_out = self.wishes.why != TO_DOZE and not self.doze
+        for subject, space in self.spaces.items():
+            book = self.books[subject]
+            book.compare(writer, leaves_out=leaves_out)
+            away = self.away.missing if subject is self.root else ()
+            try:
+                book.plan(self.wishes.window_pages, away)
+            except TooScattered:
+                raise NotAsItIs from None
+            if book.before and book.kept:
+                kept.append((space, book.before, book.kept))
+        if kept:
+            writer.keep(kept)
+
+    def _write_member(self, writer: ImageWriter, subject: Subject) -> None:
+        if windows := self.books[subject].fresh:
+            source = subject.open_pages()
+            try:
+                writer.add_space(source, windows, space=self.spaces[subject])
+            finally:
+                source.close()
 
     def _copy_or_stay(
         self, source: ProcessPages, fresh: list[tuple[int, int]]
@@ -443,11 +456,11 @@ class Capture:
         self.books.keep()
         if parent := self.session["parent"]:
             inherit_order(self.store, parent, summary.name)
-        if self.base and self.written is not None:
+        if self.books[self.root].kept:
             seed_order(self.store, summary.name, self.refreshed)
         reach("dump.committed")
-        if self._is_to_keep_account and self.books.is_open:
-            self.books.tie(self.store, summary.name)
+        if self._is_to_keep_account:
+            self.books.tie(self.store, summary.name, self.spaces)
         return summary
 
     def _describe(self) -> dict[str, Any]:
@@ -465,8 +478,7 @@ class Capture:
         members = zip(self.tree[1:], self.tables[1:], strict=True)
         if len(self.tree) > 1:
             document["members"] = [
-                subject.describe_member(table, space)
-                for space, (subject, table) in enumerate(members, FIRST_MEMBER_SPACE)
+                subject.describe_member(table, self.spaces[subject]) for subject, table in members
             ]
         if self.ended:
             document["zombies"] = describe_ended(self.ended)
@@ -520,11 +532,3 @@ def default_name(comm: str, pid: int, taken_unix_s: float) -> str:
     plain = "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "-" for c in comm)
     moment = time.strftime("%Y%m%dT%H%M%S", time.gmtime(taken_unix_s))
     return f"{plain.strip('.-') or 'process'}-{pid}-{moment}.{int(taken_unix_s % 1 * 1000):03}"
-
-
-def _write_member(writer: ImageWriter, subject: Subject, space: int, window_pages: int) -> None:
-    source = subject.open_pages()
-    try:
-        writer.add_space(source, windows_of(subject.fresh, window_pages), space=space)
-    finally:
-        source.close()

@@ -39,6 +39,7 @@ _FIELDS = struct.Struct("<8sIIII16sQQQQQQQQQQQ128s")
 _MAC_BYTES = 32
 HEADER_BYTES = _FIELDS.size + _MAC_BYTES
 RUN_BYTES = 24
+CHUNK_MASK = (1 << 32) - 1  # of the third word of a run; above it: the space
 CHUNK_RECORD = struct.Struct("<32sIIQII")
 _PACK_RECORD = struct.Struct("<16sQQ")
 PACK_RECORD_BYTES = _PACK_RECORD.size
@@ -253,10 +254,22 @@ class Image:
         found = next((member for member in members if member["pid"] == number), None)
         if found is None:
             raise NotFound(f"image {self.name} has no process {number}", image=self.name)
+        return self._only(found)
+
+    def in_space(self, space: int) -> Image | None:
+        """As `member`, by the space that is its memory (0: this very image); None if none is."""
+        if space == 0:
+            return self
+        members = self.document.get("members", ())
+        found = next((member for member in members if member["space"] == space), None)
+        return self._only(found) if found else None
+
+    def _only(self, found: dict[str, Any]) -> Image:
         first, last = self.space_extent(found["space"])
         other = copy.copy(self)
-        other.name = f"{self.name}{MEMBER_MARK}{number}"
-        other.runs = self.runs[3 * first : 3 * last]
+        other.name = f"{self.name}{MEMBER_MARK}{found['pid']}"
+        other._runs = self._runs[RUN_BYTES * first : RUN_BYTES * last]
+        other.runs = other._runs.cast("Q")
         other.run_count = last - first
         other._addresses = other.runs[0::3]
         other._owners = other.runs[2::3]
@@ -313,7 +326,7 @@ class Image:
         """
         at = index * 3
         runs = self.runs
-        return runs[at], runs[at + 1], runs[at + 2] & 0xFFFFFFFF
+        return runs[at], runs[at + 1], runs[at + 2] & CHUNK_MASK
 
     def run_space(self, index: int) -> int:
         """The space that record `index` belongs to."""

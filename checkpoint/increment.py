@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from .content import cut_windows, join_ranges, windows_of
-from .image import Image
+from .image import CHUNK_MASK, Image
 from .linux import PAGE_BYTES
 from .patchwork import MOST_PIECES, Piece, is_worth_it, renew
 
@@ -58,12 +58,15 @@ def plan_checkpoint(
 ) -> Increment:
     """How to make a checkpoint of the pages `present`, of which `written` may differ from `base`.
 
+    Of one process: `base` is what `Image.in_space` makes of an image of several.
+
     A window of which too little is left in the chunks of `base` is stored anew, whole
     (`lzy.checkpoint.patchwork.is_worth_it`), but for those of its pages that are `away`: these
     cannot be read now, and have not been written. Raises TooScattered.
     """
     runs = base.runs[: 3 * base.space_extent(0)[1]]
-    addresses, chunks = runs[0::3].tolist(), runs[2::3].tolist()
+    addresses = runs[0::3].tolist()
+    chunks = [owner & CHUNK_MASK for owner in runs[2::3].tolist()]
     chunk_count = base.chunk_count
     dirty = dict(windows_of(written, base.window_pages))
     whole, singles = cut_windows(present, base.window_pages)

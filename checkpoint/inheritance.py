@@ -14,7 +14,7 @@ import os
 from bisect import bisect_right
 from collections.abc import Iterator
 
-from .content import holds_own_pages, intersect, join_ranges
+from .content import holds_own_pages, intersect, join_ranges, subtract
 from .linux import memory
 from .proc import Vma
 
@@ -32,10 +32,12 @@ def find_inherited(
     parent_frames: memory.Frames,
     parent_vmas: list[Vma],
     parent_ranges: list[Range],
+    sure: list[Range],
 ) -> list[Range]:
     """Of the pages `ranges` of a process those that are its parent's. All ascend.
 
-    Both must stand still, or be snapshots.
+    Both must stand still, or be snapshots. `sure`: where nobody has to look, for they were its
+    parent's before, and neither of the two has written to them.
     """
     starts = [vma.start for vma in parent_vmas]
     alike = [
@@ -44,12 +46,12 @@ def find_inherited(
         if (at := bisect_right(starts, vma.start)) and _is_part(vma, parent_vmas[at - 1])
     ]
     candidates = intersect(intersect(ranges, alike), parent_ranges)
-    if not candidates:
-        return []
-    found: list[Range] = []
-    for start, end in _together(candidates):
-        found += memory.same_frames(frames, parent_frames, start, end)
-    return intersect(candidates, join_ranges(found))
+    found = intersect(candidates, sure)
+    unknown = subtract(candidates, found)
+    same: list[Range] = []
+    for start, end in _together(unknown):
+        same += memory.same_frames(frames, parent_frames, start, end)
+    return join_ranges([*found, *intersect(unknown, join_ranges(same))])
 
 
 def open_frames(pid: int, *, keeps: bool = False) -> memory.Frames:
@@ -73,6 +75,8 @@ def _is_part(vma: Vma, other: Vma) -> bool:
 
 def _together(ranges: list[Range]) -> Iterator[Range]:
     """Ranges that are close to one another in one: a system call takes as long as many pages."""
+    if not ranges:
+        return
     start, end = ranges[0]
     for low, high in ranges[1:]:
         if low - end > _CLOSE_BYTES:

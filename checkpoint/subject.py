@@ -163,8 +163,11 @@ class Subject:
             self._seen = None
             self.mappings.renew_flags(flags, of_snapshot=bool(self.snapshot))
 
-    def find_inherited(self) -> None:
-        """Which of its pages are its parent's; once `settle` was called for both."""
+    def find_inherited(self, sure: list[tuple[int, int]]) -> None:
+        """Which of its pages are its parent's; once `settle` was called for both.
+
+        `sure`: of which that is known, see `inheritance.find_inherited`.
+        """
         if self.parent:
             self._renew()
             self.parent._renew()
@@ -179,6 +182,7 @@ class Subject:
                     self.parent._frames,
                     self.parent.mappings.vmas,
                     self.parent.ranges,
+                    sure,
                 )
             finally:
                 frames.close()

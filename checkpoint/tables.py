@@ -15,7 +15,7 @@ from bisect import bisect_left
 from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from .image import CHUNK_RECORD, encode_pack
+from .image import CHUNK_MASK, CHUNK_RECORD, encode_pack
 from .packs import Stored
 from .patchwork import Piece, encode_pieces
 
@@ -54,8 +54,7 @@ class ImageTables:
         self._packs: dict[bytes, int] = {}
         self._pack_sizes: list[tuple[int, int]] = []
         self._runs: dict[int, bytes] = {}
-        self._kept: dict[int, list[Piece]] = {}
-        self._kept_runs = array("Q")
+        self._kept: dict[int, tuple[array[int], dict[int, list[Piece]]]] = {}
 
     def number_chunk(self, content_id: bytes) -> tuple[int, bool]:
         """The number of a content, and whether it is new here and now the caller's to store."""
@@ -184,14 +183,13 @@ class ImageTables:
             with memoryview(records) as view, view.cast("I") as words:
                 words[_PACK_AT :: CHUNK_RECORD.size // 4] = memoryview(renamed)
 
-    def keep(self, runs: array[int], patchworks: dict[int, list[Piece]]) -> None:
-        """Take pages of windows of space 0 from chunks that are here already.
+    def keep(self, space: int, runs: array[int], patchworks: dict[int, list[Piece]]) -> None:
+        """Take pages of windows of a space from chunks that are here already.
 
         `runs`: records of windows that are one chunk each, by address; `patchworks`, {window
         address: pieces}: others. Each window is in one of them at most.
         """
-        self._kept_runs.extend(runs)
-        self._kept.update(patchworks)
+        self._kept[space] = runs, patchworks
 
     def encode_runs(self, *, ordered: bool) -> tuple[bytes, bytes]:
         """The run table and the pieces; call it last, when all chunks have their numbers.
@@ -200,8 +198,7 @@ class ImageTables:
         was given twice.
         """
         runs = b"".join(self._runs[number] for number in sorted(self._runs))
-        joins = bool(self._kept or self._kept_runs)
-        if ordered and not joins:
+        if ordered and not self._kept:
             return runs, b""
         records = sorted(struct.iter_unpack("<QQQ", runs), key=lambda run: (run[2] >> 32, run[0]))
         last = (-1, -1)
@@ -209,37 +206,47 @@ class ImageTables:
             if (owner >> 32, address) == last:
                 raise _given_twice(address, owner >> 32)
             last = (owner >> 32, address)
-        if joins:
+        if self._kept:
             return self._join(records)
         return array("Q", itertools.chain.from_iterable(records)).tobytes(), b""
 
     def _join(self, records: list[Run]) -> tuple[bytes, bytes]:
-        """Put what was kept and what was written of the windows of space 0 together."""
-        fresh = {address: (mask, chunk) for address, mask, chunk in records if not chunk >> 32}
-        kept, addresses = self._kept_runs, self._kept_runs[0::3]
+        """Put what was kept and what was written together."""
+        fresh: dict[int, dict[int, tuple[int, int]]] = {}
+        for address, mask, owner in records:
+            fresh.setdefault(owner >> 32, {})[address] = mask, owner & CHUNK_MASK
         joined = array("Q")
         patchworks: list[list[Piece]] = []
+        for space in sorted(fresh.keys() | self._kept.keys()):
+            self._join_space(space, fresh.get(space, {}), joined, patchworks)
+        return joined.tobytes(), encode_pieces(patchworks)
+
+    def _join_space(
+        self,
+        space: int,
+        fresh: dict[int, tuple[int, int]],
+        joined: array[int],
+        patchworks: list[list[Piece]],
+    ) -> None:
+        kept, kept_pieces = self._kept.get(space) or (array("Q"), {})
+        addresses = kept[0::3]
         at = 0
-        for address in sorted(fresh.keys() | self._kept.keys()):
+        for address in sorted(fresh.keys() | kept_pieces.keys()):
             before, at = at, bisect_left(addresses, address, at)
             if at < len(addresses) and addresses[at] == address:
-                raise _given_twice(address, 0)
+                raise _given_twice(address, space)
             joined.extend(kept[3 * before : 3 * at])
-            pieces = list(self._kept.get(address, ()))
+            pieces = list(kept_pieces.get(address, ()))
             if address in fresh:
                 mask, chunk = fresh[address]
                 pieces.append(Piece(mask, mask, chunk))
             mask = sum([piece.taken for piece in pieces])
-            if len(pieces) == 1 and pieces[0].held == mask:
-                joined.extend((address, mask, pieces[0].chunk))
-            else:
-                joined.extend((address, mask, self.chunk_count + len(patchworks)))
+            chunk = pieces[0].chunk
+            if len(pieces) > 1 or pieces[0].held != mask:
+                chunk = self.chunk_count + len(patchworks)
                 patchworks.append(pieces)
+            joined.extend((address, mask, space << 32 | chunk))
         joined.extend(kept[3 * at :])
-        for record in records:
-            if record[2] >> 32:
-                joined.extend(record)
-        return joined.tobytes(), encode_pieces(patchworks)
 
 
 def _given_twice(address: int, space: int) -> ValueError:

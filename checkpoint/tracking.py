@@ -5,10 +5,13 @@ A userfaultfd inside the process write-protects its memory in the way that tells
 off again by itself, and PAGEMAP_SCAN lists the pages that have none. Nobody waits, nothing has to
 run; the account lives as long as the descriptor does, and that is the process's own.
 
+Of a tree each process has an account of its own; one record tells of all of them.
+
 *Guarantees.* Memory that is not under account (mapped since, moved, inherited from a parent)
 counts as written, and so does everything when it is not certain that the account began with the
 image that it is held against: a record in the run directory says which image that is. It is
-withdrawn before the account is begun anew, and written again only once an image is committed.
+withdrawn before any of its accounts is begun anew, and written again only once an image is
+committed.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from operator import itemgetter
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from . import proc
 from .content import (
@@ -60,6 +63,8 @@ class Account(NamedTuple):
     inode: int
     store: str
     image: str
+    space: int = 0
+    """Which part of the image is that process's memory; 0 is the first process's."""
     left_out: Sequence[Range] = ()
     """What is unprotected, being written densely, and counts as written (see `dense`): a hint."""
 
@@ -76,30 +81,53 @@ class Begun(NamedTuple):
 
 
 def find_account(pid: int) -> Account | None:
-    """The account of process `pid`, if there is one to be relied on."""
+    """The account of process `pid`, as the first of its tree, if there is one to be relied on."""
+    return next((known for known in _read_record(pid)[:1] if _stands(known)), None)
+
+
+def find_accounts(pid: int) -> dict[int, Account]:
+    """As `find_account`, of all that were dumped with `pid`, by their pids."""
+    return {known.pid: known for known in _read_record(pid) if _stands(known)}
+
+
+def _read_record(pid: int) -> list[Account]:
+    """What the record of `pid` says, whether it still holds or not; its own account comes first."""
     try:
-        account = Account(**json.loads(_record(pid).read_bytes()))
-        account = account._replace(left_out=[(a, b) for a, b in account.left_out])
-    except (OSError, ValueError, TypeError):
-        return None
+        facts: dict[str, Any] = json.loads(_record(pid).read_bytes())
+        accounts = [Account(**one) for one in (facts, *facts.pop("members", ()))]
+        return [
+            known._replace(left_out=[(start, end) for start, end in known.left_out])
+            for known in accounts
+        ]
+    except (OSError, ValueError, TypeError, AttributeError):
+        return []
+
+
+def _stands(account: Account) -> bool:
+    """Whether that process lives and still has that descriptor."""
     try:
-        alive = proc.start_time(pid) == account.start_time and proc.boot_id() == account.boot_id
+        alive = proc.start_time(account.pid) == account.start_time
     except LzyError:
-        return None
-    return account if alive and _is_ours(pid, account.number, account.inode) else None
+        return False
+    is_its = alive and proc.boot_id() == account.boot_id
+    return is_its and _is_ours(account.pid, account.number, account.inode)
 
 
-def remember(account: Account) -> None:
-    """Record that the account began with that image. Precondition: the image is committed."""
+def remember(account: Account, members: Iterable[Account] = ()) -> None:
+    """Record that the accounts of a tree began with that image; `account` is of its first process.
+
+    Precondition: the image is committed.
+    """
     path = _record(account.pid)
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     draft = path.with_suffix(f".{os.getpid()}.new")
-    draft.write_text(json.dumps(account._asdict()))
+    facts = account._asdict() | {"members": [member._asdict() for member in members]}
+    draft.write_text(json.dumps(facts))
     os.rename(draft, path)
 
 
 def withdraw(pid: int) -> None:
-    """Rely no more on what the record of process `pid` says."""
+    """Rely no more on what the record of process `pid` says of it and those below it."""
     _record(pid).unlink(missing_ok=True)
 
 
@@ -285,9 +313,9 @@ def begin_account(tracee: Tracee, number: int, vmas: Sequence[Vma]) -> Begun:
     What was written until now, as `written_ranges` has it, in the same look at the page tables.
     What has no page of its own yet is left alone: whatever comes to be there is outside of the
     account, and so will count as written. Raises OSError (EBUSY: memory is registered with somebody
-    else's userfaultfd); what is not under account then will count as written.
+    else's userfaultfd); what is not under account then will count as written. Precondition: no
+    record tells of it (see `withdraw`).
     """
-    withdraw(tracee.pid)
     own = list(filter(holds_own_pages, vmas))
     with _own_duplicate(tracee.pid, number) as ours, _page_map(tracee.witness) as pagemap:
         written: list[Range] = []
@@ -301,7 +329,8 @@ def begin_account(tracee: Tracee, number: int, vmas: Sequence[Vma]) -> Begun:
             if "ht" in vma.flags:  # of huge pages that are set aside: never under account
                 continue
             uffd.register(ours, vma.start, vma.end - vma.start, uffd.REGISTER_MODE_WP)
-            _find_written(pagemap, vma.start, vma.end, protect=True)
+        for start, end in neighbourhoods(strangers):  # what lies between them is protected
+            _find_written(pagemap, start, end, protect=True)
     return Begun(join_ranges(written), dense, bool(strangers))
 
 
@@ -346,8 +375,11 @@ def find_inode(pid: int, number: int) -> int:
     """What tells an account's descriptor from others of its number; 0 if there is none there."""
     with contextlib.suppress(OSError):
         pid = proc.witness(pid)
-        if uffd.keeps_account(Path(f"/proc/{pid}/fdinfo/{number}").read_text()):
-            return os.stat(f"/proc/{pid}/fd/{number}").st_ino
+        link = f"/proc/{pid}/fd/{number}"
+        if os.readlink(link) == "anon_inode:[userfaultfd]" and uffd.keeps_account(
+            Path(f"/proc/{pid}/fdinfo/{number}").read_text()
+        ):
+            return os.stat(link).st_ino
     return 0
 
 

@@ -21,12 +21,13 @@ import queue
 import threading
 import time
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .beside import Beside
 from .errors import Busy, Damaged, LzyError
 from .image import (
+    CHUNK_MASK,
     HEADER_BYTES,
     PACK_RECORD_BYTES,
     RUN_BYTES,
@@ -126,35 +127,41 @@ class ImageWriter:
             self._batch_bytes = _SMALL_BATCH_BYTES
             self._queue.maxsize = 0  # all at once: the workers need not wake who feeds them
 
-    def keep(self, base: Image, kept: Kept) -> None:
-        """Take these pages of space 0 from `base` as they are.
+    def keep(self, parts: Sequence[tuple[int, Image, Kept]]) -> None:
+        """Take these pages of some spaces as the image before has them: (space, base, what).
 
-        They were verified when they were written, and are not read again. Damaged when `base`
-        cannot be made sense of.
+        Each base is what `Image.in_space` makes of one and the same image. The pages were verified
+        when they were written, and are not read again. Damaged when it cannot be made sense of.
         """
         tables = self._tables
-        runs = array("Q")
-        for first, last in kept.rows:
-            runs.frombytes(base.run_records[first * RUN_BYTES : last * RUN_BYTES])
-        chunks = runs[2::3]
-        used = set(chunks)
-        used.update([piece.chunk for pieces in kept.pieces.values() for piece in pieces])
-        numbers, reused_bytes = tables.adopt(base, used)
-        patchworks = kept.pieces
-        if numbers is not None:
-            runs[2::3] = array("Q", [numbers[chunk] for chunk in chunks])
-            patchworks = {
-                address: [piece._replace(chunk=numbers[piece.chunk]) for piece in pieces]
-                for address, pieces in patchworks.items()
-            }
-        tables.keep(runs, patchworks)
-        pages = sum(map(int.bit_count, runs[1::3]))
-        pages += sum([p.taken.bit_count() for pieces in patchworks.values() for p in pieces])
+        taken = [(space, _copy_runs(base, kept), kept) for space, base, kept in parts]
+        used: set[int] = set()
+        for _, runs, kept in taken:
+            used.update(runs[2::3])
+            used.update([piece.chunk for pieces in kept.pieces.values() for piece in pieces])
+        numbers, reused_bytes = tables.adopt(parts[0][1], used)
+        raw_pages = stored_pages = 0
+        for space, runs, kept in taken:
+            patchworks = kept.pieces
+            if numbers is not None:
+                runs[2::3] = array("Q", [numbers[chunk] for chunk in runs[2::3]])
+                patchworks = {
+                    address: [piece._replace(chunk=numbers[piece.chunk]) for piece in pieces]
+                    for address, pieces in patchworks.items()
+                }
+            if space:
+                runs[2::3] = array("Q", [space << 32 | chunk for chunk in runs[2::3]])
+            tables.keep(space, runs, patchworks)
+            raw_pages += kept.page_count
+            stored_pages += sum(map(int.bit_count, runs[1::3]))
+            stored_pages += sum(
+                [p.taken.bit_count() for pieces in patchworks.values() for p in pieces]
+            )
         tables.record_batch(
             self._batches,
             b"",
-            raw_bytes=kept.page_count * PAGE_BYTES,
-            zero_bytes=(kept.page_count - pages) * PAGE_BYTES,
+            raw_bytes=raw_pages * PAGE_BYTES,
+            zero_bytes=(raw_pages - stored_pages) * PAGE_BYTES,
             repeated_bytes=0,
             reused_bytes=reused_bytes,
             stored_bytes=0,
@@ -162,7 +169,10 @@ class ImageWriter:
         self._batches += 1
 
     def expect(self, base: Image, windows: Iterable[int]) -> None:
-        """These windows of space 0 may well turn out to be as `base` has them: look there first."""
+        """These windows of a process may well turn out to be as `base` has them: look there first.
+
+        `base` is what `Image.in_space` makes of an image of several processes.
+        """
         chunks = {base.run(row)[2] for at in windows if (row := base.find_run(0, at)) >= 0}
         self._known.expect(base, (chunk for chunk in chunks if chunk < base.chunk_count))
 
@@ -376,3 +386,13 @@ class ImageWriter:
             with contextlib.suppress(OSError):
                 os.unlink(temporary, dir_fd=self._store.manifests)
             raise
+
+
+def _copy_runs(base: Image, kept: Kept) -> array[int]:
+    """The records of these rows, chunks without a space."""
+    runs = array("Q")
+    for first, last in kept.rows:
+        runs.frombytes(base.run_records[first * RUN_BYTES : last * RUN_BYTES])
+    if runs and runs[2] > CHUNK_MASK:
+        runs[2::3] = array("Q", [owner & CHUNK_MASK for owner in runs[2::3]])
+    return runs

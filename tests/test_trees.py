@@ -185,3 +185,26 @@ def test_memory_is_shared_again(start: Start, lzy: CommandLine, way: tuple[str, 
     lzy.restore(program, "image", *way)
     program.prove()  # and has all of it come in
     assert sum_memory(program, "Pss") < 1.2 * before
+
+
+@both_ways
+def test_checkpoints_of_a_tree_cost_what_changed(
+    start: Start, lzy: CommandLine, way: tuple[str, ...]
+) -> None:
+    """Of each process only what it wrote is read: before a hibernation, and after the wake."""
+    program = start("tree_heap", "16").await_ready()
+    for life in range(2):
+        first = lzy.dump(program, "tree", "--leave-running")
+        assert first["base"] is None
+        assert first["written_bytes"] > 16 * MEBIBYTE
+        again = lzy.dump(program, "tree", "--leave-running")
+        assert again["base"] == first["image"]
+        assert again["written_bytes"] < MEBIBYTE
+        program.prove()
+        last = lzy.dump(program, "tree")
+        assert last["base"] == again["image"]
+        assert last["written_bytes"] < 8 * MEBIBYTE
+        assert last["stored_bytes"] < 2 * MEBIBYTE
+        lzy.restore(program, last["image"], *way)
+        if life:
+            program.prove()

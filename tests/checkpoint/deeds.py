@@ -1,6 +1,8 @@
 """What a process may do to its memory between two checkpoints; as a script, it does as it is told.
 
 A line on standard input is the number of a deed and a seed; a dot on standard output answers it.
+Numbers of children in front of it say who is to do it: `2 0 5 77` has the first child of the third
+do deed 5.
 """
 
 from __future__ import annotations
@@ -168,10 +170,66 @@ def nothing(seed: int) -> None:
     """Be idle."""
 
 
+children: dict[int, tuple[int, int, int]] = {}
+"""By number: pid, and the descriptors by which it is told and heard."""
+
+
+def bear(seed: int) -> None:
+    """Fork a child that stays, and does as it is told; number `seed`."""
+    told, telling = os.pipe2(os.O_CLOEXEC)
+    hearing, heard = os.pipe2(os.O_CLOEXEC)
+    pid = os.fork()
+    if pid == 0:
+        os.dup2(told, 0)
+        os.dup2(heard, 1)
+        for one in (told, telling, hearing, heard):
+            os.close(one)
+        for _, *lines in children.values():
+            for one in lines:
+                os.close(one)
+        children.clear()
+        serve()
+        os._exit(0)
+    os.close(told)
+    os.close(heard)
+    children[seed] = pid, telling, hearing
+
+
+def lose(seed: int) -> None:
+    """Have child number `seed` end, and all below it."""
+    pid, telling, hearing = children.pop(seed)
+    os.close(telling)
+    os.close(hearing)
+    assert os.waitpid(pid, 0)[1] == 0
+
+
+def begin_anew(seed: int) -> None:
+    """Become a new program: execve(2). The dot comes from that one."""
+    for number in list(children):
+        lose(number)
+    os.execv(sys.executable, [sys.executable, "-ESs", __file__])
+
+
+def serve() -> None:
+    """Do as told, until nobody tells any more."""
+    while line := os.read(0, 100):
+        *path, deed, seed = map(int, line.split())
+        if path:
+            _, telling, hearing = children[path[0]]
+            os.write(telling, b" ".join(line.split()[1:]))
+            assert os.read(hearing, 1) == b"."
+        else:
+            FAMILY_DEEDS[deed](seed)
+        os.write(1, b".")
+    for number in list(children):
+        lose(number)
+
+
 DEEDS: list[Callable[[int], None]] = [
     write, drop, remap, unmap, grow, protect, fork, huge, read_into, rewrite, rewrite_all,
     change_file, nothing,
 ]  # fmt: skip
+FAMILY_DEEDS = [*DEEDS, bear, lose, begin_anew]
 
 
 def main() -> None:
@@ -183,10 +241,7 @@ def main() -> None:
     for page in range(0, PAGES, 2):
         ctypes.memset(BASE + page * PAGE_BYTES, page % 255 + 1, PAGE_BYTES)
     os.write(1, b".")
-    for line in sys.stdin:
-        deed, seed = map(int, line.split())
-        DEEDS[deed](seed)
-        os.write(1, b".")
+    serve()
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
         written = [(at, at + PAGE_BYTES) for at in range(0, len(CONTENT), 5 * PAGE_BYTES)]
         with store.load("old") as image, store.writer("one", window_pages=4, workers=1) as writer:
             plan = plan_checkpoint(image, [(0, len(CONTENT))], written)
-            writer.keep(image, plan.kept)
+            writer.keep([(0, image, plan.kept)])
             writer.add_space(memory, plan.fresh, space=0)
             writer.commit({"length": len(CONTENT)})
         with store.load("one") as image:

@@ -469,7 +469,7 @@ def fill(
             fresh = windows_of(ranges_of(pages), window_pages)
             if base is not None:
                 plan = plan_checkpoint(base, ranges_of(pages), ranges_of(written or ()))
-                writer.keep(base, plan.kept)
+                writer.keep([(0, base, plan.kept)])
                 fresh = plan.fresh
             writer.add_space(FilePages(file.fileno()), fresh, space=0)
             writer.commit(

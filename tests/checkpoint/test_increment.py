@@ -49,7 +49,7 @@ def checkpoint(
     """Write `name` on top of `base`."""
     with store.load(base) as image, store.writer(name, window_pages=WINDOW_PAGES) as writer:
         plan = plan_checkpoint(image, ranges(present), ranges(written))
-        writer.keep(image, plan.kept)
+        writer.keep([(0, image, plan.kept)])
         writer.add_space(Memory(content), plan.fresh, space=0)
         return writer.commit({})
 
@@ -205,7 +205,7 @@ def test_garbage_inside_packs_is_given_back(store: Store) -> None:
     mixed = Memory(changed[: half * 64 * PAGE_BYTES] + content[half * 64 * PAGE_BYTES :])
     with store.load("a") as image, store.writer("b", window_pages=64, workers=1) as writer:
         behind = (windows[half][0], len(content))
-        writer.keep(image, plan_checkpoint(image, [behind], []).kept)
+        writer.keep([(0, image, plan_checkpoint(image, [behind], []).kept)])
         writer.add_space(mixed, windows[:half], space=0)
         writer.commit({})
     store.remove("a")

@@ -18,18 +18,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parent))
-from deeds import (
-    BASE,
-    DEEDS,
-    FILE_BASE,
-    FILE_PAGES,
-    HUGE_PAGES,
-    PAGES,
-    mapped_file,
-    rewrite,
-    rewrite_all,
-    write,
-)  # fmt: skip
+from deeds import BASE, DEEDS, HUGE_PAGES, PAGES, rewrite, rewrite_all, write
+from oracle import compare_memory, stored_pages
 
 from lzy.checkpoint import doze as engine
 from lzy.checkpoint import proc, tracking
@@ -38,22 +28,11 @@ from lzy.checkpoint.dump import DumpReport, dump
 from lzy.checkpoint.errors import Busy
 from lzy.checkpoint.image import Image
 from lzy.checkpoint.linux import PAGE_BYTES
-from lzy.checkpoint.pages import present_pages
 from lzy.checkpoint.store import Store
 from lzy.checkpoint.tracee import stopped
 from lzy.checkpoint.working_set import read_order, write_order
 
-ZERO_PAGE = bytes(PAGE_BYTES)
 EXAMPLES = int(os.environ.get("LZY_TEST_EXAMPLES", "12"))
-
-
-def untouched(page: int) -> bytes:
-    """What a page holds that no image has."""
-    if not FILE_BASE <= page < FILE_BASE + FILE_PAGES * PAGE_BYTES:
-        return ZERO_PAGE
-    with open(mapped_file(), "rb") as file:
-        file.seek(page - FILE_BASE)
-        return file.read(PAGE_BYTES)
 
 
 class Subject:
@@ -93,25 +72,7 @@ class Subject:
             engine.begin_to_rouse(self.pid)
             while engine.missing_bytes(self.pid):
                 os.sched_yield()
-        buffer = memoryview(bytearray(image.window_pages * PAGE_BYTES))
-        found: dict[int, bytes] = {}
-        first, last = image.space_extent(0)
-        for index in range(first, last):
-            address, mask, chunk = image.run(index)
-            assert image.read_chunk(chunk, buffer) == mask.bit_count() * PAGE_BYTES
-            for number, bit in enumerate(present_pages(mask)):
-                at = number * PAGE_BYTES
-                found[address + bit * PAGE_BYTES] = bytes(buffer[at : at + PAGE_BYTES])
-        with open(f"/proc/{self.pid}/mem", "rb", buffering=0) as memory:
-            for start, end in own_page_ranges(self.pid, proc.mappings(self.pid)):
-                memory.seek(start)
-                theirs = memory.read(end - start)
-                pages = range(start, end, PAGE_BYTES)
-                mine = b"".join(found.pop(page, None) or untouched(page) for page in pages)
-                assert mine == theirs, f"something in {start:#x}-{end:#x} differs"
-        # A page of a file that was dropped left a mark until somebody looked: it shows the file.
-        found = {page: bytes_ for page, bytes_ in found.items() if bytes_ != untouched(page)}
-        assert not found, f"{len(found)} pages that the process does not have: {min(found):#x}"
+        compare_memory(self.pid, stored_pages(image))
 
     def close(self) -> None:
         self.child.kill()
@@ -335,19 +296,19 @@ def test_a_dump_between_two_looks_at_the_account(
     """Another dump comes after ours has found its base, before the process stands still."""
     subject.checkpoint()
     subject.do(write, 1)
-    find, found = tracking.find_account, []
+    find, found = tracking.find_accounts, []
 
-    def find_then_dump(pid: int) -> tracking.Account | None:
-        account = find(pid)
+    def find_then_dump(pid: int) -> dict[int, tracking.Account]:
+        accounts = find(pid)
         if not found:
-            found.append(account)
+            found.append(accounts)
             dump(subject.pid, subject.store, name="between", leave_running=True)
             subject.do(write, 2)
-        return account
+        return accounts
 
-    monkeypatch.setattr(tracking, "find_account", find_then_dump)
+    monkeypatch.setattr(tracking, "find_accounts", find_then_dump)
     report = dump(subject.pid, subject.store, name="after", leave_running=True)
-    assert found[0] is not None
+    assert found[0]
     assert report.base is None
     with subject.store.load("after") as image:
         subject.compare(image)

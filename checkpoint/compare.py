@@ -1,9 +1,9 @@
-"""What changed between two images: pages by their chunks' identity first, by their bytes only then.
+"""What changed between two images: of each process which mappings, and how many bytes.
 
-A page that both images take from the same place of the same chunk is equal unread. Two checkpoints
-of one process share almost all, so a comparison reads little more than what changed. Everything is
-counted in whole pages and belongs to the mapping that has the page in the later image, else to
-the one that had it.
+Two checkpoints of one process share almost all, so a comparison reads little more than what
+changed (see `differences`). Everything is counted in whole pages and belongs to the mapping that
+has the page in the later image, else to the one that had it. What a process has from its parent,
+copy-on-write, is the parent's; once it is its own, it is held against what it had from there.
 """
 
 from __future__ import annotations
@@ -13,17 +13,13 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .buffers import page_aligned
+from .differences import GROUP_BYTES, GROUP_PAGES, Comparer, PageReader
 from .linux import PAGE_BYTES
 
 if TYPE_CHECKING:
     from .image import Image
 
 Progress = Callable[[str, int, int], None]
-
-_GROUP_PAGES = 64  # the largest window, whatever the two images' are
-_GROUP_BYTES = _GROUP_PAGES * PAGE_BYTES
-_PROGRESS_S = 0.1
 
 
 class Changes:
@@ -64,13 +60,31 @@ class ObjectChanges(Changes):
         self.name, self.presence = name, presence
 
 
-class Comparison(NamedTuple):
-    """All mappings by address, all objects, and how much had to be read to know."""
+class ProcessChanges(NamedTuple):
+    """What changed in a process: all of its mappings, by address; `presence` as a mapping's."""
 
+    pid: int
+    comm: str
+    presence: str
     mappings: list[MappingChanges]
+
+    def sum(self, what: str) -> int:
+        """A figure of `Changes`, over all mappings."""
+        return sum(getattr(mapping, what) for mapping in self.mappings)
+
+
+class Comparison(NamedTuple):
+    """All processes, the first one first; all objects; and how much had to be read to know."""
+
+    processes: list[ProcessChanges]
     objects: list[ObjectChanges]
     read_bytes: int
     duration_s: float
+
+    @property
+    def mappings(self) -> list[MappingChanges]:
+        """Those of all processes."""
+        return [mapping for process in self.processes for mapping in process.mappings]
 
     def sum(self, what: str) -> int:
         """A figure of `Changes`, over everything."""
@@ -78,178 +92,99 @@ class Comparison(NamedTuple):
 
 
 def compare_images(before: Image, after: Image, progress: Progress | None = None) -> Comparison:
-    """What changed from one image to another. Raises Damaged, StoreUnavailable."""
+    """What changed from one image to another. Raises Damaged, StoreUnavailable.
+
+    The first processes of the two are held against each other, and others that have one pid.
+    """
     began = time.monotonic()
-    comparer = _Comparer(before, after, progress)
-    mappings = _lay_out(before.document.get("vmas", []), after.document.get("vmas", []))
-    places = _Places(mappings)
-    for group, changed, new, gone in comparer.differences(0, 0):
-        places.add(group, changed, new, gone)
-    for page in _blanked_file_pages(before, after):
-        places.add(page, 1, 0, 0)
+    comparer = Comparer(before, after, progress)
+    ours, theirs = _processes(before), _processes(after)
+    readers = PageReader(ours.values()), PageReader(theirs.values())
+    processes = []
+    for key in dict.fromkeys((*theirs, *ours)):
+        pair = _Pair(ours.get(key), theirs.get(key), *readers)
+        processes.append(pair.compare(comparer))
 
     objects = []
-    ours, theirs = _objects(before), _objects(after)
-    for key in dict.fromkeys((*theirs, *ours)):
-        presence = "new" if key not in ours else "gone" if key not in theirs else "both"
-        counted = ObjectChanges(key[0], presence)
-        for _, changed, new, gone in comparer.differences(ours.get(key, -1), theirs.get(key, -1)):
+    held, holds = _objects(before), _objects(after)
+    for name in dict.fromkeys((*holds, *held)):
+        counted = ObjectChanges(name[0], _presence(held.get(name), holds.get(name)))
+        spaces = held.get(name, -1), holds.get(name, -1)
+        for _, changed, new, gone in comparer.differences(*spaces):
             counted.add(changed, new, gone)
         objects.append(counted)
     if progress:
         progress("comparing", comparer.total_bytes, comparer.total_bytes)
-    return Comparison(mappings, objects, comparer.read_bytes, time.monotonic() - began)
+    read_bytes = comparer.read_bytes + sum(reader.read_bytes for reader in readers)
+    return Comparison(processes, objects, read_bytes, time.monotonic() - began)
 
 
-# -- pages -------------------------------------------------------------------------------------
-
-
-class _Window(NamedTuple):
-    """A run record: which pages of its group it holds (`mask`), and where its own begin."""
-
-    mask: int
-    shift: int
-    chunk: int
-
-
-class _Comparer:
-    """Walks the windows of both images side by side."""
-
-    def __init__(self, before: Image, after: Image, progress: Progress | None) -> None:
-        self._before, self._after, self._progress = before, after, progress
-        self._content = _Content(before), _Content(after)
-        self._done_bytes = 0
-        self._told_s = 0.0
-        self.total_bytes = sum(
-            image.run_count * image.window_pages * PAGE_BYTES for image in (before, after)
-        )
-
-    @property
-    def read_bytes(self) -> int:
-        """Content that was read, after decompression."""
-        return sum(content.read_bytes for content in self._content)
-
-    def differences(self, before: int, after: int) -> Iterator[tuple[int, int, int, int]]:
-        """(address, changed, new, gone) of each group of 64 pages that differs; masks.
-
-        The spaces are numbers, -1 where an image has none.
-        """
-        ours, theirs = self._groups(self._before, before), self._groups(self._after, after)
-        one, two = next(ours, None), next(theirs, None)
-        while one is not None or two is not None:
-            if two is None or (one is not None and one[0] < two[0]):
-                assert one is not None
-                yield one[0], 0, 0, _mask(one[1])
-                one = next(ours, None)
-            elif one is None or two[0] < one[0]:
-                yield two[0], 0, _mask(two[1]), 0
-                two = next(theirs, None)
-            else:
-                held, holds = _mask(one[1]), _mask(two[1])
-                changed = self._changed(one[1], two[1], held & holds)
-                if changed or held != holds:
-                    yield one[0], changed, holds & ~held, held & ~holds
-                one, two = next(ours, None), next(theirs, None)
-
-    def _changed(self, one: list[_Window], two: list[_Window], common: int) -> int:
-        """Those of the pages `common` to both groups whose bytes differ."""
-        unknown = common & ~self._known_equal(one, two)
-        if not unknown:
-            return 0
-        ours, theirs = self._content
-        ours.load(one, unknown)
-        theirs.load(two, unknown)
-        changed = 0
-        while unknown:
-            page = unknown & -unknown
-            unknown ^= page
-            if ours.page(page) != theirs.page(page):
-                changed |= page
-        return changed
-
-    def _known_equal(self, one: list[_Window], two: list[_Window]) -> int:
-        """Pages that both take from the same place of the same chunk."""
-        before, after = self._before, self._after
-        if len(one) == len(two) == 1 and one[0][:2] == two[0][:2]:
-            if before.content_key(one[0].chunk) == after.content_key(two[0].chunk):
-                return one[0].mask
-            if one[0].chunk < before.chunk_count and two[0].chunk < after.chunk_count:
-                return 0
-        parts: dict[tuple[bytes, int], int] = {}
-        for identity, taken in _parts(before, one):
-            parts[identity] = parts.get(identity, 0) | taken
-        equal = 0
-        for identity, taken in _parts(after, two):
-            equal |= taken & parts.get(identity, 0)
-        return equal
-
-    def _groups(self, image: Image, space: int) -> Iterator[tuple[int, list[_Window]]]:
-        first, last = image.space_extent(space) if space >= 0 else (0, 0)
-        window_bytes = image.window_pages * PAGE_BYTES
-        at, windows = -1, list[_Window]()
-        for index in range(first, last):
-            address, mask, chunk = image.run(index)
-            group = address & -_GROUP_BYTES
-            if group != at:
-                if windows:
-                    yield at, windows
-                at, windows = group, []
-            shift = (address - group) // PAGE_BYTES
-            windows.append(_Window(mask << shift, shift, chunk))
-            self._tell(window_bytes)
-        if windows:
-            yield at, windows
-
-    def _tell(self, done_bytes: int) -> None:
-        self._done_bytes += done_bytes
-        if self._progress and (now_s := time.monotonic()) - self._told_s >= _PROGRESS_S:
-            self._told_s = now_s
-            self._progress("comparing", self._done_bytes, self.total_bytes)
-
-
-def _mask(windows: list[_Window]) -> int:
-    found = 0
-    for window in windows:
-        found |= window.mask
+def _processes(image: Image) -> dict[int, Image]:
+    """Each process by itself, by its pid; the first one, which need not have the same, is 0."""
+    found = {0: image}
+    for member in image.document.get("members", ()):
+        found[member["pid"]] = image.member(member["pid"])
     return found
 
 
-def _parts(image: Image, windows: list[_Window]) -> Iterator[tuple[tuple[bytes, int], int]]:
-    """((chunk's identity, pages it holds), pages taken from it): equal parts are equal bytes."""
-    for window in windows:
-        for piece in image.pieces(window.chunk, window.mask >> window.shift):
-            identity = image.chunk_place(piece.chunk)[0], piece.held << window.shift
-            yield identity, piece.taken << window.shift
+def _presence(before: object, after: object) -> str:
+    return "new" if before is None else "gone" if after is None else "both"
 
 
-class _Content:
-    """The pages of one group of one image, as far as they are wanted."""
+class _Pair:
+    """A process as two images have it; at least one of them does."""
 
-    def __init__(self, image: Image) -> None:
-        self._image = image
-        self._memory: list[memoryview] = []
-        self._loaded: list[tuple[int, int, memoryview]] = []
-        self.read_bytes = 0
+    def __init__(
+        self, before: Image | None, after: Image | None, ours: PageReader, theirs: PageReader
+    ) -> None:
+        self._before, self._after = before, after
+        self._ours, self._theirs = ours, theirs
 
-    def load(self, windows: list[_Window], wanted: int) -> None:
-        """Read the chunks of a group that hold the pages `wanted`."""
-        self._loaded.clear()
-        for window in windows:
-            for piece in self._image.pieces(window.chunk, window.mask >> window.shift):
-                taken = piece.taken << window.shift
-                if not taken & wanted:
-                    continue
-                if len(self._memory) == len(self._loaded):
-                    self._memory.append(page_aligned(_GROUP_BYTES)[2])
-                buffer = self._memory[len(self._loaded)]
-                self.read_bytes += self._image.read_chunk(piece.chunk, buffer)
-                self._loaded.append((taken, piece.held << window.shift, buffer))
+    def compare(self, comparer: Comparer) -> ProcessChanges:
+        before, after = self._before, self._after
+        one, two = (image.document if image else {} for image in (before, after))
+        mappings = _lay_out(one.get("vmas", []), two.get("vmas", []))
+        places = _Places(mappings)
+        spaces = (image.document.get("space", 0) if image else -1 for image in (before, after))
+        had, has = (_ranges(document.get("inherited", ())) for document in (one, two))
+        for group, changed, new, gone in comparer.differences(*spaces):
+            for address, page in _pages_in(group, new, had):
+                new ^= page
+                changed |= 0 if self._is_same(address) else page
+            for address, page in _pages_in(group, gone, has):
+                gone ^= page
+                changed |= 0 if self._is_same(address) else page
+            places.add(group, changed, new, gone)
+        if before and after:
+            for page in _blanked_file_pages(before, after):
+                places.add(page, 1, 0, 0)
+        known = two or one
+        pid, comm = int(known.get("pid", 0)), str(known.get("comm", ""))
+        return ProcessChanges(pid, comm, _presence(before, after), mappings)
 
-    def page(self, page: int) -> bytes:
-        """The bytes of the page that is that single bit of the mask."""
-        _, held, buffer = next(loaded for loaded in self._loaded if loaded[0] & page)
-        start = (held & (page - 1)).bit_count() * PAGE_BYTES
-        return bytes(buffer[start : start + PAGE_BYTES])
+    def _is_same(self, address: int) -> bool:
+        assert self._before
+        assert self._after
+        ours = self._ours.read(self._before, address)
+        return ours == self._theirs.read(self._after, address)
+
+
+def _ranges(listed: Any) -> list[tuple[int, int]]:
+    return [(start, end) for start, end in listed]
+
+
+def _pages_in(group: int, mask: int, ranges: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """(address, single bit) of the pages of a mask that begins at `group` that lie in `ranges`."""
+    while mask and ranges:
+        page = mask & -mask
+        mask ^= page
+        address = group + (page.bit_length() - 1) * PAGE_BYTES
+        at = bisect_right(ranges, (address, 1 << 64)) - 1
+        if at >= 0 and address < ranges[at][1]:
+            yield address, page
+
+
+# -- pages of zeros over a file -----------------------------------------------------------------
 
 
 def _blanked_file_pages(before: Image, after: Image) -> Iterator[int]:
@@ -325,10 +260,10 @@ class _Places:
     def add(self, address: int, changed: int, new: int, gone: int) -> None:
         """Count the pages of three masks that begin at `address`."""
         at = max(bisect_right(self._starts, address) - 1, 0)
-        while at < len(self._mappings) and self._starts[at] < address + _GROUP_BYTES:
+        while at < len(self._mappings) and self._starts[at] < address + GROUP_BYTES:
             mapping = self._mappings[at]
             low = max(mapping.start - address, 0) // PAGE_BYTES
-            high = min(max(mapping.end - address, 0) // PAGE_BYTES, _GROUP_PAGES)
+            high = min(max(mapping.end - address, 0) // PAGE_BYTES, GROUP_PAGES)
             within = (1 << high) - (1 << low) if high > low else 0
             mapping.add(changed & within, new & within, gone & within)
             at += 1

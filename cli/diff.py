@@ -11,7 +11,9 @@ from .layout import bar, duration, facts, paint, say, say_json, share, size, tab
 from .stores import load_image, open_store
 
 if TYPE_CHECKING:
-    from ..checkpoint.compare import Changes, Comparison
+    from collections.abc import Sequence
+
+    from ..checkpoint.compare import Changes, Comparison, MappingChanges, ProcessChanges
     from ..checkpoint.image import Image
 
 _SHOWN_ROWS = 12
@@ -34,6 +36,8 @@ def diff(
     before: str, after: str | None, store: str | None, everything: bool, as_json: bool
 ) -> None:
     """Tell which mappings changed from checkpoint BEFORE to AFTER, and by how many bytes.
+
+    Of a tree, those of each of its processes.
 
     With one name, what changed since the checkpoint that it grew from. `changed`: pages that both
     hold, with other bytes; `new` and `gone`: pages that only one of them holds. Pages of zeros and
@@ -83,8 +87,20 @@ def as_document(before: Image, after: Image, found: Comparison) -> dict[str, Any
         "raw_bytes": after.raw_bytes,
         "read_bytes": found.read_bytes,
         "total_s": found.duration_s,
+        "processes": [
+            {
+                "pid": process.pid,
+                "comm": process.comm,
+                "presence": process.presence,
+                "changed_bytes": process.sum("changed_bytes"),
+                "new_bytes": process.sum("new_bytes"),
+                "gone_bytes": process.sum("gone_bytes"),
+            }
+            for process in found.processes
+        ],
         "mappings": [
             {
+                "pid": process.pid,
                 "start": mapping.start,
                 "end": mapping.end,
                 "permissions": mapping.permissions,
@@ -93,7 +109,8 @@ def as_document(before: Image, after: Image, found: Comparison) -> dict[str, Any
                 "presence": mapping.presence,
                 **_figures(mapping),
             }
-            for mapping in found.mappings
+            for process in found.processes
+            for mapping in process.mappings
             if mapping.total_bytes or mapping.presence != "both"
         ],
         "objects": [
@@ -128,8 +145,16 @@ def describe(before: Image, after: Image, found: Comparison, rows: int | None) -
     """The comparison for people; at most `rows` rows."""
     from ..checkpoint.history import spell
 
+    several = len(found.processes) > 1
     parts: list[tuple[str, str, str, Changes]] = [
-        (f"{m.start:#x}", m.permissions, m.path or m.kind or "anonymous", m) for m in found.mappings
+        (
+            f"{m.start:#x}",
+            m.permissions,
+            (m.path or m.kind or "anonymous") + (f" of {process.pid}" if several else ""),
+            m,
+        )
+        for process in found.processes
+        for m in process.mappings
     ]
     parts += [("", "", held.name or "memory object", held) for held in found.objects]
     parts = [part for part in parts if part[3].total_bytes]
@@ -137,9 +162,6 @@ def describe(before: Image, after: Image, found: Comparison, rows: int | None) -
     total = found.sum("total_bytes")
     earlier, later = (image.document.get("taken_unix_s") for image in (before, after))
     apart = f", {duration(abs(later - earlier))} apart" if earlier and later else ""
-    held = [m for m in found.mappings if m.presence != "gone"]
-    appeared = sum(m.presence == "new" for m in held)
-    vanished = sum(m.presence == "gone" for m in found.mappings)
     lines = facts(
         [
             ("from", f"{paint(spell(before.name), 'bold')}"),
@@ -147,12 +169,15 @@ def describe(before: Image, after: Image, found: Comparison, rows: int | None) -
             ("changed", _amount(found.sum("changed_bytes"), after.raw_bytes)),
             ("new", _amount(found.sum("new_bytes"), after.raw_bytes)),
             ("gone", _amount(found.sum("gone_bytes"), after.raw_bytes)),
-            ("mappings", f"{len(held)} ({appeared} new, {vanished} gone)"),
+            *([("processes", _count(found.processes))] if several else []),
+            ("mappings", _count(found.mappings)),
         ]
     )
     lines += [f"{paint('note', 'yellow')}: {note}" for note in _notes(before, after)]
     if not parts:
         return [*lines, "", "no page differs"]
+    if several:
+        lines += ["", *_tell_processes(found, total)]
     lines += [""]
     lines += table(
         ["address", "", "changed", "new", "gone", "", "of"],
@@ -171,6 +196,31 @@ def describe(before: Image, after: Image, found: Comparison, rows: int | None) -
     if rows is not None and len(parts) > rows:
         lines.append(paint(f"… and {len(parts) - rows} more; --all shows them", "dim"))
     return lines
+
+
+def _count(parts: Sequence[ProcessChanges] | Sequence[MappingChanges]) -> str:
+    appeared = sum(part.presence == "new" for part in parts)
+    vanished = sum(part.presence == "gone" for part in parts)
+    return f"{len(parts) - vanished} ({appeared} new, {vanished} gone)"
+
+
+def _tell_processes(found: Comparison, total_bytes: int) -> list[str]:
+    """What changed in each process of a tree."""
+    figures = ("changed_bytes", "new_bytes", "gone_bytes")
+    return table(
+        ["process", "", "changed", "new", "gone", "", ""],
+        [
+            (
+                str(process.pid),
+                process.comm,
+                *(size(amount) if (amount := process.sum(what)) else "–" for what in figures),
+                paint(bar(process.sum("total_bytes"), total_bytes, 12), "cyan"),
+                "" if process.presence == "both" else process.presence,
+            )
+            for process in found.processes
+        ],
+        right=(0, 2, 3, 4),
+    )
 
 
 def _amount(amount_bytes: int, whole_bytes: int) -> str:

@@ -22,7 +22,8 @@ from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parent))
 from deeds import BASE, DEEDS, PAGES, remap, rewrite, write
-from test_tracking import Subject, untouched
+from oracle import untouched
+from test_tracking import Subject
 
 from lzy.checkpoint import doze as engine
 from lzy.checkpoint import proc, warm

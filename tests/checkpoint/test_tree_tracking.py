@@ -33,6 +33,7 @@ from oracle import compare_memory, stored_pages
 from subjects import in_child
 
 from lzy.checkpoint import capture, proc, tracking
+from lzy.checkpoint.compare import compare_images
 from lzy.checkpoint.dump import DumpReport, dump
 from lzy.checkpoint.errors import NotFound
 from lzy.checkpoint.image import Image
@@ -43,6 +44,22 @@ EXAMPLES = int(os.environ.get("LZY_TEST_EXAMPLES", "8"))
 LITTLE_BYTES = 64 * PAGE_BYTES
 Path_ = tuple[int, ...]
 """Numbers of children that lead to a process; the first one's is empty."""
+
+
+def read_all(image: Image) -> dict[int, dict[int, bytes]]:
+    """{pid: {address: content}} of all processes, with what they have from their parents."""
+    found = {image.document["pid"]: stored_pages(image)}
+    for member in image.document.get("members", ()):
+        view = image.in_space(member["space"])
+        assert view is not None
+        pages, parent = stored_pages(view), found[member["process"]["parent"]]
+        for start, end in member["inherited"]:
+            for page in range(start, end, PAGE_BYTES):
+                assert page not in pages
+                if page in parent:
+                    pages[page] = parent[page]
+        found[member["pid"]] = pages
+    return found
 
 
 class Family:
@@ -116,20 +133,10 @@ class Family:
         return report
 
     def compare(self, image: Image) -> None:
-        found = {self.pid: stored_pages(image)}
-        compare_memory(self.pid, found[self.pid])
-        for member in image.document.get("members", ()):
-            view = image.in_space(member["space"])
-            assert view is not None
-            pages, parent = stored_pages(view), found[member["process"]["parent"]]
-            for start, end in member["inherited"]:
-                for page in range(start, end, PAGE_BYTES):
-                    assert page not in pages
-                    if page in parent:
-                        pages[page] = parent[page]
-            found[member["pid"]] = pages
-            compare_memory(member["pid"], pages)
+        found = read_all(image)
         assert set(found) == set(self.pids())
+        for pid, pages in found.items():
+            compare_memory(pid, pages)
 
     def close(self) -> None:
         pids: list[int] = []
@@ -302,6 +309,36 @@ def test_the_accounts_are_seen_by_nobody(family: Family) -> None:
         held = [set(member.document["descriptors"]["descriptors"]) for member in members if member]
     assert held == before
     family.store.verify(report.image)
+
+
+def test_a_comparison_tells_what_each_process_changed(family: Family) -> None:
+    """By process, as many pages as really differ; what they lost in common counts with neither."""
+    writer, idler = family.bear(()), family.bear(())
+    gone = family.bear(idler)
+    first = family.checkpoint()
+    family.lose(gone)
+    born = family.bear(writer)
+    family.do(writer, write, 3)
+    family.do((), write, 4)  # until then the children had these pages from it
+    second = family.checkpoint()
+    with family.store.load(first.image) as one, family.store.load(second.image) as two:
+        found = compare_images(one, two)
+        before, after = read_all(one), read_all(two)
+    presences = {process.pid: process.presence for process in found.processes}
+    assert found.processes[0].pid == family.pid
+    assert presences == dict.fromkeys(before, "gone") | {
+        pid: "both" if pid in before else "new" for pid in after
+    }
+    assert sorted(presences.values()) == ["both", "both", "both", "gone", "new"]
+    for process in found.processes:
+        if process.presence == "both":
+            had, has = before[process.pid], after[process.pid]
+            differing = sum(had.get(page) != content for page, content in has.items())
+            told = process.sum("changed_bytes") + process.sum("new_bytes")
+            assert told == differing * PAGE_BYTES
+    wrote = {process.pid: process.sum("changed_bytes") for process in found.processes}
+    assert wrote[family.pid_of(writer)] > 40 * PAGE_BYTES > wrote[family.pid_of(idler)]
+    assert born in family.paths
 
 
 @pytest.mark.parametrize("stage", ["dump.tracked", "dump.split", "dump.written", "dump.committed"])

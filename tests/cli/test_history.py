@@ -386,6 +386,7 @@ def test_diff_tells_what_was_written(cli: Commands, program: Program) -> None:
     assert "no page differs" in cli.words("diff", "calm@2", "calm@2")
     assert f"{largest['start']:#x}" in cli.words("diff", "calm@1", "calm")
     assert cli.fail("diff", "calm@1")["kind"] == "not_found"  # it grew from none
+    assert [process["pid"] for process in found["processes"]] == [program.pid]
 
 
 # -- removing ----------------------------------------------------------------------------------

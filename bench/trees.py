@@ -66,4 +66,40 @@ def trees(bench: Bench) -> Iterator[Figure]:
         )
 
 
-CASES = {"trees": trees}
+def tree_increments(bench: Bench) -> Iterator[Figure]:
+    """A further checkpoint of a tree of ten, each of which has written so much since the last."""
+    size = bench.size(64)
+    first = Figure("tree_first", f"first checkpoint of a tree of 10, {size // MIB} MiB", "s")
+    figures = {
+        key: (
+            Figure(f"tree_second_{key}_s", f"a further one, {what}: time ÷ first", "share"),
+            Figure(f"tree_second_{key}_read", "… memory stored ÷ first", "share"),
+            Figure(f"tree_second_{key}_bytes", "… bytes stored ÷ first", "share"),
+        )
+        for key, what in (("idle", "nothing written"), ("written_1", "1 % by each, in a row"))
+    }
+    for _ in range(min(bench.repeats, 3)):
+        with (
+            bench.store() as store,
+            Subject(bench.folder / "subject", "10", size, program=FLOCK) as subject,
+        ):
+            command = "dump", str(subject.pid), "--leave-running", "--store", store
+            begun = Command(*command).report
+            first.values.append(begun["total_s"])
+            Command(*command)  # what a first one does besides, each process has done now
+            for key, figure in figures.items():
+                if key != "idle":
+                    subject.ask(signal.SIGUSR2, "wrote")
+                report = Command(*command).report
+                if not report["base"]:
+                    raise RuntimeError(f"no increment: {report['notes']}")
+                for part, what in zip(
+                    figure, ("total_s", "written_bytes", "stored_bytes"), strict=True
+                ):
+                    part.values.append(report[what] / begun[what])
+    yield first
+    for figure in figures.values():
+        yield from figure
+
+
+CASES = {"trees": trees, "tree-increments": tree_increments}

@@ -894,10 +894,19 @@ class FaultServer:
                 self.left_something = True
                 self._log(
                     f"all memory is in, but descriptor {number} of process {self._pid}"
-                    f" could not be closed and stays (it does no harm): {error}"
+                    f" could not be closed and stays until it is dumped: {error}"
                 )
+                self._note_left(number)
         self._reach("pager.closed")
         self._drop(context)
+
+    def _note_left(self, number: int) -> None:
+        from .unfinished import note_descriptor
+
+        try:
+            note_descriptor(self._pid, number)
+        except (LzyError, OSError) as error:
+            self._log(f"it could not be noted: {error}")
 
     def _process_ended(self) -> bool:
         poll = select.poll()

@@ -54,7 +54,7 @@ from .windows import ChunkSource
 from .working_set import read_order, write_order
 
 _LAST_RESPAWN_S = 5.0
-_CLOSE_DEADLINE_S = 5
+_CLOSE_DEADLINE_S = 30
 _LOCK_PATIENCE_S = 2.0
 _MOST_LOG_BYTES = 1 << 20
 

@@ -1,7 +1,8 @@
-"""The userfaultfd of a doze that was killed before a pager knew of it: noted first, closed later.
+"""Descriptors of lzy's own that were left in a process: noted at once, closed by a later dump.
 
-Such a descriptor does nothing, but nobody could tell it from one of the program's own, and the
-process could not be dumped any more.
+Of a doze that was killed before a pager knew of it, or of a pager that could not close them in
+time. They do nothing, but nobody could tell them from the program's own, and a process that has a
+userfaultfd of its own cannot be dumped.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import contextlib
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from . import proc
 from .errors import LzyError
@@ -17,12 +19,22 @@ from .home import run_directory
 from .inject import close_descriptor
 from .journal import journal_path
 
+_KINDS = ("anon_inode:[userfaultfd]", "socket:")
+
 
 def note_descriptor(pid: int, number: int) -> None:
-    """Say that a userfaultfd at `number` in process `pid`, if one comes to be there, is ours."""
+    """Say that what is at `number` in process `pid`, or comes to be there, is ours.
+
+    Of what is there already the inode is noted, so that nothing else is taken for it; of what is
+    to come only that it is to be a userfaultfd.
+    """
     path = _path(pid)
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    path.write_text(json.dumps({"start_time": proc.start_time(pid), "number": number}))
+    note = _read(pid) or {"start_time": proc.start_time(pid), "numbers": {}}
+    note["numbers"][str(number)] = _inode(pid, number)
+    draft = path.with_suffix(f".{os.getpid()}.new")
+    draft.write_text(json.dumps(note))
+    os.rename(draft, path)
 
 
 def forget_descriptor(pid: int) -> None:
@@ -31,18 +43,47 @@ def forget_descriptor(pid: int) -> None:
 
 
 def close_unfinished(pid: int) -> None:
-    """Close what a killed doze has left in process `pid`, if anything."""
-    path = _path(pid)
+    """Close what was left in process `pid` and its descendants, if anything."""
+    if not any(run_directory().glob("*.unfinished")):
+        return
+    for each in (pid, *_descendants(pid)):
+        with contextlib.suppress(OSError, ValueError, KeyError, LzyError):
+            _close(each)
+
+
+def _close(pid: int) -> None:
+    note = _read(pid)
+    if note and not journal_path(run_directory(), pid).exists():
+        for number, inode in note["numbers"].items():
+            with contextlib.suppress(FileNotFoundError):
+                kind = os.readlink(f"/proc/{proc.witness(pid)}/fd/{number}")
+                known = _inode(pid, int(number)) == inode and kind.startswith(_KINDS)
+                if known or (not inode and kind == _KINDS[0]):
+                    close_descriptor(pid, int(number))
+    _path(pid).unlink(missing_ok=True)
+
+
+def _read(pid: int) -> dict[str, Any] | None:
+    """The note about a process, if it is about this one."""
     with contextlib.suppress(OSError, ValueError, KeyError, LzyError):
-        note = json.loads(path.read_text())
-        if (
-            note["start_time"] == proc.start_time(pid)
-            and not journal_path(run_directory(), pid).exists()
-        ):
-            number = int(note["number"])
-            if os.readlink(f"/proc/{proc.witness(pid)}/fd/{number}") == "anon_inode:[userfaultfd]":
-                close_descriptor(pid, number)
-        path.unlink()
+        note: dict[str, Any] = json.loads(_path(pid).read_text())
+        if note["start_time"] == proc.start_time(pid) and "numbers" in note:
+            return note
+    return None
+
+
+def _inode(pid: int, number: int) -> int:
+    """0 where there is none."""
+    with contextlib.suppress(OSError):
+        return os.stat(f"/proc/{proc.witness(pid)}/fd/{number}").st_ino
+    return 0
+
+
+def _descendants(pid: int) -> list[int]:
+    found: list[int] = []
+    for child in proc.children(pid):
+        found += [child, *_descendants(child)]
+    return found
 
 
 def _path(pid: int) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import mmap
 import os
 import random
@@ -36,6 +37,7 @@ from lzy.checkpoint.pager import (
     resume_pager,
     start_pager,
 )
+from lzy.checkpoint.unfinished import close_unfinished
 
 BASE = 0x6000_0000_0000
 UFFD_NUMBER, HARBOUR_NUMBERS = 1000, (1001, 1002)
@@ -1250,6 +1252,40 @@ def test_a_change_of_layout_waits_for_a_pager(
     assert process.channel.silent(0.02)
     resume_pager(process.pid, open_image=open_file_image)
     process.kill(victim)
+    process.expect_done()
+
+
+def test_what_a_pager_cannot_close_goes_later(paged: MakePaged) -> None:
+    """Its descriptors stay, noted by number and inode; a dump closes them, and no others."""
+
+    def script(memory: Memory, channel: Channel) -> None:
+        memory.check_all()
+        channel.hear()
+
+    process = paged(script)
+    start_pager(
+        process.plan(),
+        process.uffd,
+        process.pidfd,
+        process.image,
+        open_image=open_file_image,
+        close_descriptor=lambda pid, number: -errno.ETIMEDOUT,
+    )
+    os.close(process.uffd)
+    process.uffd = -1
+    process.channel.say()
+    deadline = time.monotonic() + PATIENCE_S
+    while process.journal.exists():
+        assert time.monotonic() < deadline, process.describe()
+        time.sleep(0.01)
+    folder = Path(f"/proc/{process.pid}/fd")
+    ours = {str(number) for number in (UFFD_NUMBER, *HARBOUR_NUMBERS)}
+    before = set(os.listdir(folder))
+    assert ours <= before
+    close_unfinished(process.pid)
+    assert set(os.listdir(folder)) == before - ours
+    assert not list(run_directory().glob("*.unfinished"))
+    process.channel.say()
     process.expect_done()
 
 

@@ -1,14 +1,16 @@
 """Cgroups: what a node and each of its sessions may use, where the kernel lets us (v2, else v1).
 
-A node's lies under `lzy-KEY`, where KEY tells this home from others; sessions' inside the group
-that their agent is in, so that they are held to their node's limits, too. Where a controller is
-missing or not ours to use, that limit is left out, and `missing` says so.
+A node's lies under `lzy-KEY`, where KEY tells this home from others; sessions' under the same name
+inside the group that their agent is in, so that they are held to their node's limits, too. Where a
+controller is missing or not ours to use, that limit is left out, and `missing` says so.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import time
 import zlib
 from pathlib import Path
 from typing import Final
@@ -17,6 +19,7 @@ from ..checkpoint.errors import Incompatible
 
 _ROOT: Final = Path("/sys/fs/cgroup")
 _PERIOD_US: Final = 100_000
+_LEFT_WITHIN_S: Final = 1.0
 
 
 def least_memory_bytes(held_bytes: int) -> int:
@@ -44,12 +47,11 @@ class Cgroup:
     @classmethod
     def make(cls, home: Path, *names: str) -> Cgroup:
         """The group of a node of `home`, or of one of its sessions; made where it can be."""
-        key = f"lzy-{zlib.crc32(os.fsencode(str(home))):08x}"
         folders: dict[str, Path] = {}
         for controller, base in _hierarchies().items():
             folder = base
             try:
-                for name in (key, *names):
+                for name in (_key(home), *names):
                     _delegate(folder)
                     folder = folder / name
                     folder.mkdir(exist_ok=True)
@@ -59,19 +61,27 @@ class Cgroup:
         return cls(folders)
 
     @classmethod
-    def inside(cls, *names: str) -> Cgroup:
-        """A group within the one that this process is in."""
+    def inside(cls, home: Path, session: str, *, make: bool = True) -> Cgroup:
+        """The group of a session of `home` within the one that this process is in."""
         folders: dict[str, Path] = {}
         own = _own_groups()
         for controller, base in _hierarchies().items():
             folder = base / own.get(controller, "").lstrip("/")
             with contextlib.suppress(OSError):
-                for name in names:
-                    _delegate(folder)
+                for name in (_key(home), session):
+                    if make:
+                        _delegate(folder)
+                        (folder / name).mkdir(exist_ok=True)
                     folder = folder / name
-                    folder.mkdir(exist_ok=True)
-                folders[controller] = folder
+                if folder.is_dir():
+                    folders[controller] = folder
         return cls(folders)
+
+    @classmethod
+    def left_by(cls, home: Path) -> Cgroup:
+        """What there is of groups of a home's nodes, be it that a killed one has left it."""
+        found = {name: base / _key(home) for name, base in _hierarchies().items()}
+        return cls({name: folder for name, folder in found.items() if folder.is_dir()})
 
     @property
     def missing(self) -> list[str]:
@@ -111,15 +121,46 @@ class Cgroup:
             with contextlib.suppress(OSError):
                 (folder / "cgroup.procs").write_text(str(pid))
 
-    def remove(self) -> None:
-        """Remove it and what is below, as far as nobody is in there."""
+    def dissolve(self) -> None:
+        """Remove a session's group; who is in it is bounded by it no longer."""
         for folder in set(self.folders.values()):
-            for path in sorted(folder.rglob("*/"), reverse=True):
-                with contextlib.suppress(OSError):
-                    path.rmdir()
             with contextlib.suppress(OSError):
-                folder.rmdir()
+                for pid in (folder / "cgroup.procs").read_text().split():
+                    with contextlib.suppress(OSError):
+                        (folder.parent.parent / "cgroup.procs").write_text(pid)
+        self.remove()
+
+    def remove(self) -> None:
+        """Remove it and what is below, and the home's if it was the last, where nobody is in it.
+
+        Who has ended just now is waited for.
+        """
+        deadline = time.monotonic() + _LEFT_WITHIN_S
+        for folder in set(self.folders.values()):
+            for path in (*sorted(folder.rglob("*/"), reverse=True), folder):
+                while not _remove(path) and time.monotonic() < deadline:
+                    time.sleep(0.02)
+            with contextlib.suppress(OSError):
                 folder.parent.rmdir()
+
+
+def _key(home: Path) -> str:
+    return f"lzy-{zlib.crc32(os.fsencode(str(home))):08x}"
+
+
+def _remove(folder: Path) -> bool:
+    """Whether it is gone now, or may not be removed yet for others' sake."""
+    try:
+        folder.rmdir()
+    except FileNotFoundError:
+        return True
+    except OSError as error:
+        if error.errno != errno.EBUSY:
+            return True
+        with contextlib.suppress(OSError):
+            inside = (folder / "cgroup.procs").read_text()
+            return bool(inside) or any(path.is_dir() for path in folder.iterdir())
+    return True
 
 
 def _hierarchies() -> dict[str, Path]:

@@ -161,8 +161,8 @@ class Server:
                 pass
         except (TimeoutError, ConnectionError, ssl.SSLError, asyncio.IncompleteReadError):
             pass  # it has gone, or says nothing
-        except asyncio.CancelledError:
-            pass  # the agent stops
+        except asyncio.CancelledError:  # the agent stops
+            writer.transport.abort()  # TLS would wait for who keeps the connection, and is idle
         finally:
             self._open.discard(task)
             writer.close()

@@ -240,6 +240,7 @@ class Agent:
         tell_state(session.record.name, self.home, {"state": "gone"})
         self._let_go(session)
         self.ports.release(session.record.name)
+        Cgroup.inside(self.home, session.record.name, make=False).dissolve()
         self.sessions.pop(session.record.name, None)
         self.ring()
 
@@ -548,7 +549,7 @@ class Agent:
         asked, session.memory_limit_bytes = session.record.requests, 0
         if not (asked.get("cpu") or asked.get("memory_bytes")):
             return
-        group = Cgroup.inside("sessions", session.record.name)
+        group = Cgroup.inside(self.home, session.record.name)
         memory_bytes = int(asked.get("memory_bytes") or 0)
         if memory_bytes:  # it may have grown since it asked
             memory_bytes = max(memory_bytes, least_memory_bytes(session.held_bytes))

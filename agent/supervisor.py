@@ -24,6 +24,7 @@ from ..checkpoint.errors import NotFound
 from ..checkpoint.home import home
 from ..checkpoint.linux.detached import set_name
 from ..checkpoint.linux.process import PR_SET_CHILD_SUBREAPER, prctl
+from .cgroups import Cgroup
 from .voice import speak_safely
 
 LONGEST_PAUSE_S = 5.0
@@ -83,6 +84,7 @@ def supervise(commands: list[list[str]]) -> None:
     finally:
         for daemon in reversed(daemons):
             _end(daemon)
+        Cgroup.left_by(folder).remove()
         os.close(lock)
 
 
@@ -111,6 +113,8 @@ def _end(daemon: Daemon) -> None:
     with contextlib.suppress(subprocess.TimeoutExpired):
         daemon.child.wait(_ENDS_WITHIN_S)
         return
+    words = f"{' '.join(daemon.command[2:])} did not end within {_ENDS_WITHIN_S:g} s"
+    print(f"lzy: {words}; it is killed", file=sys.stderr, flush=True)
     daemon.child.kill()
     daemon.child.wait()
 

@@ -56,6 +56,8 @@ class Trial:
             child.kill()
             child.wait()
         assert done.returncode == 0, done.stderr
+        said = [path.read_text() for path in self.home.rglob("agent.log")]
+        assert not [words for words in said if "did not end" in words]
 
     def start(self, node: str, *words: str) -> int:
         """Start a program on a node; its pid here."""
@@ -415,7 +417,7 @@ def test_session_waits_for_a_gpu_and_is_held_to_its_share(trial: Trial) -> None:
 
 def has_cgroups() -> bool:
     """Whether limits of memory can be made here."""
-    group = Cgroup.inside(f"lzy-test-{os.getpid()}")
+    group = Cgroup.inside(Path("/lzy-test"), str(os.getpid()))
     try:
         return group.limit(memory_bytes=1 << 30)
     finally:

@@ -53,4 +53,5 @@ def test_bound_is_never_below_what_it_holds(start: Start, service: Service) -> N
         service.do("requests", requests={"memory_bytes": asked_bytes})  # what it has asked for
     finally:
         program.end()
-        Cgroup.inside("sessions", "calm").remove()
+    service.do("detach")
+    assert not Cgroup.inside(service.home, "calm", make=False).folders

@@ -479,6 +479,7 @@ class Member(MemberMemory):
         _, status = os.waitpid(leader.tid, ptrace.WALL)
         if not os.WIFSTOPPED(status) or os.WSTOPSIG(status) != signal.SIGTRAP:
             raise LzyError(f"the process did not take our code out (status {status:#x})")
+        _end_step(leader.tid)
         for described, thread in zip(self.threads, threads, strict=True):
             after = machine.restartable(described["registers"], keep_block=False)
             ptrace.write_register_set(thread.tid, ptrace.NT_X86_XSTATE, decode(described["xstate"]))
@@ -522,6 +523,17 @@ def fork_stub(
     child = Tracee.newborn(pid, parent.code)
     child.arena, child.arena_bytes = parent.arena, parent.arena_bytes
     return pid, child
+
+
+def _end_step(tid: int) -> None:
+    """Have a thread that was stepped stop again, before its next instruction, as any other does.
+
+    Should we die later, it would get the signal of that step, or go on stepping: the kernel ends
+    neither with the tracer, and the process dies of it as soon as it runs. Source: ptrace(2).
+    """
+    ptrace.interrupt(tid)
+    ptrace.resume(tid)
+    _await_first_stop(tid)
 
 
 def _await_first_stop(tid: int) -> None:

@@ -330,7 +330,7 @@ def test_a_restore_that_fails_leaves_no_names(
     lzy.fail("restore", "image", "--store", str(lzy.store))
     assert not one.exists()
     needed_as_it_was = ("--accept-changed-files",)
-    for stage in ("restore.checked", "restore.registered", "restore.committing"):
+    for stage in ("restore.checked", "restore.threads", "restore.registered"):
         lzy.run("restore", "image", "--store", str(lzy.store), *needed_as_it_was, kill_at=stage)
         assert one.read_bytes()[:4] == b"mine"
     lzy.restore(program, "image", *needed_as_it_was)

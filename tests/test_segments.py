@@ -132,7 +132,7 @@ def test_anothers_queue_is_left_alone(start: Start, lzy: CommandLine) -> None:
     program.prove()
 
 
-@pytest.mark.parametrize("stage", ["restore.threads", "restore.committing"])
+@pytest.mark.parametrize("stage", ["restore.threads", "restore.registered"])
 def test_restore_killed_behind_semaphores_and_queues(
     start: Start, lzy: CommandLine, stage: str
 ) -> None:

@@ -39,7 +39,9 @@ def test_bound_is_never_below_what_it_holds(start: Start, service: Service) -> N
         service.do("requests", requests={"memory_bytes": 24 << 20})
     assert "M at least" in refused.value.remedy
     assert service.look()["requests"]["memory_bytes"] == 0
-    asked_bytes = least_memory_bytes(service.look()["memory_bytes"]) + (1 << 20)
+    session = service.look()
+    held_bytes = max(session["memory_bytes"], session["image_bytes"])
+    asked_bytes = least_memory_bytes(held_bytes) + (4 << 20)
     service.do("requests", requests={"memory_bytes": asked_bytes})
     held = program.ask("96")
     service.do("hibernate")

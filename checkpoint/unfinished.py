@@ -44,9 +44,11 @@ def forget_descriptor(pid: int) -> None:
 
 def close_unfinished(pid: int) -> None:
     """Close what was left in process `pid` and its descendants, if anything."""
-    if not any(run_directory().glob("*.unfinished")):
-        return
-    for each in (pid, *_descendants(pid)):
+    found: list[int] = []
+    with contextlib.suppress(OSError, LzyError):  # another user's folder: then nothing is noted
+        if any(run_directory().glob("*.unfinished")):
+            found = [pid, *_descendants(pid)]
+    for each in found:
         with contextlib.suppress(OSError, ValueError, KeyError, LzyError):
             _close(each)
 

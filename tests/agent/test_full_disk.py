@@ -6,12 +6,13 @@ import contextlib
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from living import CommandLine, await_end
+from living import PATIENCE_S, CommandLine, await_end
 from service import Service
 
 from lzy.agent.supervisor import find_supervisor
@@ -47,6 +48,14 @@ class Disk:
         self._filling.unlink()
 
 
+def unmount(place: Path) -> None:
+    """Once those who have just ended have let go of it."""
+    deadline = time.monotonic() + PATIENCE_S
+    while (done := subprocess.run(["umount", place], capture_output=True)).returncode:
+        assert time.monotonic() < deadline, done.stderr
+        time.sleep(0.02)
+
+
 @pytest.fixture
 def disk(lzy: CommandLine) -> Iterator[Disk]:
     """The home of `lzy` is on a file system of its own."""
@@ -55,7 +64,7 @@ def disk(lzy: CommandLine) -> Iterator[Disk]:
     try:
         yield Disk(lzy.home)
     finally:
-        subprocess.run(["umount", lzy.home], check=True)
+        unmount(lzy.home)
 
 
 @pytest.fixture

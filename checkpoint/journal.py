@@ -53,6 +53,7 @@ _MOST_FACTS_BYTES = _STATUS_AT - _FACTS_AT
 _TEXT_AT = _STATUS_AT + 512
 _MOST_TEXT_BYTES = 2048
 _GROWTH_RECORDS = 4 * 1024
+_LEAST_GROWTH_RECORDS = 512
 _WORDS = MESSAGE_BYTES // 8
 
 _PAGER_PID, _KEEPER_PID, _PHASE, _FAULTS, _INSTALLED, _STALLED, _MISSING, _TEXT_BYTES = range(8)
@@ -265,15 +266,7 @@ class Journal:
     def rewrite(self, records: list[Record]) -> None:
         """Begin a new area with these records (a snapshot) in place of all that was."""
         in_use = self._words[2]
-        needed = _area_bytes(len(records))
-        start = _AREAS_AT
-        if self._first * 8 - _AREAS_AT < needed:
-            start = self._end * 8
-            if self._length < start + needed:
-                os.posix_fallocate(self.fd, 0, start + needed)
-                self._words.release()
-                self._bytes.release()
-                self._map()
+        start, needed = self._find_area(len(records))
         words = self._words
         self._bytes[start : start + needed] = bytes(needed)
         self._first = self._tail = start // 8
@@ -285,6 +278,29 @@ class Journal:
         words[3 + 2 * other] = start
         words[4 + 2 * other] = start + needed
         words[2] = other
+
+    def _find_area(self, records: int) -> tuple[int, int]:
+        """(where it begins, its bytes) beside the area that is in use; the file grows if need be.
+
+        On a full disk, what there is serves, if it is not filled at once.
+        """
+        first, end = self._first * 8, self._end * 8
+        needed = _area_bytes(records)
+        if first - _AREAS_AT >= needed:
+            return _AREAS_AT, needed
+        if self._length - end >= needed:
+            return end, needed
+        try:
+            os.posix_fallocate(self.fd, 0, end + needed)
+        except OSError:
+            room, start = max((first - _AREAS_AT, _AREAS_AT), (self._length - end, end))
+            if room < (records + _LEAST_GROWTH_RECORDS) * MESSAGE_BYTES:
+                raise
+            return start, room
+        self._words.release()
+        self._bytes.release()
+        self._map()
+        return end, needed
 
     # -- status
 

@@ -7,7 +7,7 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -105,15 +105,6 @@ def clock(tmp_path: Path, library: Path) -> SteppedClock:
     assert abs(made.now() - time.time() - 5 * HOUR_S) < 60
     made.step(0)
     return made
-
-
-@pytest.fixture
-def pair(tmp_path: Path, nothing_left_behind: None) -> Iterator[Pair]:
-    made = Pair(tmp_path)
-    try:
-        yield made
-    finally:
-        made.close()
 
 
 def test_hold_lasts_as_long_as_it_was_to(

@@ -24,15 +24,6 @@ STRANGER = 54321
 
 
 @pytest.fixture
-def pair(tmp_path: Path, nothing_left_behind: None) -> Iterator[Pair]:
-    made = Pair(tmp_path)
-    try:
-        yield made
-    finally:
-        made.close()
-
-
-@pytest.fixture
 def migrator(tmp_path: Path, pair: Pair) -> Iterator[Migrator]:
     made = Migrator(tmp_path, pair)
     try:

@@ -24,15 +24,6 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture
-def pair(tmp_path: Path, nothing_left_behind: None) -> Iterator[Pair]:
-    made = Pair(tmp_path)
-    try:
-        yield made
-    finally:
-        made.close()
-
-
-@pytest.fixture
 def program(start: Start, pair: Pair) -> Program:
     """A program that knows every byte of its memory, attached at the source; both agents run."""
     made = start("memory_pattern", "12").await_ready()

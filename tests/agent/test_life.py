@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
 from jupyter_client.blocking.client import BlockingKernelClient
 from jupyter_client.connect import write_connection_file
 from living import PATIENCE_S, await_end
@@ -123,8 +124,9 @@ def test_woken_session_is_a_child_of_the_agent(start: Start, service: Service) -
     session = service.do("wake")["session"]
     program.adopt(session["pid"])
     assert service.agent
-    stat = Path(f"/proc/{program.pid}/stat").read_text().rpartition(")")[2].split()
-    assert int(stat[1]) == service.agent.pid
+    agent = service.agent.pid
+    # Who woke it is its parent until that has ended too, which nobody waits for.
+    service.wait_until(lambda: psutil.Process(program.pid).ppid() == agent, "the agent has it")
     os.kill(program.pid, signal.SIGUSR2)
     ended = service.await_state("failed")
     assert os.WTERMSIG(ended["exit_status"]) == signal.SIGUSR2

@@ -44,7 +44,7 @@ from .settings import (
     Settings,
     check_settings,
 )
-from .state import ASLEEP
+from .state import ASLEEP, HIBERNATED
 from .watching import Watcher
 
 _FOLLOW_S = 15.0
@@ -95,7 +95,9 @@ ROUTES: Final = (
     Route("POST", f"{_S}/rouse", "rouse", "Bring all its memory back.", {"wait": _WAIT}),
     Route("POST", f"{_S}/wake", "wake", "Have it run again.",
           {"wait": _WAIT, "image": Field("string", "an earlier checkpoint", 1, 250),
-           "terminal": Field("string", "the caller's terminal", 1, 200)}),
+           "terminal": Field("string", "the caller's terminal", 1, 200),
+           "reason": _REASON,
+           "anywhere": Field("boolean", "where there is room, if a migrator says where")}),
     Route("POST", f"{_S}/migrate", "migrate", "Move it to another node (the migrator only).",
           {"wait": _WAIT, "reason": _REASON,
            "node": Field("string", "its name", 1, 32, required=True),
@@ -329,6 +331,9 @@ class Api:
                 f"{image} is no checkpoint of {session.record.name}",
                 remedy=f"see lzy log {session.record.name}",
             )
+        if asked.get("anywhere") and session.record.state == HIBERNATED:
+            self._agent.call(session, asked.get("reason") or "somebody wants it")
+            return Response(202, {"session": describe_session(self._agent, session)})
         return await self._operate(WAKE, request, asked, session)
 
     async def _migrate(self, request: Request, asked: dict[str, Any], session: Session) -> Response:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.errors import Busy, Incompatible, LzyError, NotFound
+from ..checkpoint.kept import screen_path
 from ..checkpoint.stages import reach
 from ..checkpoint.store import Store
 from .authority import node_subject
@@ -121,6 +122,7 @@ class Arrivals:
         session = agent.sessions[record.name] = Session(record)
         reach("move.accepting")
         agent.passages.end(record.name)
+        screen_path(record.name, agent.home).unlink(missing_ok=True)  # an earlier stay's
         report: dict[str, Any] = {}
         failure, follows_bytes = "", 0
         try:

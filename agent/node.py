@@ -93,6 +93,7 @@ class Agent:
         self.listening_migrators = 0
         """How many hear of our events as they come: one, or none."""
         self.sessions: dict[str, Session] = {}
+        self._called: set[str] = set()
         self.began_unix_s = time.time()
         self.counters: dict[str, int] = {}
         self.children = Children(self.folder / "agent.log")
@@ -256,9 +257,8 @@ class Agent:
         session.record = self.state.update(
             session.record, kind=kind, words=words, actor_uid=actor_uid, **changes
         )
-        if "state" in changes:
-            self.tell_terminal(session.record)
         if "state" in changes or "moving" in changes:
+            self.tell_terminal(session.record)
             self._follow_ports(session.record)
         if kind:
             self.counters[kind] = self.counters.get(kind, 0) + 1
@@ -276,7 +276,8 @@ class Agent:
     def tell_terminal(self, record: Record) -> None:
         """Let the keeper of its terminal, if it has one, know how the session is."""
         pid = record.pid if record.state in LIVING else 0
-        facts = {"state": record.state, "pid": pid, "exit_status": record.exit_status}
+        state = "moving" if record.moving and record.state == HIBERNATED else record.state
+        facts = {"state": state, "pid": pid, "exit_status": record.exit_status}
         tell_state(record.name, self.home, {**facts, "failure": record.failure})
 
     def ring(self) -> None:
@@ -601,10 +602,17 @@ class Agent:
 
     def _wake_for(self, name: str, port: int) -> None:
         """Somebody has connected to a port of a session that hibernates."""
-        session = self.sessions[name]
+        self.call(self.sessions[name], f"a connection to port {port}")
+
+    def call(self, session: Session, why: str) -> None:
+        """Somebody uses a session that hibernates: have it woken, once, where there is room."""
+        name = session.record.name
+        if name in self._called:
+            return
+        self._called.add(name)
         with contextlib.suppress(StoreUnavailable):
-            self.update(session, CALLED, f"somebody connected to port {port}")
-        self.spawn(self._wake_where_there_is_room(session, f"a connection to port {port}"))
+            self.update(session, CALLED, why)
+        self.spawn(self._wake_where_there_is_room(session, why))
 
     async def _wake_where_there_is_room(self, session: Session, why: str) -> None:
         """Have the migrator say on which node, if it has heard of the call; else wake it here."""
@@ -613,13 +621,15 @@ class Agent:
             known = self.sessions.get(session.record.name) is session
             return known and session.record.state == HIBERNATED and not session.lock.locked()
 
+        name = session.record.name
         deadline = time.monotonic() + (_MIGRATOR_ANSWERS_S if self.listening_migrators else 0)
-        while sleeps() and (
-            self.departures.is_leaving(session.record.name) or time.monotonic() < deadline
-        ):
-            await self.await_event(_LOOKS_EVERY_S)
-        if sleeps():
-            await self.operate(session, WAKE, why=why)
+        try:
+            while sleeps() and (self.departures.is_leaving(name) or time.monotonic() < deadline):
+                await self.await_event(_LOOKS_EVERY_S)
+            if sleeps():
+                await self.operate(session, WAKE, why=why)
+        finally:
+            self._called.discard(name)
 
     def _output(self, record: Record) -> Path:
         """The file for what a woken session prints where nobody hears it any more."""

@@ -4,7 +4,8 @@ Where a session listened (TCP), the node that it left goes on listening from its
 takes the connections in (those that waited for it first), and passes their bytes through the
 agent of the node that has it, which connects to the session; so only agents have to reach each
 other, and a client on the old node, as the front end of a kernel that listens on 127.0.0.1, goes on
-with the address that it knows. If the session has moved on since, that agent passes on as well.
+with the address that it knows. If the session has moved on since, that agent passes on as well. A
+terminal is reached as a port is, through the socket that its keeper had: consoles go along.
 
     client ── port ── this agent ══ TLS, in frames ══ its agent ── port ── session
 
@@ -26,6 +27,7 @@ import socket
 import struct
 import time
 from collections.abc import Coroutine
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..checkpoint.errors import Busy, LzyError, NotFound
@@ -36,6 +38,13 @@ from .http import Passage
 from .peers import split_address
 from .session import Session
 from .state import Arrival
+from .terminal.afar import (
+    TERMINAL,
+    await_end,
+    connect_to_terminal,
+    has_terminal,
+    listen_for_consoles,
+)
 
 if TYPE_CHECKING:
     from .node import Agent
@@ -68,12 +77,16 @@ class _Way:
         self.place = place
         self.servers: list[asyncio.Server] = []
         self.connections: set[asyncio.Task[Any]] = set()
+        self.consoles: set[asyncio.Task[Any]] = set()
+        """The connections to its terminal: which end when that tells them that it goes."""
+        self.is_closed = False
         self.used_s = time.monotonic()
 
     def close(self) -> None:
+        self.is_closed = True
         for server in self.servers:
             server.close()
-        for task in self.connections:
+        for task in self.connections - self.consoles:
             task.cancel()
 
 
@@ -83,27 +96,29 @@ class Passages:
     def __init__(self, agent: Agent) -> None:
         self._agent = agent
         self._ways: dict[str, _Way] = {}
-        self._known: tuple[str, list[Entry]] = "", []
-        """An image, and where its session listens: a client has several connections."""
+        self._known: tuple[str, list[Entry], bool] = "", [], False
+        """An image, where its session listens, and whether it has a terminal: asked again soon."""
 
     def start(self) -> None:
         """Lead where ports led before the agent was started again."""
         for name, epoch, node, told in self._agent.state.forwarded():
-            place = Place(name, node, told["address"], epoch)
-            self._agent.spawn(self._keep(place, told["listening"], []))
+            self._agent.spawn(self._keep(Place(name, node, told["address"], epoch), told, []))
 
     def describe(self, session: Session, address: str) -> dict[str, Any]:
-        """What a departure to `address` says of its session's ports; nothing if none leads there.
+        """What a departure to `address` says of what leads there from here; empty if nothing does.
 
         An agent beside us on this machine has the ports of the session itself.
         """
         own = self._agent.identity.address
-        beside = own and split_address(address)[0] == split_address(own)[0]
-        if beside or self._agent.settings.forward_s <= 0:
+        if self._agent.settings.forward_s <= 0:
             return {}
         with contextlib.suppress(LzyError, KeyError, TypeError, ValueError):
-            if listening := self._list_listening(session.record.image):
-                return {"address": address, "listening": listening}
+            _, listening, is_shown = self._read_image(session.record.image)
+            if own and split_address(address)[0] == split_address(own)[0]:
+                listening = []
+            if listening or is_shown:
+                owner = {"terminal_of_uid": session.record.owner_uid} if is_shown else {}
+                return {"address": address, "listening": listening, **owner}
         return {}
 
     def keep(self, place: Place, told: dict[str, Any], kept: list[socket.socket]) -> None:
@@ -112,7 +127,7 @@ class Passages:
         `kept`: sockets that listened for it until now, which become ours.
         """
         if told:
-            self._agent.spawn(self._keep(place, told["listening"], kept))
+            self._agent.spawn(self._keep(place, told, kept))
             return
         for sock in kept:
             sock.close()
@@ -131,24 +146,22 @@ class Passages:
 
     # -- here: clients that come ---------------------------------------------------------------
 
-    async def _keep(self, place: Place, listening: list[Entry], kept: list[socket.socket]) -> None:
+    async def _keep(self, place: Place, told: dict[str, Any], kept: list[socket.socket]) -> None:
         if old := self._ways.pop(place.session, None):
             old.close()
         way = self._ways[place.session] = _Way(place)
         there = {sock.getsockname()[1]: sock for sock in kept}
-        for entry in listening:
+        for entry in told["listening"]:
             port = entry["name"][1]
-
-            async def take(
-                reader: asyncio.StreamReader, writer: asyncio.StreamWriter, port: int = port
-            ) -> None:
-                await self._pass(way, port, reader, writer)
-
             with contextlib.suppress(OSError):  # somebody else's by now
                 sock = there.pop(port, None) or keep_listening(entry)
-                way.servers.append(await asyncio.start_server(take, sock=sock))
+                way.servers.append(
+                    await asyncio.start_server(partial(self._pass, way, str(port)), sock=sock)
+                )
         for sock in there.values():
             sock.close()
+        if "terminal_of_uid" in told:
+            await self._keep_terminal(way, told["terminal_of_uid"])
         while self._ways.get(place.session) is way:
             await asyncio.sleep(_LOOKS_EVERY_S)
             if way.connections:
@@ -156,8 +169,18 @@ class Passages:
             elif time.monotonic() - way.used_s > self._agent.settings.forward_s:
                 self.end(place.session)
 
+    async def _keep_terminal(self, way: _Way, owner_uid: int) -> None:
+        """Listen for consoles, once the keeper that they are connected to has gone."""
+        session, home = way.place.session, self._agent.home
+        with contextlib.suppress(OSError, TimeoutError):
+            await await_end(session, home)
+            if self._ways.get(session) is way:
+                sock = listen_for_consoles(session, home, owner_uid)
+                take = partial(self._pass, way, TERMINAL)
+                way.servers.append(await asyncio.start_unix_server(take, sock=sock))
+
     async def _pass(
-        self, way: _Way, port: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+        self, way: _Way, port: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
         """One connection, to its end."""
         task = asyncio.current_task()
@@ -166,6 +189,8 @@ class Passages:
             writer.transport.abort()
             return
         way.connections.add(task)
+        if port == TERMINAL:
+            way.consoles.add(task)
         try:
             async with contextlib.AsyncExitStack() as held:
                 far = await self._reach(held, way, port, reader, writer)
@@ -178,13 +203,14 @@ class Passages:
             writer.transport.abort()  # as from a server that has died; the port is free at once
         finally:
             way.connections.discard(task)
+            way.consoles.discard(task)
             writer.close()
 
     async def _reach(
         self,
         held: contextlib.AsyncExitStack,
         way: _Way,
-        port: int,
+        port: str,
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
     ) -> Pair:
@@ -198,10 +224,10 @@ class Passages:
             except LzyError:
                 await asyncio.sleep(pause_s)
                 pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
-            if reader.at_eof() or writer.is_closing():
-                raise ConnectionError("the client has gone")
+            if way.is_closed or reader.at_eof() or writer.is_closing():
+                raise ConnectionError("the client has gone, or the session is back")
 
-    def _open(self, place: Place, port: int) -> contextlib.AbstractAsyncContextManager[Pair]:
+    def _open(self, place: Place, port: str) -> contextlib.AbstractAsyncContextManager[Pair]:
         path = f"/v1/passages/{place.session}/{place.epoch}/{port}"
         return self._agent.contacts.open(place.address, node_subject(place.node), path)
 
@@ -212,11 +238,14 @@ class Passages:
 
         Raises NotFound (it is not here any more, or listens nowhere there), Busy (not now).
         """
-        if not re.fullmatch(r"[0-9]{1,5}", port):
+        if port != TERMINAL and not re.fullmatch(r"[0-9]{1,5}", port):
             raise NotFound(f"it does not listen at port {port[:20]}")
         session, way = self._agent.sessions.get(arrival.name), self._ways.get(arrival.name)
-        if session and session.record.epoch >= arrival.epoch:
-            reader, writer = await self._connect(session, int(port))
+        if session and session.record.epoch >= arrival.epoch - 1:  # one that came asleep sleeps yet
+            if port == TERMINAL:
+                reader, writer = await connect_to_terminal(self._agent, session)
+            else:
+                reader, writer = await self._connect(session, int(port))
 
             async def serve(far_reader: asyncio.StreamReader, far: asyncio.StreamWriter) -> None:
                 try:
@@ -230,7 +259,7 @@ class Passages:
         if way is None or way.place.epoch <= arrival.epoch:
             raise NotFound("there is no such session here", remedy="see lzy ps")
         held = contextlib.AsyncExitStack()
-        further = await held.enter_async_context(self._open(way.place, int(port)))
+        further = await held.enter_async_context(self._open(way.place, port))
 
         async def go_on(far_reader: asyncio.StreamReader, far: asyncio.StreamWriter) -> None:
             async with held:
@@ -242,7 +271,7 @@ class Passages:
 
     async def _connect(self, session: Session, port: int) -> Pair:
         record = session.record
-        listening = self._list_listening(record.image)
+        _, listening, _ = self._read_image(record.image)
         entry = next((entry for entry in listening if entry["name"][1] == port), None)
         if entry is None:
             raise NotFound(f"session {record.name} does not listen at port {port}")
@@ -255,12 +284,13 @@ class Passages:
         except (OSError, TimeoutError) as error:
             raise Busy(f"session {record.name} does not answer at port {port}") from error
 
-    def _list_listening(self, image: str) -> list[Entry]:
-        """Where the session of an image listens."""
+    def _read_image(self, image: str) -> tuple[str, list[Entry], bool]:
+        """An image, where its session listens, and whether it has a terminal."""
         if self._known[0] != image:
             with Store.open(self._agent.store) as store, store.load_unchecked(image) as opened:
-                self._known = image, list_all_listening(opened.document["descriptors"])
-        return self._known[1]
+                listening = list_all_listening(opened.document["descriptors"])
+                self._known = image, listening, has_terminal(opened)
+        return self._known
 
 
 async def join(

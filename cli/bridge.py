@@ -26,7 +26,7 @@ import termios
 import time
 from typing import Any, NamedTuple
 
-from ..agent.terminal.frames import INPUT, REPAINT, RESIZE, pack, pack_json
+from ..agent.terminal.frames import REPAINT, RESIZE, pack, pack_json
 from ..checkpoint import proc
 from ..checkpoint.errors import LzyError
 from ..checkpoint.linux.detached import set_name
@@ -141,6 +141,8 @@ class Bridge:
 
     def _lives_here(self) -> bool:
         """Whether the process of that pid is the program: perhaps it sleeps, or has moved."""
+        if self._link.has_moved:
+            return False
         with contextlib.suppress(LzyError, OSError):
             return int(proc.stat(self._plan.program)[6]) == os.fstat(self._kept).st_rdev
         return False
@@ -186,7 +188,7 @@ class Bridge:
             write(b"\x1b[999;1H" + b"\n" * window_size()[0])
             self._link.send(pack(REPAINT))
         if typed:
-            self._link.send(pack(INPUT, typed))
+            self._link.type(typed)
         self._send_window()
         self._show()
         self._say_ready()
@@ -228,7 +230,7 @@ class Bridge:
             elif self._shell and self._shell.is_held():
                 if self._program() != "runs":
                     self._settle()
-                    if not self._link.is_asleep:
+                    if not self._link.is_asleep and not self._link.has_moved:
                         return False, b""
                     self._step = Stepparent(self._shell)
                     self._step.attend()
@@ -239,10 +241,10 @@ class Bridge:
                 typed = self._read()
                 if self._shell and (at := self._find_suspend(typed)) >= 0:
                     if at:
-                        self._link.send(pack(INPUT, typed[:at]))
+                        self._link.type(typed[:at])
                     self._settle()
                     return True, typed[at + 1 :]
-                self._link.send(pack(INPUT, typed))
+                self._link.type(typed)
             if not ready and self._is_missed():
                 self._settle()
                 if self._link.is_asleep:
@@ -308,6 +310,8 @@ class Bridge:
         The program has a session of its own, in which nobody would continue it: so the kernel
         would drop that signal, setpgid(2). One that handles it itself gets the key.
         """
+        if self._link.has_moved:  # what is set there is not known here
+            return typed.find(b"\x1a")
         settings = termios.tcgetattr(self._kept)
         key = settings[6][termios.VSUSP]
         if not settings[3] & termios.ISIG or key == b"\0" or key not in typed:

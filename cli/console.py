@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
 import select
 import signal
-import socket
 import sys
 import time
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,6 +18,7 @@ from .sessions import choose, name_argument
 
 if TYPE_CHECKING:
     from ..agent.client import Client
+    from .link import Link
 
 DETACH_KEY = "ctrl-]"
 _SECOND_KEY_WITHIN_S = 1.0
@@ -145,7 +143,8 @@ def leave_word(session: str, left: Left) -> int:
         click.echo(f"{word} the terminal of {session} is gone", err=True)
         return 1
     if left.status is None:
-        click.echo(f"the terminal of {session} is kept here no longer; see lzy ps", err=True)
+        words = f"{session} has gone from here; if it moved, lzy console {session} reaches it there"
+        click.echo(words, err=True)
         return 0
     return status_of(left.status)
 
@@ -171,66 +170,56 @@ class _Console:
         self._has_keys = True
         self._is_terminal = os.isatty(STDIN) and os.isatty(STDOUT)
         self._leave = b""
-        self._noted = False
 
     def serve(self) -> Left:
-        """Connect; again, if the keeper's host is killed and another takes its place."""
-        from ..checkpoint.kept import find_kept
+        """Connect, and be what its terminal is until it is left."""
+        from .link import Gone
 
         with signals() as woken, raw_mode(self._is_terminal) as screen:
-            since_s = time.monotonic()
-            while True:
-                try:
-                    sock = open_console(self._session)
-                except OSError:
-                    passed_s = time.monotonic() - since_s
-                    if passed_s > (_COMES_BACK_WITHIN_S if find_kept(self._session) else 0.5):
-                        left = Left("lost", None)
-                        break
-                    time.sleep(0.05)
-                    continue
-                with sock:
-                    found = self._converse(sock, woken)
-                if found:
-                    left = found
-                    break
-                since_s = time.monotonic()
+            try:
+                left = self._converse(self._connect(), woken)
+            except Gone:
+                left = Left("lost", None)
             if self._is_terminal:
                 screen.leave(self._leave)
         return left
 
-    def _converse(self, sock: socket.socket, woken: int) -> Left | None:
-        """Until it is left, or the other end is gone (None)."""
-        from ..agent.terminal.frames import (
-            HELLO,
-            INPUT,
-            OUTPUT,
-            RESIZE,
-            TOLD,
-            Frames,
-            pack,
-            pack_json,
-        )
+    def _connect(self) -> Link:
+        """To the keeper, or to the next one if that is killed just now. Raises Gone."""
+        from ..checkpoint.kept import find_kept
+        from .link import Gone, Link
 
-        frames = Frames()
-        if self._is_terminal:
-            write(b"\x1b[999;1H" + b"\n" * self._rows())  # what is here stays, further up
-        sock.sendall(pack_json(HELLO, self._window()))
+        since_s = time.monotonic()
         while True:
-            wanted: list[Any] = [sock, woken, *([STDIN] if self._has_keys else [])]
+            try:
+                return Link(self._session, paints=True)
+            except OSError:
+                passed_s = time.monotonic() - since_s
+                if passed_s > (_COMES_BACK_WITHIN_S if find_kept(self._session) else 0.5):
+                    raise Gone from None
+                time.sleep(0.05)
+
+    def _converse(self, link: Link, woken: int) -> Left:
+        """Until it is left, or the program has ended. Raises Gone."""
+        from ..agent.terminal.frames import RESIZE, pack_json
+
+        if self._is_terminal:
+            write(b"\x1b[999;1H" + b"\n" * window_size()[0])  # what is here stays, further up
+        while True:
+            wanted: list[Any] = [link, woken, *([STDIN] if self._has_keys else [])]
             wait_s = None
             if self._pressed_s:
                 wait_s = max(self._pressed_s + _SECOND_KEY_WITHIN_S - time.monotonic(), 0)
             ready = select.select(wanted, [], [], wait_s)[0]
             if not ready and self._pressed_s:
                 self._pressed_s = 0.0
-                sock.sendall(pack(INPUT, self._key))
+                link.type(self._key)
             if woken in ready:
                 told = set(os.read(woken, 512))
                 if told & {signal.SIGTERM, signal.SIGHUP, signal.SIGINT}:
                     return Left("detached", None)
-                with contextlib.suppress(OSError):
-                    sock.sendall(pack_json(RESIZE, self._window()))
+                rows, columns = window_size()
+                link.send(pack_json(RESIZE, {"rows": rows, "columns": columns}))
             if STDIN in ready:
                 typed = os.read(STDIN, 4096)
                 if not typed:
@@ -238,26 +227,20 @@ class _Console:
                         return Left("detached", None)
                     self._has_keys = False
                 passed, leaves = self._find_detach(typed)
-                try:
-                    if passed:
-                        sock.sendall(pack(INPUT, passed))
-                except OSError:
-                    return None
+                if passed:
+                    link.type(passed)
                 if leaves:
-                    self._ask_how_to_leave()
+                    self._leave = str(link.look().get("leave", "")).encode()
                     return Left("detached", None)
-            if sock in ready:
-                try:
-                    data = sock.recv(1 << 18)
-                except OSError:
-                    data = b""
-                if not data:
-                    return None
-                for kind, content in frames.feed(data):
-                    if kind == OUTPUT:
-                        write(content)
-                    elif kind == TOLD and (left := self._hear(json.loads(content))):
-                        return left
+            if link in ready:
+                link.hear()
+            if output := link.take_output():
+                write(output)
+            if link.state == "ended":
+                self._leave = link.leave
+                return Left("ended", link.status)
+            if link.news is not None:
+                self._say(link)
 
     def _find_detach(self, typed: bytes) -> tuple[bytes, bool]:
         """What of it is for the program, and whether the console is to be left."""
@@ -276,49 +259,16 @@ class _Console:
                 passed += byte
         return bytes(passed), False
 
-    def _hear(self, told: dict[str, Any]) -> Left | None:
-        state = told["state"]
-        if state == "ended":
-            self._leave = str(told.get("leave", "")).encode()
-            return Left("ended", told.get("exit_status"))
-        words = ""
-        if failure := told.get("failure"):
+    def _say(self, link: Link) -> None:
+        """In the last row: how the session is, if there is no program to type to."""
+        failure, link.news = link.news, None
+        words = {
+            "hibernated": f"{self._session} hibernates; a key wakes it",
+            "waking": f"{self._session} wakes",
+            "moving": f"{self._session} moves to another node",
+        }.get(link.state, "")
+        if failure:
             words = f"{self._session} cannot be woken: {failure}"
-        elif state == "hibernated":
-            words = f"{self._session} hibernates; a key wakes it"
-        elif state == "waking":
-            words = f"{self._session} wakes"
         if words and self._is_terminal:
-            shown = words[: max(self._columns() - 4, 10)].encode()
+            shown = words[: max(window_size()[1] - 4, 10)].encode()
             write(b"\x1b7\x1b[999;1H\x1b[0;7m " + shown + b" \x1b[0m\x1b[K\x1b8")
-        return None
-
-    def _ask_how_to_leave(self) -> None:
-        """What undoes the modes that the program has set."""
-        from ..agent.terminal.starting import Line
-        from ..checkpoint.errors import LzyError
-
-        with contextlib.suppress(LzyError), Line(self._session) as line:
-            self._leave = str(line.ask("look").get("leave", "")).encode()
-
-    def _window(self) -> dict[str, int]:
-        return {"rows": self._rows(), "columns": self._columns()}
-
-    def _rows(self) -> int:
-        return window_size()[0]
-
-    def _columns(self) -> int:
-        return window_size()[1]
-
-
-def open_console(session: str) -> socket.socket:
-    """A connection to the host of a session's terminal. Raises OSError."""
-    from ..agent.terminal.frames import socket_path
-
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        sock.connect(str(socket_path(session)))
-    except OSError:
-        sock.close()
-        raise
-    return sock

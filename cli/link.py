@@ -1,4 +1,8 @@
-"""What a bridge hears of its session: what the program prints, and whether it sleeps."""
+"""What a console hears of its session: what the program prints, whether it sleeps, or moves.
+
+The connection is made again where another host takes the place of one that was killed, and follows
+the session to another node, by way of the agent that had it (`passages`).
+"""
 
 from __future__ import annotations
 
@@ -14,16 +18,20 @@ from ..agent.terminal.frames import (
     ANSWER,
     CONTROL,
     HELLO,
+    INPUT,
     OUTPUT,
     TOLD,
     Frames,
+    pack,
     pack_json,
+    socket_path,
 )
 from ..checkpoint.kept import find_kept
-from .console import open_console
 from .raw import window_size
 
 _COMES_BACK_WITHIN_S = 5.0
+_MOVES_WITHIN_S = 20.0
+_PAUSE_S = 0.05
 _ANSWERS_WITHIN_S = 0.5
 _LIVING = ("running", "dozing")
 
@@ -33,26 +41,42 @@ class Gone(Exception):
 
 
 class Link:
-    """A connection to the host of a session's terminal, made again if another takes its place."""
+    """A connection to the host of a session's terminal; see the module."""
 
-    def __init__(self, session: str) -> None:
-        """Raises OSError where nobody keeps one."""
-        self._session = session
+    def __init__(self, session: str, *, paints: bool = False) -> None:
+        """`paints`: have the screen painted at once. Raises OSError where nobody keeps one."""
+        self._session, self._paints = session, paints
+        self.has_moved = False
+        """It is on a terminal of another node, or was."""
         self._frames = Frames()
         self._socket = self._connect()
         self._output: list[bytes] = []
         self._answer: dict[str, Any] = {}
-        self.state = "running"
+        self._is_greeted = True
+        self._typed = bytearray()
+        """On the way to another node: what is to be sent there."""
+        self.state = "" if paints else "running"
         self.since = ""
         """The time of day at which it fell asleep."""
         self.news: str | None = None
         """The state has changed: what has failed, or nothing. Whoever has read it makes it None."""
-        self.end: int | None = None
-        """How the program has ended for good, as waitpid(2) has it."""
+        self._cut_s = 0.0
+        """Since when nothing can be heard."""
+        self.status: int | None = None
+        """How the program has ended for good, as waitpid(2) has it; None where nobody knows."""
+        self.leave = b""
+        """Once it has: what takes the program's modes off."""
 
     def fileno(self) -> int:
         """The socket's descriptor."""
         return self._socket.fileno()
+
+    @property
+    def end(self) -> int | None:
+        """How the program has ended for good, as a shell is told it; None where it has not."""
+        if self.state != "ended":
+            return None
+        return int(signal.SIGKILL) if self.status is None else self.status
 
     @property
     def is_asleep(self) -> bool:
@@ -68,6 +92,7 @@ class Link:
         if not data:
             self._come_back()
             return
+        self._cut_s = 0.0
         for kind, content in self._frames.feed(data):
             if kind == OUTPUT:
                 self._output.append(content)
@@ -81,6 +106,13 @@ class Link:
         output = b"".join(self._output)
         self._output.clear()
         return output
+
+    def type(self, typed: bytes) -> None:
+        """Send what was typed, once somebody is there to take it. Raises Gone."""
+        if self._is_greeted:
+            self.send(pack(INPUT, typed))
+        else:
+            self._typed += typed
 
     def send(self, frame: bytes) -> None:
         """Send a frame. Raises Gone."""
@@ -103,27 +135,47 @@ class Link:
         before, self.state = self.state, str(told["state"])
         failure = str(told.get("failure") or "")
         if self.state == "ended":
-            status = told.get("exit_status")
-            if status is None and before not in (*_LIVING, "ended"):
-                raise Gone(f"{self._session} lives on another node now; see lzy ps")
-            self.end = int(signal.SIGKILL if status is None else status)
+            self.status, self.leave = told.get("exit_status"), str(told.get("leave", "")).encode()
+            if self.status is None and before in ("migrating", "moving"):
+                self.state, self.has_moved, self.news = "moving", True, ""
+                self._is_greeted = False
+                self._typed += str(told.get("unread", "")).encode("latin-1")
+                self._come_back()
+                return
         if self.state == "hibernated" != before:
             self.since = time.strftime("%H:%M")
         if failure or self.state != before:
             self.news = failure
+        if not self._is_greeted:
+            self._is_greeted = True
+            typed = bytes(self._typed)
+            self._typed.clear()
+            if typed:
+                self.send(pack(INPUT, typed))
 
     def _connect(self) -> socket.socket:
-        sock = open_console(self._session)
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         rows, columns = window_size()
-        sock.sendall(pack_json(HELLO, {"rows": rows, "columns": columns, "paints": False}))
+        asked = {"rows": rows, "columns": columns, "paints": self._paints}
+        try:
+            sock.connect(str(socket_path(self._session)))
+            sock.sendall(pack_json(HELLO, {**asked, "follows": self.has_moved}))
+        except OSError:
+            sock.close()
+            raise
         return sock
 
     def _come_back(self) -> None:
+        """Connect again: to another host in its place, or, by way of the agent, to another node."""
         self._socket.close()
-        deadline = time.monotonic() + _COMES_BACK_WITHIN_S
-        while time.monotonic() < deadline and find_kept(self._session):
+        self._cut_s = self._cut_s or time.monotonic()
+        while find_kept(self._session) or self.has_moved:
+            within_s = _MOVES_WITHIN_S if self.has_moved else _COMES_BACK_WITHIN_S
+            if time.monotonic() > self._cut_s + within_s:
+                break
+            time.sleep(_PAUSE_S)
             with contextlib.suppress(OSError):
                 self._frames, self._socket = Frames(), self._connect()
                 return
-            time.sleep(0.05)
-        raise Gone(f"the terminal of {self._session} is gone")
+        where = "; see lzy ps" if self.has_moved else ""
+        raise Gone(f"the terminal of {self._session} is gone{where}")

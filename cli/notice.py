@@ -36,7 +36,7 @@ class Notice:
             return f"{session} cannot be woken: {failure}"
         if state == "hibernated":
             return f"{session} is asleep since {self._link.since}; any key wakes it"
-        return f"{session} wakes" if state == "waking" else ""
+        return {"waking": f"{session} wakes", "moving": f"{session} moves"}.get(state, "")
 
     def _show(self, words: str) -> None:
         """Below the cursor, which stays; at the bottom of a screen that will be painted anew."""

@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+_WAKE = b'{"wait": false, "anywhere": true, "reason": "a key at its terminal"}'
+"""The session may wake on another node: who is connected to the terminal goes along."""
+
 
 class Asked:
     """A request that is under way; readable means `take`."""
@@ -21,7 +24,7 @@ class Asked:
         try:
             self.socket.connect(str(path))
             place = f"/v1/sessions/{quote(session, safe='@')}"
-            body = b'{"wait": false}' if wake else b""
+            body = _WAKE if wake else b""
             head = f"{'POST' if wake else 'GET'} {place}{'/wake' if wake else ''} HTTP/1.1\r\n"
             head += f"Host: lzy\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n"
             self.socket.send(head.encode() + body)

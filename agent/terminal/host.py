@@ -52,6 +52,7 @@ _SAVE_S = 3.0
 _ASK_AGAIN_S = 0.3
 _ASK_FOR_S = 10.0
 _AWAITED_S = 20.0
+_FOLLOWS_WITHIN_S = 60.0
 _LIVING = ("running", "dozing")
 _ENDED = ("ended", "failed")
 
@@ -79,6 +80,8 @@ class Host:
         self._window_at_hold: tuple[int, int] | None = None
         self._state = state or "running"
         self._is_over = False
+        self._unheard = bytearray() if state in ("waking", "hibernated") else None
+        """What was printed here before the bridge of a session that came here has followed it."""
         self._screen = _load_screen(holdings)
 
     def serve(self) -> NoReturn:
@@ -87,6 +90,7 @@ class Host:
         signal.signal(signal.SIGPIPE, signal.SIG_IGN)
         self._watch_program(self._pid)
         self._listen()
+        self._soon("forget_unheard", _FOLLOWS_WITHIN_S)
         if self._status is not None or (self._pid == 0 and self._state in _LIVING):
             self._look_into_it()
         elif self._state not in _LIVING:
@@ -140,6 +144,10 @@ class Host:
         self._backlog_bytes += len(data)
         self._soon("digest", _DIGEST_S)
         self._soon("save", _SAVE_S)
+        if self._unheard is not None:
+            self._unheard += data
+            if len(self._unheard) > _MOST_BACKLOG_BYTES:
+                self._unheard = None
         shown = [console for console in self._consoles.values() if console.is_shown]
         asks = b"\x1b" in data and QUERY.search(data) is not None
         if asks and not shown:
@@ -310,6 +318,8 @@ class Host:
         """The agent says how the session is: `state`, `pid`, and `exit_status` at its end."""
         state, pid = str(told["state"]), int(told.get("pid") or 0)
         before = self._state
+        if state == "hibernated" and told.get("moving_to"):
+            state = "moving"
         if state == "gone":  # it is looked after no longer, or elsewhere
             if self._has_no_program:
                 self._finish(None)
@@ -413,6 +423,8 @@ class Host:
                 console.is_bridge = not asked.get("paints", True)
                 if not console.is_bridge:
                     self._paint(console)
+                elif asked.get("follows"):
+                    self._catch_up(console)
                 self._own.is_awaited = False
                 if self._is_over:
                     self._leave()
@@ -422,6 +434,18 @@ class Host:
         elif kind == CONTROL:
             console.send(pack_json(ANSWER, self._obey(console, json.loads(content))))
         self._flush(console)
+
+    def _catch_up(self, bridge: Console) -> None:
+        """Show what was printed here before it came; if that is not known, all of the screen."""
+        if self._unheard is None:
+            bridge.send(pack(OUTPUT, b"\x1b[999;1H" + b"\n" * self._screen.rows))
+            self._paint(bridge)
+            return
+        bridge.send(pack(OUTPUT, bytes(self._unheard)))
+        self._forget_unheard()
+
+    def _forget_unheard(self) -> None:
+        self._unheard = None
 
     def _type(self, typed: bytes) -> None:
         if len(self._input) + len(typed) > _MOST_INPUT_BYTES:
@@ -548,6 +572,8 @@ class Host:
             if console.is_shown:
                 told = {"state": "ended", "exit_status": self._status}
                 told["leave"] = self._screen.unpaint().decode()
+                if console is self._front:  # it may follow the session to where it is now
+                    told["unread"] = self._input.decode("latin-1")
                 console.send(pack_json(TOLD, told))
             with contextlib.suppress(OSError):
                 console.socket.settimeout(1.0)
@@ -555,7 +581,7 @@ class Host:
                 while console.is_bridge and console.socket.recv(65536):
                     pass  # it wants the settings that the program has left
         self._save()
-        for path in (kept_path(self._own.session), socket_path(self._own.session)):
+        for path in (socket_path(self._own.session), kept_path(self._own.session)):
             path.unlink(missing_ok=True)
         os._exit(0)
 

@@ -13,13 +13,15 @@ from ...checkpoint.kept import MOST_SCREEN_BYTES, find_kept, screen_path
 from .starting import start_keeper
 
 
-def find_terminal(session: str, owner_uid: int, document: dict[str, Any]) -> str | None:
+def find_terminal(
+    session: str, owner_uid: int, document: dict[str, Any], *, state: str = "waking"
+) -> str | None:
     """The device of the terminal for the process of an image, made if nobody keeps one.
 
     None for a process that was on no terminal. A new one has the settings, the window, and the
-    screen of the one that there was.
+    screen of the one that there was, for a session in that `state`.
     """
-    entry = _outside_terminal(document)
+    entry = outside_terminal(document)
     if entry is None:
         return None
     if kept := find_kept(session):
@@ -39,7 +41,7 @@ def find_terminal(session: str, owner_uid: int, document: dict[str, Any]) -> str
             rows=rows or 24,
             columns=columns or 80,
             settings=base64.b64decode(entry.get("settings", "")),
-            state="waking",
+            state=state,
             screen=screen,
             owner_uid=owner_uid,
         ).device
@@ -47,7 +49,7 @@ def find_terminal(session: str, owner_uid: int, document: dict[str, Any]) -> str
     return found.device if found else None
 
 
-def _outside_terminal(document: dict[str, Any]) -> dict[str, Any] | None:
+def outside_terminal(document: dict[str, Any]) -> dict[str, Any] | None:
     """What the image says of the terminal that the process was started on."""
     table: dict[str, Any] = document["descriptors"]
     entries = table["descriptions"]

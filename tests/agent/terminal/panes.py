@@ -34,6 +34,10 @@ class Pane:
         """The rows that are shown, without empty ones below."""
         return self._ask("capture-pane").rstrip("\n").split("\n")
 
+    def history(self) -> list[str]:
+        """The same, with what has scrolled off."""
+        return self._ask("capture-pane", "-S", "-").rstrip("\n").split("\n")
+
     def sees(self, *rows: str) -> None:
         """Wait until these are the last rows that are shown."""
         self._see(lambda shown: shown[-len(rows) :] == list(rows), repr(rows))

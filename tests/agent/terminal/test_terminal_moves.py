@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from fleet_of_two import Migrator
 from living import CommandLine
 from pair import Pair
+from panes import Pane, begin_tmux
 from people import Terminals
+
+
+@pytest.fixture
+def migrator(tmp_path: Path, pair: Pair) -> Iterator[Migrator]:
+    made = Migrator(tmp_path, pair)
+    try:
+        yield made
+    finally:
+        made.end()
 
 
 @pytest.fixture
@@ -20,10 +32,15 @@ def pair(tmp_path: Path, nothing_left_behind: None) -> Iterator[Pair]:
         made.close()
 
 
-def test_terminal_moves_with_its_session(pair: Pair) -> None:
-    """Screen, settings and window are in the image; whoever was connected is told that it has gone.
+def numbers(pane: Pane) -> list[int]:
+    """The rows of it that are numbers."""
+    return [int(row) for row in pane.history() if row.isdecimal()]
 
-    There it leads its session again: Ctrl-C reaches it. And back.
+
+def test_terminal_moves_with_its_session(pair: Pair) -> None:
+    """Screen, settings and window are in the image, and a console that is connected goes along.
+
+    There it leads its session again: Ctrl-C reaches it. And back, with what it printed there.
     """
     code = "import os, time; os.system('stty -echo'); print('\\x1b[35mhere\\x1b[0m')\n"
     code += "while True:\n  try: print('heard', input(), *os.get_terminal_size())\n"
@@ -39,18 +56,183 @@ def test_terminal_moves_with_its_session(pair: Pair) -> None:
         for to in ("target", "source"):
             pair.move(to)
             assert pair.await_settled()[0] == to
-            assert person.exit_status() == 0
             assert nodes[to].screen()[0] == "here"
-            person = nodes[to].person("console", "calm", rows=31, columns=77)
             person.sees("\x1b[0;35mhere")
             person.types(f"at {to}\r")
             person.sees(f"heard at {to} 77 31")
             assert f"at {to}" not in nodes[to].screen()  # it does not echo
             person.types("\x03")
             person.sees("interrupted")
+            other = nodes[to].person("console", "calm", rows=31, columns=77)
+            other.sees("interrupted")
+            other.leaves()
+        assert "heard at target 77 31" in nodes["source"].screen()
         person.types("\x04")
         assert person.exit_status() == 1
     finally:
         pair.close()
         for terminals in nodes.values():
             terminals.close()
+
+
+def test_window_follows_its_session(pair: Pair, tmp_path: Path) -> None:
+    """A window that a program was taken from, and lzy console on a node that it was on, go along.
+
+    There and back, asleep and awake; the shell in the window waits for it all the time.
+    """
+    pair.begin()
+    lzy = CommandLine(pair.source.home)
+    terminals = Terminals(lzy, pair.source)
+    try:
+        with begin_tmux(terminals, tmp_path) as tmux:
+            pane = tmux.begin()
+            pane.types(f"clear; {sys.executable} -q\r")
+            pane.sees_text(">>>")
+            pane.types("x = 41\rx + ")
+            pane.sees(">>> x = 41", ">>> x +")
+            lzy.succeed("attach", str(pane.child()), "--name", "calm")
+            pair.source.wait_until(lambda: pair.source.look()["image"], "it has a checkpoint")
+            pane.sees(">>> x = 41", ">>> x +")
+            pair.move()
+            assert pair.await_settled()[0] == "target"
+            pane.types("1\r")
+            pane.sees(">>> x + 1", "42", ">>>")
+            person = terminals.person("console", "calm")
+            person.sees("42")
+            person.types("x + 2\r")
+            person.sees("43")
+            person.leaves()
+            pane.sees("43", ">>>")
+            pair.target.do("hibernate")
+            pane.sees_text("any key wakes it")
+            pane.types("x * 2\r")
+            pane.sees(">>> x * 2", "82", ">>>")
+            pane.presses("C-z")
+            pane.sees_text("Stopped")
+            pane.types("fg\r")
+            pane.sees(f"{sys.executable} -q")
+            pair.move("source")
+            assert pair.await_settled()[0] == "source"
+            pane.types("x * 3\r")
+            pane.sees_text("123")
+            pane.types("raise SystemExit(5)\r")
+            pane.sees("%%")
+            pane.types("echo $?; stty -a | grep -wo icanon\r")
+            pane.sees("5", "icanon", "%%")
+    finally:
+        pair.close()
+        terminals.close()
+        Terminals(CommandLine(pair.target.home), pair.target).close()
+
+
+def test_sleeper_moves_with_its_terminal(pair: Pair) -> None:
+    """A session moves asleep: its console shows its screen from there, and a key wakes it there.
+
+    Also when the agent of the node that it left was killed meanwhile.
+    """
+    pair.begin()
+    nodes = {
+        name: Terminals(CommandLine(service.home), service)
+        for name, service in pair.services.items()
+    }
+    try:
+        person = nodes["source"].person("run", "--name", "calm", "--", sys.executable, "-q")
+        person.sees(">>>")
+        person.types("x = 41\rx + ")
+        nodes["source"].await_screen("x +")
+        pair.source.do("hibernate")
+        person.sees("hibernates; a key wakes it")
+        pair.move(wake=False)
+        name, session = pair.await_settled()
+        assert (name, session["state"]) == ("target", "hibernated")
+        person.sees("\x1b[2;1H>>> x +")
+        person.sees("hibernates; a key wakes it")
+        person.leaves()
+        pair.source.kill()
+        pair.begin()
+        person = nodes["source"].person("console", "calm")
+        person.sees("hibernates; a key wakes it")
+        person.types("1\r")
+        person.sees("42")
+        assert pair.target.look()["state"] == "running"
+    finally:
+        pair.close()
+        for terminals in nodes.values():
+            terminals.close()
+
+
+def test_window_misses_no_line_of_a_move(pair: Pair, tmp_path: Path) -> None:
+    """What a program prints there before its window has followed it is shown in its order."""
+    code = "import itertools, os, time\nfor n in itertools.count():\n"
+    code += "  print(n, flush=True); time.sleep(0.003)\n  if os.path.exists('stop'): break\n"
+    (tmp_path / "count.py").write_text(code)
+    pair.begin()
+    lzy = CommandLine(pair.source.home)
+    terminals = Terminals(lzy, pair.source)
+    try:
+        with begin_tmux(terminals, tmp_path) as tmux:
+            pane = tmux.begin()
+            pane.types(f"cd {tmp_path}; clear; {sys.executable} count.py\r")
+            pair.source.wait_until(lambda: 100 in numbers(pane), "it counts")
+            lzy.succeed("attach", str(pane.child()), "--name", "calm")
+            pair.source.wait_until(lambda: pair.source.look()["image"], "it has a checkpoint")
+            pair.move()
+            assert pair.await_settled()[0] == "target"
+            printed = numbers(pane)[-1]
+            pair.source.wait_until(lambda: numbers(pane)[-1] > printed + 50, "it goes on")
+            (tmp_path / "stop").touch()
+            pane.sees("%%")
+            shown = numbers(pane)
+            assert shown == list(range(shown[0], shown[-1] + 1))
+            assert shown[0] < printed - 200
+    finally:
+        pair.close()
+        terminals.close()
+        Terminals(CommandLine(pair.target.home), pair.target).close()
+
+
+def test_key_wakes_it_where_there_is_room(pair: Pair, migrator: Migrator, tmp_path: Path) -> None:
+    """A key while its node takes no sessions: another has it, and the key, once.
+
+    So in the window that it was taken from, and back again from there.
+    """
+    pair.begin()
+    migrator.begin().await_up()
+    lzy = CommandLine(pair.source.home)
+    terminals = Terminals(lzy, pair.source)
+    try:
+        with begin_tmux(terminals, tmp_path) as tmux:
+            pane = tmux.begin()
+            pane.types(f"clear; {sys.executable} -q\r")
+            pane.sees_text(">>>")
+            pane.types("x = 41\rx + ")
+            pane.sees(">>> x = 41", ">>> x +")
+            lzy.succeed("attach", str(pane.child()), "--name", "calm")
+            pair.source.wait_until(lambda: pair.source.look()["image"], "it has a checkpoint")
+            pair.source.do("hibernate")
+            pair.source.client.post("/v1/node/drain", {"draining": True})
+            person = terminals.person("console", "calm")
+            person.sees("hibernates; a key wakes it")
+            pane.types("1\r")
+            pane.sees(">>> x + 1", "42", ">>>")
+            assert pair.await_settled()[0] == "target"
+            person.sees("42")
+            person.types("x + 2\r")
+            person.sees("43")
+            pane.sees("43", ">>>")
+            pair.source.client.post("/v1/node/drain", {"draining": False})
+            pair.target.client.post("/v1/node/drain", {"draining": True})
+            pair.target.do("hibernate")
+            person.sees("hibernates; a key wakes it")
+            person.types("x + 3\r")
+            person.sees("44")
+            assert pair.await_settled()[0] == "source"
+            pane.sees("44", ">>>")
+            pane.types("raise SystemExit(5)\r")
+            pane.sees("%%")
+            assert person.exit_status() == 5
+    finally:
+        migrator.end()
+        pair.close()
+        terminals.close()
+        Terminals(CommandLine(pair.target.home), pair.target).close()

@@ -179,7 +179,8 @@ class Arrivals:
         """What became of that life: accepted or refused, for ever. Raises Busy while it is made."""
         if making := self._making.get((name, epoch)):
             with contextlib.suppress(LzyError, TimeoutError):
-                await asyncio.wait_for(asyncio.shield(making), 20)
+                async with asyncio.timeout(20):
+                    await asyncio.shield(making)
         arrival = self._agent.state.arrival(name, epoch)
         if arrival and arrival.state in (ACCEPTED, REFUSED):
             return {"state": arrival.state}

@@ -179,7 +179,8 @@ class Server:
     ) -> bool:
         """Read a request and answer it; whether the connection goes on."""
         try:
-            request = await asyncio.wait_for(_read(reader, uid, pid), _HEAD_WITHIN_S)
+            async with asyncio.timeout(_HEAD_WITHIN_S):  # wait_for may lose that we are to end
+                request = await _read(reader, uid, pid)
             if request and peer:
                 request = request._replace(peer=peer)
                 user = request.headers.get(USER_HEADER, "")

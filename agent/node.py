@@ -288,7 +288,8 @@ class Agent:
     async def await_event(self, timeout_s: float) -> None:
         """Come back when something was told, or after the time."""
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._told.wait(), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                await self._told.wait()
 
     # -- operations
 

@@ -52,7 +52,8 @@ class Watcher:
             passed_s = time.monotonic() - began
             pause_s = max(self._agent.settings.sample_s - passed_s, 0.01)
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), pause_s)
+                async with asyncio.timeout(pause_s):
+                    await self._changed.wait()
                 self._changed.clear()
 
     def hurry(self) -> None:
@@ -141,7 +142,8 @@ class Watcher:
         self._agent.update(session, "notice", words)
         assert session.called_off
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(session.called_off.wait(), notice_s)
+            async with asyncio.timeout(notice_s):
+                await session.called_off.wait()
             self._agent.update(session, "called_off", "somebody asked for something else")
             raise Busy(f"the eviction of {name} was called off", remedy=f"see lzy why {name}")
 

@@ -84,7 +84,8 @@ async def _go_rounds(loop: Loop, calls: Calls, hurried: asyncio.Event) -> None:
             pause_s = UNREACHABLE_PAUSE_S
         left_s = max(pause_s - (time.monotonic() - began), 0.01)
         try:
-            await asyncio.wait_for(hurried.wait(), left_s)
+            async with asyncio.timeout(left_s):
+                await hurried.wait()
         except TimeoutError:
             continue
         hurried.clear()

@@ -37,6 +37,11 @@ def is_fleet(folder: Path) -> bool:
     return (folder / "fleet" / "nodes.json").exists()
 
 
+def is_trial(folder: Path) -> bool:
+    """Whether the nodes of that home are namespaces of this machine."""
+    return (folder / "fleet" / "trial.json").exists()
+
+
 def socket_path(folder: Path | None = None) -> Path:
     """Where the agent of a home listens."""
     return (folder or home()) / "run" / "agent.sock"

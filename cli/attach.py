@@ -7,18 +7,19 @@ import os
 import re
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 from .arguments import complete_pid, json_option
 from .durations import Duration
 from .layout import facts, paint, say, say_json
-from .sessions import choose, name_argument, note_lines
+from .sessions import choose, list_names, name_argument, note_lines
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
 
+    from ..agent.client import Client
     from ..checkpoint.errors import LzyError
 
 _STARTERS = ("nsenter", "setsid", "sudo", "env", "timeout", "nohup", "sh", "bash")
@@ -83,7 +84,10 @@ def attach(
     body |= {"name": name} if name else {}
     answer: dict[str, Any] | None = None
     notes: list[str] = []
-    if take_terminal or (take_terminal is None and "pid" not in found and _reads_terminal(pid)):
+    takes = take_terminal or (take_terminal is None and _reads_terminal(pid, find_home(found)))
+    if takes and "pid" in found:
+        _attach_there(Client(), found, name, given, take_terminal, as_json)
+    if takes:
         from ..checkpoint.errors import AccessDenied, Unsupported
         from .taking import attach_and_take
 
@@ -150,15 +154,48 @@ def _tell_what_stays(error: LzyError) -> list[str]:
     return notes
 
 
-def _reads_terminal(pid: int) -> bool:
-    """Whether it reads from somebody's terminal, not one that lzy keeps."""
+def _attach_there(
+    client: Client,
+    found: dict[str, Any],
+    name: str | None,
+    given: dict[str, float | None],
+    take_terminal: bool | None,
+    as_json: bool,
+) -> NoReturn:
+    """The same on its node of this machine: who shows it in its old terminal is beside it."""
+    from ..checkpoint.errors import Busy
+    from .enter import run_on
+
+    if name and name in list_names(client):
+        raise Busy(f"there is a session {name} already", remedy="choose another --name")
+    words = [str(found["pid"]), *(["--name", name] if name else [])]
+    for option, seconds in given.items():
+        if seconds is not None:
+            shown = "never" if seconds == float("inf") else f"{seconds}s"
+            words += [f"--{option.removesuffix('_s').replace('_', '-')}", shown]
+    words += ["--take-terminal"] * bool(take_terminal) + ["--json"] * as_json
+    run_on(found["node"], "attach", *words)
+
+
+def find_home(found: dict[str, Any]) -> Path | None:
+    """The home of the node that `find_node` found, if that is namespaces of this machine."""
+    if "pid" not in found:
+        return None
+    from ..agent.trial import node_home
+    from ..checkpoint.home import home
+
+    return node_home(home(), found["node"])
+
+
+def _reads_terminal(pid: int, folder: Path | None) -> bool:
+    """Whether it reads from somebody's terminal, not one that lzy keeps for that home."""
     from ..checkpoint.kept import find_by_device
 
     try:
         device = os.readlink(f"/proc/{pid}/fd/0")
     except OSError:
         return False
-    return device.startswith("/dev/pts/") and not find_by_device(device)
+    return device.startswith("/dev/pts/") and not find_by_device(device, folder)
 
 
 def find_process(asked: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import signal
@@ -17,6 +18,8 @@ from .raw import STDIN, STDOUT, raw_mode, signals, window_size, write
 from .sessions import choose, name_argument
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from ..agent.client import Client
     from .link import Link
 
@@ -89,7 +92,7 @@ def console(name: str | None, detach_key: bytes, prints: bool, as_json: bool) ->
     client = Client()
     chosen = choose(client, name)
     if prints or as_json:
-        with Line(chosen) as line:
+        with Line(chosen, find_place(client, chosen)) as line:
             told = line.ask("look")
         told.pop("leave")
         told.pop("modes_off")
@@ -101,36 +104,65 @@ def console(name: str | None, detach_key: bytes, prints: bool, as_json: bool) ->
                 rows.pop()
             say(rows)
         return
-    _see_that_there_is_one(client, chosen)
+    place = _find_one(client, chosen)
     if os.isatty(STDIN) and os.isatty(STDOUT) and detach_key:
         click.echo(f"{chosen}: {name_key(detach_key)} d leaves it", err=True)
-    sys.exit(leave_word(chosen, connect(chosen, detach_key)))
+    sys.exit(leave_word(chosen, connect(chosen, detach_key, place)))
 
 
-def _see_that_there_is_one(client: Client, session: str) -> None:
-    """A session that sleeps without a terminal gets one when it is woken."""
+def find_place(client: Client, session: str) -> Path | None:
+    """The home with the files of its terminal: of its node, if that is one of this machine."""
+    from ..agent.client import is_trial
+    from ..checkpoint.home import home
+
+    if not is_trial(home()):
+        return None
+    from ..agent.trial import node_home
+
+    return node_home(home(), client.get(client.session(session))["node"])
+
+
+def _find_one(client: Client, session: str) -> Path | None:
+    """The home of its terminal. A session that sleeps without one gets it when it is woken."""
     from ..agent.terminal.starting import Line
     from ..checkpoint.errors import LzyError, NotFound
 
-    try:
-        Line(session).__exit__()
-        return
-    except NotFound:
-        pass
+    with contextlib.suppress(NotFound):
+        place = find_place(client, session)
+        Line(session, place).__exit__()
+        return place
     found = client.get(client.session(session))
+    if _is_elsewhere(found["node"]):
+        raise LzyError(
+            f"the terminal of session {session} is on {found['node']}",
+            remedy=f"ssh -t {found['node']} lzy console {session}",
+        )
     if found["state"] == "hibernated":
         client.post(client.session(session, "wake"))
-        try:
-            Line(session).__exit__()
-            return
-        except NotFound:
-            pass
+        with contextlib.suppress(NotFound):
+            place = find_place(client, session)
+            Line(session, place).__exit__()
+            return place
     remedy = "lzy run -- CMD starts a program on a terminal that lzy keeps"
     if found["state"] in ("running", "dozing"):
         remedy = f"hibernate and wake it, if it reads from a terminal: then lzy keeps one. {remedy}"
     if found["state"] in ("ended", "failed"):
         remedy = f"lzy wake {session} goes back to its last image, if it has one"
     raise LzyError(f"lzy keeps no terminal for session {session}", remedy=remedy)
+
+
+def _is_elsewhere(node: str) -> bool:
+    """Whether that node is another machine."""
+    from ..agent.client import Client, is_fleet, is_trial
+    from ..checkpoint.errors import LzyError
+    from ..checkpoint.home import home
+
+    if not is_fleet(home()) or is_trial(home()):
+        return False
+    try:
+        return bool(Client(fleet=False).get("/v1/node")["name"] != node)
+    except LzyError:  # no agent is here
+        return True
 
 
 def leave_word(session: str, left: Left) -> int:
@@ -155,16 +187,19 @@ def status_of(status: int) -> int:
     return 128 - code if code < 0 else code
 
 
-def connect(session: str, detach_key: bytes) -> Left:
-    """Be a console until it is left. The terminal is given back as it was, whatever happens."""
-    return _Console(session, detach_key).serve()
+def connect(session: str, detach_key: bytes, place: Path | None = None) -> Left:
+    """Be a console until it is left. The terminal is given back as it was, whatever happens.
+
+    `place`: the home with the files of the session's terminal; ours without it.
+    """
+    return _Console(session, detach_key, place).serve()
 
 
 class _Console:
     """This process as a console: its terminal in raw mode, and a connection to the keeper."""
 
-    def __init__(self, session: str, detach_key: bytes) -> None:
-        self._session = session
+    def __init__(self, session: str, detach_key: bytes, place: Path | None) -> None:
+        self._session, self._place = session, place
         self._key = detach_key
         self._pressed_s = 0.0
         self._has_keys = True
@@ -192,10 +227,12 @@ class _Console:
         since_s = time.monotonic()
         while True:
             try:
-                return Link(self._session, paints=True)
+                return Link(self._session, self._place, paints=True)
             except OSError:
                 passed_s = time.monotonic() - since_s
-                if passed_s > (_COMES_BACK_WITHIN_S if find_kept(self._session) else 0.5):
+                if passed_s > (
+                    _COMES_BACK_WITHIN_S if find_kept(self._session, self._place) else 0.5
+                ):
                     raise Gone from None
                 time.sleep(0.05)
 
@@ -236,11 +273,11 @@ class _Console:
                 link.hear()
             if output := link.take_output():
                 write(output)
+            if link.news is not None and link.state != "ended":
+                self._say(link)
             if link.state == "ended":
                 self._leave = link.leave
                 return Left("ended", link.status)
-            if link.news is not None:
-                self._say(link)
 
     def _find_detach(self, typed: bytes) -> tuple[bytes, bool]:
         """What of it is for the program, and whether the console is to be left."""
@@ -260,7 +297,10 @@ class _Console:
         return bytes(passed), False
 
     def _say(self, link: Link) -> None:
-        """In the last row: how the session is, if there is no program to type to."""
+        """How the session is, if there is no program to type to; away from the cursor's row."""
+        seen = link.look() if link.is_asleep and self._is_terminal else {}
+        if output := link.take_output():
+            write(output)
         failure, link.news = link.news, None
         words = {
             "hibernated": f"{self._session} hibernates; a key wakes it",
@@ -270,5 +310,7 @@ class _Console:
         if failure:
             words = f"{self._session} cannot be woken: {failure}"
         if words and self._is_terminal:
-            shown = words[: max(window_size()[1] - 4, 10)].encode()
-            write(b"\x1b7\x1b[999;1H\x1b[0;7m " + shown + b" \x1b[0m\x1b[K\x1b8")
+            is_last = bool(seen) and seen["cursor"]["row"] == seen["rows"] - 1
+            row, columns = (1 if is_last else 999), window_size()[1]
+            shown = words[: max(columns - 4, 10)].encode()
+            write(b"\x1b7\x1b[%d;1H\x1b[0;7m %b \x1b[0m\x1b[K\x1b8" % (row, shown))

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..agent.client import is_trial
 from .arguments import json_option
 from .durations import Duration
 from .layout import count, facts, paint, say, say_json
@@ -24,7 +25,6 @@ from .trial import (
     daemons_of,
     has_nodes,
     hibernate_all,
-    is_trial,
     prepare_fleet,
     prepare_trial,
 )

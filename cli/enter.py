@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from typing import NoReturn
 
 import click
 
@@ -21,8 +23,29 @@ from .nodes import complete_node
 @click.argument("command", nargs=-1, type=click.UNPROCESSED)
 def enter(node: str, command: tuple[str, ...]) -> None:
     """Run a command on a node of this machine (see lzy up --nodes)."""
+    from .relay import is_possible, relay
+
+    words = command or (os.environ.get("SHELL", "/bin/sh"),)
+    if is_possible():
+        sys.exit(relay(way_into(node, "setsid", "--ctty", "--wait", *words)))
+    into = way_into(node, "setsid", "--wait", *words)
+    os.execvp(into[0], into)
+
+
+def run_on(node: str, *arguments: str) -> NoReturn:
+    """Become `lzy ARGUMENTS` there, on this terminal. Raises NotFound."""
+    code = "from lzy.cli import main; main()"
+    into = way_into(node, sys.executable, "-P", "-c", code, *arguments)
+    os.execvp(into[0], into)
+
+
+def way_into(node: str, *words: str) -> list[str]:
+    """The command that runs `words` on that node of this machine, in this directory.
+
+    Raises NotFound.
+    """
     from ..agent.network import read_holder
-    from ..agent.trial import holder_path
+    from ..agent.trial import holder_path, node_home
     from ..checkpoint.errors import NotFound
     from ..checkpoint.home import home
 
@@ -32,12 +55,6 @@ def enter(node: str, command: tuple[str, ...]) -> None:
             f"{node} is no node of this machine that is up",
             remedy="see lzy nodes, and lzy up --nodes",
         )
-    own = str(home() / "nodes" / node)
-    words = command or (os.environ.get("SHELL", "/bin/sh"),)
-    os.execvpe(
-        "nsenter",
-        ["nsenter", "-t", str(first), "-n", "-p", "-m", "--", "setsid", "--ctty", "--wait", *words]
-        if not command and os.isatty(0)
-        else ["nsenter", "-t", str(first), "-n", "-p", "-m", "--", "setsid", "--wait", *words],
-        {**os.environ, "LZY_HOME": own},
-    )
+    own = f"LZY_HOME={node_home(home(), node)}"
+    into = ["nsenter", "-t", str(first), "-n", "-p", "-m", "--"]
+    return [*into, "env", f"--chdir={os.getcwd()}", own, *words]

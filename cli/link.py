@@ -12,6 +12,7 @@ import select
 import signal
 import socket
 import time
+from pathlib import Path
 from typing import Any
 
 from ..agent.terminal.frames import (
@@ -43,9 +44,12 @@ class Gone(Exception):
 class Link:
     """A connection to the host of a session's terminal; see the module."""
 
-    def __init__(self, session: str, *, paints: bool = False) -> None:
-        """`paints`: have the screen painted at once. Raises OSError where nobody keeps one."""
-        self._session, self._paints = session, paints
+    def __init__(self, session: str, place: Path | None = None, *, paints: bool = False) -> None:
+        """`place`: the home with its files; `paints`: have the screen painted at once.
+
+        Raises OSError where nobody keeps one.
+        """
+        self._session, self._place, self._paints = session, place, paints
         self.has_moved = False
         """It is on a terminal of another node, or was."""
         self._frames = Frames()
@@ -158,7 +162,7 @@ class Link:
         rows, columns = window_size()
         asked = {"rows": rows, "columns": columns, "paints": self._paints}
         try:
-            sock.connect(str(socket_path(self._session)))
+            sock.connect(str(socket_path(self._session, self._place)))
             sock.sendall(pack_json(HELLO, {**asked, "follows": self.has_moved}))
         except OSError:
             sock.close()
@@ -169,7 +173,7 @@ class Link:
         """Connect again: to another host in its place, or, by way of the agent, to another node."""
         self._socket.close()
         self._cut_s = self._cut_s or time.monotonic()
-        while find_kept(self._session) or self.has_moved:
+        while find_kept(self._session, self._place) or self.has_moved:
             within_s = _MOVES_WITHIN_S if self.has_moved else _COMES_BACK_WITHIN_S
             if time.monotonic() > self._cut_s + within_s:
                 break

@@ -7,14 +7,18 @@ import fcntl
 import os
 import signal
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 from .arguments import json_option
 from .console import connect, detach_key_option, leave_word, name_key
 from .layout import facts, paint, say, say_json
-from .sessions import note_lines
+from .nodes import complete_node
+from .sessions import list_names, note_lines
+
+if TYPE_CHECKING:
+    from ..agent.client import Client
 
 
 @click.command(
@@ -25,6 +29,7 @@ from .sessions import note_lines
       lzy run --name train -- python train.py --epochs 90
       lzy run --detach -- python train.py   in the background from the start
       lzy run -- bash                       a shell, and what is started in it
+      lzy run --node small -- python        on that node (see lzy up --nodes)
 
     \b
     Exit status: that of the program (128 and the signal's number if one ended it); 0 when its
@@ -34,24 +39,37 @@ from .sessions import note_lines
 @click.argument("command", nargs=-1, required=True, metavar="-- CMD [ARGUMENT]...")
 @click.option("--name", metavar="NAME", help="The session's name.  [default: chosen by lzy]")
 @click.option("--detach", "-d", is_flag=True, help="Do not connect to it.")
+@click.option("--node", shell_complete=complete_node, help="Where; of nodes of this machine.")
 @detach_key_option
 @json_option
 def run(
-    command: tuple[str, ...], name: str | None, detach: bool, detach_key: bytes, as_json: bool
+    command: tuple[str, ...],
+    name: str | None,
+    detach: bool,
+    node: str | None,
+    detach_key: bytes,
+    as_json: bool,
 ) -> None:
     """Start a program as a session, with this environment and directory, and connect to it.
 
     Its terminal is lzy's: it goes on when this one is closed, is hibernated and comes back with
     the program, and `lzy console` reaches it. With --json the session is printed, not connected to.
     """
-    from ..agent.client import Client
+    from ..agent.client import Client, is_fleet, is_trial
     from ..agent.terminal.starting import start_keeper
     from ..checkpoint.errors import LzyError, NotFound
+    from ..checkpoint.home import home
 
-    client = Client()
-    asked: dict[str, Any] = {"command": " ".join(command)[:1000]}
-    asked |= {"name": name} if name else {}
-    chosen = client.post("/v1/names", asked, timeout_s=30)["name"]
+    if is_trial(home()):
+        _run_there(Client(), node, name, command, detach, detach_key, as_json)
+    client = Client(fleet=False)
+    taken: set[str] = set()
+    if node or is_fleet(home()):
+        own = client.get("/v1/node")["name"]
+        if node not in (None, own):
+            raise LzyError(f"{node} is not this machine", remedy=f"ssh -t {node} lzy run -- …")
+        taken = list_names(Client(), own)
+    chosen = _choose_name(client, command, name, taken)
     rows, columns = _window()
     started = start_keeper(
         chosen,
@@ -83,6 +101,58 @@ def run(
     if os.isatty(0) and os.isatty(1) and detach_key:
         click.echo(f"{chosen}: {name_key(detach_key)} d leaves it running", err=True)
     sys.exit(leave_word(chosen, connect(chosen, detach_key)))
+
+
+def _run_there(
+    fleet: Client,
+    node: str | None,
+    name: str | None,
+    command: tuple[str, ...],
+    detach: bool,
+    detach_key: bytes,
+    as_json: bool,
+) -> NoReturn:
+    """The same on a node of this machine: on `node`, or where most memory is free."""
+    from ..agent.client import Client
+    from ..agent.trial import node_home
+    from ..checkpoint.errors import Busy
+    from ..checkpoint.home import home
+    from .enter import run_on
+
+    nodes = fleet.get("/v1/nodes")["nodes"]
+    fit = [n for n in nodes if n["reachable"] and not n["draining"]]
+    if node is None:
+        if not fit:
+            raise Busy("no node takes a session now", remedy="see lzy nodes")
+        node = max(fit, key=lambda n: n["memory_bytes"] - n["session_memory_bytes"])["name"]
+    known = [n["name"] for n in nodes]
+    if node not in known:
+        raise click.BadParameter(f"there is no node {node}, only {', '.join(known)}.")
+    agent = Client(node_home(home(), node))
+    chosen = _choose_name(agent, command, name, list_names(fleet, node))
+    options = ["--name", chosen, "--detach-key", name_key(detach_key).lower() or "none"]
+    options += ["--detach"] * detach + ["--json"] * as_json
+    run_on(node, "run", *options, "--", *command)
+
+
+def _choose_name(
+    agent: Client, command: tuple[str, ...], wished: str | None, taken: set[str]
+) -> str:
+    """One that is free on the agent's node and on all others. Raises Busy."""
+    from ..checkpoint.errors import Busy
+
+    asked: dict[str, Any] = {"command": " ".join(command)[:1000]}
+    asked |= {"name": wished} if wished else {}
+    first = chosen = agent.post("/v1/names", asked, timeout_s=30)["name"]
+    number = 1
+    while chosen in taken:
+        if wished:
+            raise Busy(f"there is a session {wished} already", remedy="choose another --name")
+        number += 1
+        with contextlib.suppress(Busy):
+            asked["name"] = f"{first}-{number}"
+            chosen = agent.post("/v1/names", asked, timeout_s=30)["name"]
+    return str(chosen)
 
 
 def _window() -> tuple[int, int]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..agent.client import is_trial
 from .layout import count, paint
 from .sizes import Size
 
@@ -82,11 +83,6 @@ class LinkSpeed(click.ParamType["dict[str, Any]"]):
             else:
                 self.fail(f"{part!r} is no speed; write 1gbit, or 100mbit,20ms", param, ctx)
         return speed
-
-
-def is_trial(folder: Path) -> bool:
-    """Whether the nodes of that home are namespaces of this machine."""
-    return (folder / "fleet" / "trial.json").exists()
 
 
 def has_nodes(folder: Path, nodes: list[Identity]) -> bool:

@@ -331,7 +331,16 @@ class Departures:
                 self._followed[name] = store.load_unchecked(name)
 
     def complete(self, name: str, epoch: int, node: str) -> dict[str, Any]:
-        """The node that the session went to has all of it."""
+        """The node that the session went to has all of it.
+
+        Raises Busy where its answer that it lives there was not heard yet, or is not acted on: what
+        it reads here would be noted after that, and kept for ever.
+        """
+        session = self._agent.sessions.get(name)
+        moving = session.record.moving if session else {}
+        asked = moving.get("step"), moving.get("node"), moving.get("epoch")
+        if asked == (ASKED, node, epoch):
+            raise Busy(f"session {name} is still on its way to {node}", remedy="ask again")
         self._agent.state.end_following(name, epoch, node)
         self.keep_followed()
         return {}

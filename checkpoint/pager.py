@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from . import proc
-from .errors import AccessDenied, Busy, Damaged, LzyError, NotFound
+from .errors import AccessDenied, Busy, Damaged, LzyError, NotFound, Unsupported
 from .faults import FaultServer
 from .harbour import Harbour
 from .home import run_directory
@@ -55,6 +55,7 @@ from .working_set import read_order, write_order
 
 _LAST_RESPAWN_S = 5.0
 _CLOSE_DEADLINE_S = 30
+_CLOSE_AGAIN_S = 0.05
 _LOCK_PATIENCE_S = 2.0
 _MOST_LOG_BYTES = 1 << 20
 
@@ -401,12 +402,16 @@ def _close_descriptor(pid: int, number: int) -> int:
             signal.alarm(_CLOSE_DEADLINE_S)
             from .inject import close_descriptor
 
-            if proc.has_ended(pid):
-                raise NotFound(f"process {pid} ended", pid=pid)
-            kind = os.readlink(f"/proc/{proc.witness(pid)}/fd/{number}")
-            if not kind.startswith(("anon_inode:[userfaultfd]", "socket:")):
-                os._exit(errno.EBADF)  # another program's by now
-            status = -close_descriptor(pid, number) & 0xFF
+            while status == errno.EIO:
+                if proc.has_ended(pid):
+                    raise NotFound(f"process {pid} ended", pid=pid)
+                kind = os.readlink(f"/proc/{proc.witness(pid)}/fd/{number}")
+                if not kind.startswith(("anon_inode:[userfaultfd]", "socket:")):
+                    os._exit(errno.EBADF)  # another program's by now
+                try:
+                    status = -close_descriptor(pid, number) & 0xFF
+                except (Busy, Unsupported):  # whoever restores it may not have let go of it yet
+                    time.sleep(_CLOSE_AGAIN_S)
         except NotFound:
             status = errno.ESRCH
         except FileNotFoundError:

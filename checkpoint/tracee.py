@@ -152,7 +152,7 @@ class Tracee:
             self.let_go()
             raise
 
-    def _seize_thread(self, tid: int) -> bool:
+    def _seize_thread(self, tid: int, *, again: bool = False) -> bool:
         if tid != self.pid and proc.is_kernel_worker(self.pid, tid):
             self._workers.add(tid)
             return False
@@ -165,6 +165,7 @@ class Tracee:
                 return False
             try:
                 state = proc.stat(self.pid, tid)[2]
+                tracer = int(proc.status(self.pid, tid).get("TracerPid", "0"))
             except NotFound:
                 if tid == self.pid:
                     raise
@@ -172,7 +173,9 @@ class Tracee:
             if state == "Z":  # a main thread that ended stays listed as long as others live
                 self._dead.add(tid)
                 return False
-            raise refusal_to_trace(self.pid, error) from error
+            if not tracer and not again:  # who traced it may have let it go just now
+                return self._seize_thread(tid, again=True)
+            raise refusal_to_trace(self.pid, tracer, error) from error
         return True
 
     def _interrupt(self, tid: int) -> None:
@@ -575,9 +578,8 @@ def traced_by(pid: int, tracer: int) -> LzyError:
     )
 
 
-def refusal_to_trace(pid: int, error: OSError) -> LzyError:
-    """Why a process may not be traced, in words."""
-    tracer = int(proc.status(pid).get("TracerPid", "0"))
+def refusal_to_trace(pid: int, tracer: int, error: OSError) -> LzyError:
+    """Why a process may not be traced, in words; `tracer`: who traces it, if anybody does."""
     if tracer:
         return traced_by(pid, tracer)
     hint = "lzy looks after your own processes; run it as their owner or as root"

@@ -100,6 +100,7 @@ class Bridge:
                 if stops and self._lives_here():
                     with contextlib.suppress(OSError):
                         os.killpg(os.getpgid(self._plan.program), signal.SIGSTOP)
+                    self._await_stop()
                 if self._step:
                     self._tell_shell(STOPPED if stops else self._link.end)
                 if has_ended:
@@ -118,6 +119,20 @@ class Bridge:
         if stat[2] in "ZX" or int(stat[21]) != self._start:
             return "ended"
         return "stopped" if stat[2] == "T" else "runs"
+
+    def _await_stop(self) -> None:
+        """Until it has stopped, or its shell knows: before, the foreground seems to be its own.
+
+        That takes as long as a checkpoint does, or until it is given a processor.
+        """
+        deadline = time.monotonic() + _UNTRACED_WITHIN_S
+        while (
+            self._program() == "runs"
+            and self._shell
+            and self._shell.has_handed_over()
+            and time.monotonic() < deadline
+        ):
+            time.sleep(0.005)
 
     def _give_prompt(self) -> None:
         """We are killed: let the shell look at its job. Of one that is not its child it does."""
@@ -228,6 +243,8 @@ class Bridge:
                     self._settle()
                     return False, b""
             elif self._shell and self._shell.is_held():
+                with contextlib.suppress(LzyError):
+                    self._untraced_status()  # in a checkpoint nobody sees whether it has stopped
                 if self._program() != "runs":
                     self._settle()
                     if not self._link.is_asleep and not self._link.has_moved:

@@ -13,6 +13,8 @@ import pytest
 from living import PATIENCE_S, wait_readable
 from pair import Pair, adopt, count_copies
 
+from lzy.agent import authority
+from lzy.agent.peers import Peer
 from lzy.checkpoint.errors import Busy, Damaged, LzyError
 from lzy.checkpoint.journal import journal_path, read_status
 from lzy.checkpoint.store import Store
@@ -240,6 +242,10 @@ def test_target_killed_at_each_stage(pair: Pair, program: Program, stage: str) -
     assert "not known" in left["failure"]
     with pytest.raises(Busy, match="on its way"):
         pair.source.do("wake")
+    as_target = authority.client_context(authority.fleet_folder(pair.target.home))
+    source = Peer(pair.addresses["source"], authority.node_subject("source"), as_target)
+    with pytest.raises(Busy, match="on its way"):  # else it would be read here for ever
+        source.post("/v1/departures/calm/2/complete", {})
     pair.target.begin()
     where = pair.prove(program)
     assert where == ("target" if stage == "move.accepted" else "source")

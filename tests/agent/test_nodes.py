@@ -304,7 +304,7 @@ def test_connection_wakes_a_session(start: Any, service: Service) -> None:
     with socket.create_connection(("127.0.0.1", port), PATIENCE_S) as client:
         client.sendall(b"1\n")
         assert client.recv(100).split()[:2] == [b"1", b"1"]
-        assert service.look()["state"] == "running"
+        service.await_state("running")  # the agent hears of it after it has begun to run
         assert {"called", "woken"} <= set(service.kinds())
         program.adopt(service.look()["pid"])
         client.sendall(b"2\n")
@@ -316,7 +316,7 @@ def test_connection_wakes_a_session(start: Any, service: Service) -> None:
     with socket.create_connection(("127.0.0.1", port), PATIENCE_S) as client:
         client.sendall(b"3\n")
         assert client.recv(100).split()[:2] == [b"3", b"3"]
-    program.adopt(service.look()["pid"])
+    program.adopt(service.await_state("running")["pid"])
 
 
 def test_use_wakes_a_session_where_there_is_room(trial: Trial) -> None:
@@ -343,7 +343,7 @@ def test_use_wakes_a_session_where_there_is_room(trial: Trial) -> None:
         asked, env={**os.environ, "LZY_HOME": str(trial.home)}, capture_output=True, timeout=90
     )
     assert said.stdout == b"served\n", said.stderr.decode()
-    assert (trial.look()["node"], trial.look()["state"]) == ("two", "running")
+    trial.wait_until(lambda: (trial.look()["node"], trial.look()["state"]) == ("two", "running"))
 
 
 @pytest.mark.slow

@@ -25,7 +25,7 @@ from lzy.checkpoint import proc, stages
 from lzy.checkpoint.errors import Busy, Damaged, NotFound, StoreUnavailable
 from lzy.checkpoint.harbour import Harbour
 from lzy.checkpoint.home import run_directory
-from lzy.checkpoint.journal import journal_path, read_status
+from lzy.checkpoint.journal import CLOSING, journal_path, read_status
 from lzy.checkpoint.linux import PAGE_BYTES, libc
 from lzy.checkpoint.linux import uffd as kernel
 from lzy.checkpoint.linux.detached import take_descriptor
@@ -37,6 +37,7 @@ from lzy.checkpoint.pager import (
     resume_pager,
     start_pager,
 )
+from lzy.checkpoint.tracee import stopped
 from lzy.checkpoint.unfinished import close_unfinished
 
 BASE = 0x6000_0000_0000
@@ -1285,6 +1286,27 @@ def test_what_a_pager_cannot_close_goes_later(paged: MakePaged) -> None:
     close_unfinished(process.pid)
     assert set(os.listdir(folder)) == before - ours
     assert not list(run_directory().glob("*.unfinished"))
+    process.channel.say()
+    process.expect_done()
+
+
+def test_pager_waits_for_who_traces_the_process(paged: MakePaged) -> None:
+    """All is in before a restore has let go of the process: what is the pager's is closed then."""
+
+    def script(memory: Memory, channel: Channel) -> None:
+        memory.check_all()
+        channel.hear()
+
+    process = paged(script)
+    with stopped(process.pid):
+        process.page()
+        deadline = time.monotonic() + PATIENCE_S
+        while read_status(process.journal)[1].phase != CLOSING:
+            assert time.monotonic() < deadline, process.describe()
+            time.sleep(0.01)
+        assert process.channel.silent(0.2)
+        assert process.lzy_pids()
+    process.expect_pager_gone()
     process.channel.say()
     process.expect_done()
 

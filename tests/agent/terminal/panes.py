@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from living import list_children
 from people import Terminals
 
 
@@ -58,9 +59,16 @@ class Pane:
         self._tmux.call("resize-window", "-t", self._target, *size)
 
     def child(self) -> int:
-        """The only process that runs in its shell."""
-        (pid,) = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
-        return int(pid)
+        """The only process that runs in its shell, once that has started it."""
+
+        def find() -> list[int]:
+            found = list_children(self.pid, descend=False)
+            shell = os.readlink(f"/proc/{self.pid}/exe")
+            return [pid for pid in found if os.readlink(f"/proc/{pid}/exe") != shell]
+
+        self._tmux.terminals.service.wait_until(find, "its shell has started something")
+        (pid,) = find()
+        return pid
 
     def is_open(self) -> bool:
         return self._target in self._tmux.call("list-panes", "-a", "-F", "#{pane_id}").split()

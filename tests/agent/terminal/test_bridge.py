@@ -100,8 +100,8 @@ def test_job_control(tmux: Tmux, lzy: CommandLine) -> None:
     pane.sees("%%")
     pane.types("sleep 0\r")  # the shell waits, but not for the program
     pane.sees("%% sleep 0", "%%")
-    pane.types("jobs; kill %1; wait %1\r")
-    pane.sees("%%")
+    pane.types("jobs; kill %1; wait %1; echo $?\r")
+    pane.sees("143", "%%")
     assert "Running" in "".join(pane.screen())
     assert "Terminated" in "".join(pane.screen())
 

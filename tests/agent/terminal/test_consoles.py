@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from living import PATIENCE_S, wait_readable
+from living import PATIENCE_S, await_end, wait_readable
 from people import hang_up
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def test_repl_goes_on_in_the_midst_of_a_line(
     person.sees("hibernates; a key wakes it")
     person.types("1)\r")
     person.sees("aaa 42")
-    assert service.look()["state"] == "running"
+    service.await_state("running")  # the agent hears of it after the program has begun to run
     assert terminals.screen().count("aaa 42") == 1
     person.types("while True: pass\r\r")
     terminals.await_screen("pass")
@@ -201,7 +201,8 @@ def test_top(terminals: Terminals, service: Service) -> None:
     shown = terminals.screen()
     person.resizes(30, 90)
     person.types(" ")
-    service.wait_until(lambda: terminals.screen()[0] != shown[0], "its clock goes on")
+    paints = [], shown[:1]  # before that it takes off what was there
+    service.wait_until(lambda: terminals.screen()[:1] not in paints, "its clock goes on")
     service.wait_until(lambda: len(terminals.screen()) > 20, "it fills its window")
     person.types("q")
     assert person.exit_status() == 0
@@ -266,6 +267,8 @@ def test_terminal_is_made_anew(terminals: Terminals, service: Service) -> None:
     service.do("hibernate")
     keepers = terminals.keepers()
     hang_up(keepers)
+    for pid in keepers:
+        await_end(pid)
     (terminals.lzy.home / "terminals" / "calm.screen").unlink()  # as on another machine
     service.do("wake")
     assert terminals.keepers() != keepers

@@ -42,14 +42,15 @@ lint: $(VENV)/.test
 bench: $(VENV)/.demo compiled
 	@$(RUN)/python bench/run.py
 
-# What takes long, after the engine's tests as often as is wanted; the first failure stops it.
+# What takes long, after the engine's tests as often as is wanted; the first failure stops it. It
+# may run beside anything else: what it waits for may take minutes.
 soak: $(VENV)/.test
 	@for round in $$(seq $(SOAK_SUITES)); do \
 	    echo "round $$round of $(SOAK_SUITES)"; \
 	    $(RUN)/python -m pytest -q -x -p no:cacheprovider -m "not slow" --ignore=tests/soak \
 	        --ignore=tests/cli --ignore=tests/test_packaging.py $(PYTEST) tests || exit 1; \
 	done
-	@LZY_SOAK_ROUNDS=$(SOAK_ROUNDS) $(RUN)/python -m pytest -x -p no:cacheprovider -m slow \
+	@LZY_SOAK_ROUNDS=$(SOAK_ROUNDS) LZY_TEST_PATIENCE_S=300 $(RUN)/python -m pytest -x -p no:cacheprovider -m slow \
 	    --timeout=3600 $(PYTEST) tests
 
 # pip compiles what it installs; without this a tree under PYTHONDONTWRITEBYTECODE would be compiled

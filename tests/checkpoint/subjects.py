@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-PATIENCE_S = 20.0
+PATIENCE_S = 30.0
 
 PRELUDE = """
 import ctypes, mmap, os, signal, sys, threading, time

@@ -40,7 +40,7 @@ from lzy.checkpoint.pager import resume_pager
 from lzy.checkpoint.pages import present_pages
 
 EXAMPLES = int(os.environ.get("LZY_TEST_EXAMPLES", "6"))
-PATIENCE_S = 10.0
+PATIENCE_S = 30.0
 
 
 class Dozer(Subject):

@@ -600,7 +600,7 @@ libc.syscall(60, 0)
                 tracee.prepare()
                 assert tracee.run_one(tracee.speaker, Call(SYS_GETPID)) == subject.pid
 
-        assert in_child(speak, timeout_s=10) == 0
+        assert in_child(speak) == 0
         assert subject.ask("hello") == "hello"
 
 

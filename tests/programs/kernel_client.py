@@ -1,11 +1,12 @@
 """A front end that keeps using a notebook kernel: `kernel_client.py CONNECTION_FILE`.
 
 Until its stdin ends it runs one cell after the other, over the connections that it made when it
-began. A cell that nobody answers is asked for again: what was on its way when a connection ended is
-lost. Cells are numbered, and each enters its number in a ledger of the kernel's unless it is there
-already. For each line of stdin, and at the end, it prints as JSON how many cells were answered, how
-many were asked for again, the longest that one took since that was asked last, and what was wrong:
-nothing, if one and the same kernel has each number once.
+began. A cell that nobody answers is asked for again, as is one of whose output not all is there:
+what was on its way when a connection ended is lost. Cells are numbered, and each enters its number
+in a ledger of the kernel's unless it is there already. For each line of stdin, and at the end, it
+prints as JSON how many cells were answered, how many were asked for again, the longest that one
+took since that was asked last, and what was wrong: nothing, if one and the same kernel has each
+number once.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ from jupyter_client.blocking.client import BlockingKernelClient
 
 ASKS_AGAIN_S = 2.0
 PATIENCE_S = 120.0
-BEGIN = "import os; ledger, token = [], os.urandom(8).hex()"
+BEGIN = "import os; ledger, token = [], os.urandom(8).hex(); print('<>')"
 CELL = """
 {number} in ledger or ledger.append({number})
-print(len(ledger), sum(ledger), token, os.getpid())
+print("<", len(ledger), sum(ledger), token, os.getpid(), ">")
 """
 
 
@@ -65,7 +66,8 @@ class FrontEnd:
             while True:
                 reply = self._client.get_shell_msg(timeout=ASKS_AGAIN_S)
                 if reply["parent_header"].get("msg_id") == request:
-                    return printed.strip()
+                    whole = printed.startswith("<") and printed.endswith(">\n")
+                    return printed[1:-2] if whole else None
         except queue.Empty:
             return None
 

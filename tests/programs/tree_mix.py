@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-PATIENCE_S = 60.0
+PATIENCE_S = max(60.0, float(os.environ.get("LZY_TEST_PATIENCE_S", "0")))
 
 
 def square_sum(number: int) -> int:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from living import wait_readable
+from living import PATIENCE_S, wait_readable
 
 from lzy.checkpoint.errors import LzyError
 from lzy.checkpoint.journal import read_status
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 ROUNDS = int(os.environ.get("LZY_SOAK_ROUNDS", "50"))
 SEED = int(os.environ.get("LZY_TEST_SEED", "0")) or random.randrange(1, 2**32)
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(ROUNDS * 120)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(max(1800, ROUNDS * 240))]
 
 
 class Session:
@@ -44,8 +44,8 @@ class Session:
         command = self.lzy.start(*arguments, "--store", str(self.lzy.store))
         pidfd = os.pidfd_open(command.pid)
         try:
-            patience_s = self.chance.uniform(0.05, 0.6) if self.chance.random() < 0.25 else 60
-            wait_readable([pidfd], patience_s)
+            is_killed = self.chance.random() < 0.25
+            wait_readable([pidfd], self.chance.uniform(0.05, 0.6) if is_killed else 2 * PATIENCE_S)
         finally:
             os.close(pidfd)
             command.kill()
@@ -105,6 +105,7 @@ def test_sessions_live_through_everything(
         Session(name, start(name, *arguments).await_ready(), lzy, chance)
         for name, arguments in (("memory_pattern", ("16",)), ("heap", ()), ("churn", ()))
     ]
+    lzy.dump(sessions[0].program, sessions[0].name, "--leave-running")  # there is a store
     for number in range(ROUNDS):
         session = chance.choice(sessions)
         deeds = [chance.choice(DEEDS) for _ in range(chance.randint(1, 4))]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from living import CommandLine, list_children
+from living import PATIENCE_S, CommandLine, list_children
 from memory_group import MEBIBYTE, MemoryGroup
 
 if TYPE_CHECKING:
@@ -27,15 +26,7 @@ if TYPE_CHECKING:
 
 COUNTED = ("processes", "descriptors", "mappings", "threads", "namespaces")
 ROUNDS = int(os.environ.get("LZY_SOAK_ROUNDS", "50"))
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
-
-
-def await_pagers(lzy: CommandLine) -> None:
-    """Until all memory is in."""
-    deadline = time.monotonic() + 60
-    while lzy.succeed("pager", "--status")["pagers"]:
-        assert time.monotonic() < deadline, "a pager stays"
-        time.sleep(0.05)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(7200)]
 
 
 @pytest.mark.parametrize("way", [("--eager",), ()], ids=["eager", "lazy"])
@@ -57,10 +48,10 @@ def test_everything_at_once_in_little_memory(
         lzy.dump(program, f"round-{round_}")
         group.limit(group.needed_bytes + 1024 * MEBIBYTE)
         inside.restore(program, f"round-{round_}", *way)
-        program.prove(120)
-        await_pagers(lzy)
+        program.prove(4 * PATIENCE_S)
+        lzy.await_pagers()
         group.limit(group.needed_bytes + 48 * MEBIBYTE)
-        program.prove(120)
+        program.prove(4 * PATIENCE_S)
     assert group.was_short
 
 
@@ -105,7 +96,7 @@ def test_fifty_lives(
     for round_ in range(ROUNDS):
         lzy.dump(program, f"round-{round_}")
         lzy.restore(program, f"round-{round_}", *way)
-        await_pagers(lzy)
+        lzy.await_pagers()
         program.prove()
         counts.append(count([program.pid, *list_children(program.pid)]))
         around.append(count_here(lzy.home))

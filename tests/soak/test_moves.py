@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from living import wait_readable
+from living import PATIENCE_S, wait_readable
 
 if TYPE_CHECKING:
     from living import CommandLine, Program
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     Start = Callable[..., Program]
 
 ROUNDS = int(os.environ.get("LZY_SOAK_ROUNDS", "50"))
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(ROUNDS * 60)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(max(1800, ROUNDS * 120))]
 
 AGAIN_AND_AGAIN = [
     ("asyncio_streams", ()),
@@ -90,7 +90,7 @@ def test_dump_killed_at_random(start: Start, lzy: CommandLine, options: tuple[st
             program.prove()
         except AssertionError as error:
             raise AssertionError(f"round {number}, seed {seed}") from error
-        if number % 10 == 9:
+        if number % 10 == 9 and (lzy.store / "config.json").exists():  # one came so far at least
             lzy.succeed("gc", "--store", str(lzy.store))
 
 
@@ -99,6 +99,8 @@ def program_is_ending(program: Program) -> bool:
     try:
         return program.ask("ping") != "pong"
     except AssertionError:
+        if program.is_alive:
+            raise
         return True
 
 
@@ -117,10 +119,10 @@ def test_restore_killed_at_random(start: Start, lzy: CommandLine) -> None:
         os.close(pidfd)
         process.kill()
         process.communicate()
-        with contextlib.suppress(ProcessLookupError, AssertionError):
+        with contextlib.suppress(ProcessLookupError):
             program.adopt(pid)
-            assert program.ask("ping") == "pong"
-            program.prove()
+            if not program_is_ending(program):
+                program.prove()
         program.end()
     lzy.succeed("verify", "image", "--store", str(lzy.store))
     lzy.restore(program)
@@ -140,6 +142,6 @@ def test_pager_killed_at_random(start: Start, lzy: CommandLine) -> None:
         wait_readable([program.pidfd], chance.uniform(0.0, 0.05))
         with contextlib.suppress(ProcessLookupError):
             os.kill(report["pager_pid"], signal.SIGKILL)
-        proof = program.hear(60)
+        proof = program.hear(2 * PATIENCE_S)
         assert "false" not in proof, f"round {number}, seed {seed}: {proof}"
         program.end()

@@ -96,6 +96,14 @@ def await_end(pid: int, timeout_s: float = PATIENCE_S) -> None:
         os.close(pidfd)
 
 
+def unmount(place: Path) -> None:
+    """Once those who have just ended, a pager say, have let go of it."""
+    deadline = time.monotonic() + PATIENCE_S
+    while (done := subprocess.run(["umount", place], capture_output=True)).returncode:
+        assert time.monotonic() < deadline, done.stderr
+        time.sleep(0.02)
+
+
 class Case(NamedTuple):
     """A program and its arguments (`{folder}` is a folder of its own)."""
 

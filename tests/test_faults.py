@@ -21,7 +21,14 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from living import PATIENCE_S, await_end, find_failures, list_children, wait_readable
+from living import (
+    PATIENCE_S,
+    await_end,
+    find_failures,
+    list_children,
+    unmount,
+    wait_readable,
+)
 
 from lzy.checkpoint.stages import STAGES
 
@@ -317,7 +324,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     try:
         yield place
     finally:
-        subprocess.run(["umount", str(place)], check=True)
+        unmount(place)
 
 
 @pytest.mark.parametrize("options", [(), ("--leave-running",)], ids=["dump", "checkpoint"])
@@ -366,7 +373,7 @@ def test_store_that_cannot_be_written(start: Start, lzy: CommandLine) -> None:
         assert error["kind"] in ("store_unavailable", "access_denied")
         assert str(lzy.store) in error["message"]
     finally:
-        subprocess.run(["umount", str(lzy.store)], check=True)
+        unmount(lzy.store)
     program.prove()
 
 

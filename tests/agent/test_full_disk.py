@@ -6,13 +6,12 @@ import contextlib
 import os
 import signal
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from living import PATIENCE_S, CommandLine, await_end
+from living import CommandLine, await_end, unmount
 from service import Service
 
 from lzy.agent.supervisor import find_supervisor
@@ -46,14 +45,6 @@ class Disk:
     def clear(self) -> None:
         """Have room again."""
         self._filling.unlink()
-
-
-def unmount(place: Path) -> None:
-    """Once those who have just ended have let go of it."""
-    deadline = time.monotonic() + PATIENCE_S
-    while (done := subprocess.run(["umount", place], capture_output=True)).returncode:
-        assert time.monotonic() < deadline, done.stderr
-        time.sleep(0.02)
 
 
 @pytest.fixture

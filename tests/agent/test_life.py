@@ -59,16 +59,17 @@ def test_idle_kernel_is_evicted_and_woken(
     command = [sys.executable, "-m", "ipykernel_launcher", "-f", str(connection)]
     kernel = start(command=command)
     lzy.succeed(
-        *("up", "--sample-every", "0.2", "--doze-after", "1", "--hibernate-after", "2"),
+        *("up", "--sample-every", "0.2", "--doze-after", "0.5", "--hibernate-after", "2"),
         *("--notice", "0.2", "--after-wake", "1"),
     )
     with talking(connection) as run:
         run("import itertools; words = {'a': [1, 2]}; steps = itertools.count(5); next(steps)")
+        before = last_event(service)
         attached = lzy.succeed("attach", str(connection), "--name", "notebook")
         assert attached["pid"] == kernel.pid
         for told in ("6", "7"):
             # A client that is connected keeps nobody awake.
-            service.await_event("hibernated", "notebook", after=last_event(service))
+            before = service.await_event("hibernated", "notebook", after=before)["number"]
             kernel.await_end()
             (session,) = lzy.succeed("ps")
             assert (session["state"], session["pid"]) == ("hibernated", None)

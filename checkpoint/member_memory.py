@@ -94,6 +94,7 @@ class MemberMemory:
         """
         tracee, kept = self.tracee, join_ranges(self._kept_mappings)
         batch = tracee.batch()
+        reinstate.add_no_words(batch, self.own)
         special = {"vdso": [v for v in self.vmas if v["kind"] == "vdso"]}
         special["vvar"] = [v for v in self.vmas if v["kind"] == "vvar"]
         parked: list[tuple[int, int, int]] = []

@@ -25,13 +25,8 @@ def add_addresses(batch: Batch, own: dict[str, Any], exe: int) -> None:
 
     `exe` is a descriptor in the process. Nothing may map the former executable any more.
     """
-    layout, auxv = own["layout"], decode(own["auxv"])
-    place = batch.put(auxv)
-    heap_end = max(own["brk"], layout["start_brk"])
-    names = ("start_code", "end_code", "start_data", "end_data", "start_brk")
-    rest = ("start_stack", "arg_start", "arg_end", "env_start", "env_end")
-    addresses = [*(layout[n] for n in names), heap_end, *(layout[n] for n in rest)]
-    content = layouts.pack_mm_map(addresses, place, len(auxv), exe)
+    auxv = decode(own["auxv"])
+    content = layouts.pack_mm_map(_addresses(own), batch.put(auxv), len(auxv), exe)
     batch.call(
         SYS_PRCTL,
         process.PR_SET_MM,
@@ -41,6 +36,30 @@ def add_addresses(batch: Batch, own: dict[str, Any], exe: int) -> None:
         0,
         what="set addresses, auxv and exe",
     )
+
+
+def add_no_words(batch: Batch, own: dict[str, Any]) -> None:
+    """No command line and no environment, until `add_addresses`.
+
+    Where those of the stub were there is nothing any more, or a stack that grows is to be above:
+    the kernel would have it grow to there for whoever reads /proc/PID/cmdline meanwhile.
+    """
+    *addresses, arguments, _, environment, _ = _addresses(own)
+    addresses += [arguments, arguments, environment, environment]
+    content = layouts.pack_mm_map(addresses, 0, 0, layouts.NO_EXECUTABLE)
+    place = batch.put(content)
+    batch.call(
+        SYS_PRCTL, process.PR_SET_MM, process.PR_SET_MM_MAP, place, len(content), 0, tolerate=True
+    )
+
+
+def _addresses(own: dict[str, Any]) -> list[int]:
+    """As `layouts.pack_mm_map` takes them."""
+    layout = own["layout"]
+    heap_end = max(own["brk"], layout["start_brk"])
+    names = ("start_code", "end_code", "start_data", "end_data", "start_brk")
+    rest = ("start_stack", "arg_start", "arg_end", "env_start", "env_end")
+    return [*(layout[n] for n in names), heap_end, *(layout[n] for n in rest)]
 
 
 def add_process(batch: Batch, own: dict[str, Any]) -> None:

@@ -230,6 +230,39 @@ def test_number_taken_in_the_midst_of_a_restore(
         program.prove()
 
 
+def test_nobody_who_looks_makes_a_stack_longer(
+    start: Start, lzy: CommandLine, tmp_path: Path
+) -> None:
+    """In the midst of a restore there is no command line to be read where nothing is mapped.
+
+    Were there one below a stack that may grow, the kernel would have it grow to there.
+    """
+    program = start("heap").await_ready()
+    pid = program.pid
+    lzy.dump(program)
+    holds = Holds(tmp_path / "holds")
+    lzy.environment |= holds.environment
+    holds.hold("restore.mapped")
+    command = lzy.start("restore", "image", "--store", str(lzy.store), "--json")
+    try:
+        deadline = time.monotonic() + PATIENCE_S
+        while not holds.is_held("restore.mapped"):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[45:49]
+        assert words[0] == words[1]
+        assert words[2] == words[3]
+        holds.let_go()
+        told, complaint = command.communicate(timeout=PATIENCE_S)
+        assert command.returncode == 0, complaint.decode()
+    finally:
+        command.kill()
+        command.communicate()
+    program.adopt(json.loads(told)["pid"])
+    assert Path(f"/proc/{program.pid}/cmdline").read_bytes().startswith(sys.executable.encode())
+    program.prove()
+
+
 @some_programs
 def test_dumped_and_restored_again_and_again(start: Start, lzy: CommandLine, case: Case) -> None:
     """What was restored can be dumped, also while its pager is at work; five times over."""

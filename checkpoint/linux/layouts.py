@@ -38,6 +38,10 @@ _CAPABILITY_VERSION_3: Final = 0x20080522
 XFEATURE_XTILE_DATA: Final = 18
 
 
+NO_EXECUTABLE: Final = 0xFFFFFFFF
+"""In struct prctl_mm_map: that stays as it is."""
+
+
 def pack_mm_map(addresses: Sequence[int], auxv: int, auxv_bytes: int, executable: int) -> bytes:
     """struct prctl_mm_map.
 

@@ -7,6 +7,7 @@ import contextlib
 import ctypes
 import os
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -36,8 +37,13 @@ PR_SET_CHILD_SUBREAPER = 36
 def pytest_sessionstart() -> None:
     """Compile what every agent and command of a test would else compile anew at its start.
 
-    Under PYTHONDONTWRITEBYTECODE that is half of the time that such a test takes.
+    Under PYTHONDONTWRITEBYTECODE that is half of the time that such a test takes. And have Ctrl-C
+    reach what tests start: who runs in the background of a shell has it ignored, and so have all
+    below it.
     """
+    for number, action in ((signal.SIGINT, signal.default_int_handler), (signal.SIGQUIT, None)):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, action or signal.SIG_DFL)
     root = Path(__file__).parent.parent
     for package in ("checkpoint", "agent", "migrator", "cli"):
         compileall.compile_dir(root / package, quiet=2)

@@ -16,7 +16,7 @@ from .content import (
     behind_file,
     cut_ranges,
     guard_ranges,
-    own_page_ranges,
+    look_at_pages,
     subtract,
 )
 from .errors import LzyError, NotFound
@@ -62,6 +62,7 @@ class Subject:
         self.inherited: list[tuple[int, int]] = []
         """Of `ranges`: what it shares copy-on-write with its parent, which has it too."""
         self._frames: memory.Frames | None = None  # what its children are compared with
+        self._guards: list[tuple[int, int]] | None = None
         self._number = 0
         self._seen: Callable[[], tuple[Flags, dict[str, str]]] | None = None
 
@@ -140,6 +141,16 @@ class Subject:
         else:
             self._seen = Beside(partial(mapping_flags.look_long, pid)).result
 
+    def look_quickly(self) -> bool:
+        """As `look_closely`, unless that takes long."""
+        witness = self.witness
+        if (seen := mapping_flags.look_closely(witness)) is None:
+            if mapping_flags.is_large(witness):
+                return False
+            seen = mapping_flags.look_long(witness)
+        self._seen = lambda: seen
+        return True
+
     def settle(self, *, as_seen: bool, knows: bool, goes_on: bool) -> None:
         """What the snapshot, or the stopped process, knows as well as the process did.
 
@@ -149,12 +160,18 @@ class Subject:
         self.own |= interrogate.describe_inherited(self.source_pid)
         self.mappings.reader = self.source_pid
         if not knows:
-            self.ranges = own_page_ranges(self.source_pid, self.mappings.vmas)
+            self.look_at_pages()
         if not as_seen:  # only now: two looks at the same page tables wait for one another
             if not self._seen:
                 self.look_closely()
             if goes_on:  # before it is described
                 self._renew()
+        if self._guards is None:
+            self._guards = guard_ranges(self.source_pid, self.mappings.vmas)
+
+    def look_at_pages(self) -> None:
+        """See which pages it has, and which are guards, now that it is split or stands still."""
+        self.ranges, self._guards = look_at_pages(self.source_pid, self.mappings.vmas)
 
     def _renew(self) -> None:
         """Wait for the flags and policies of its mappings as they are since it was stopped."""
@@ -208,7 +225,7 @@ class Subject:
             "process": self.own,
             "threads": self.threads,
             "vmas": self.mappings.describe(),
-            "guards": guard_ranges(self.source_pid, vmas),
+            "guards": self._guards,
             "changed": cut_ranges(self.fresh, filter(behind_file, vmas)),
             "memory_policies": self.policies,
         }

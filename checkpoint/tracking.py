@@ -28,12 +28,12 @@ from typing import Any, NamedTuple
 
 from . import proc
 from .content import (
-    CLOSE_BYTES,
     behind_file,
     cut_ranges,
     holds_own_pages,
     join_ranges,
     neighbourhoods,
+    places,
 )
 from .dense import find_dense
 from .errors import LzyError
@@ -142,7 +142,7 @@ def written_ranges(pid: int, vmas: Iterable[Vma]) -> list[Range]:
     with _page_map(pid) as pagemap:
         found = _find_dropped(pagemap, own)
         found += [(vma.start, vma.end) for vma in _find_strangers(pagemap, own)]
-        found += [run for part in neighbourhoods(own) for run in _find_written(pagemap, *part)]
+        found += [run for place in places(own) for run in _find_written(pagemap, *place)]
     return join_ranges(found)
 
 
@@ -159,7 +159,7 @@ def look_at_all(pid: int, vmas: Iterable[Vma]) -> tuple[list[Range], list[Range]
     there = memory.PAGE_IS_PRESENT | memory.PAGE_IS_SWAPPED
     nobodys = memory.PAGE_IS_FILE | memory.PAGE_IS_PFNZERO | memory.PAGE_IS_GUARD
     with _page_map(pid) as pagemap:
-        for start, end, may_be_files in _places(own):
+        for start, end, may_be_files in places(own):
             for begin, behind, flags in _describe(pagemap, start, end, may_be_files):
                 place = (begin, behind)
                 if not flags & nobodys:
@@ -177,19 +177,6 @@ def look_at_all(pid: int, vmas: Iterable[Vma]) -> tuple[list[Range], list[Range]
     return cut_ranges(join_ranges(pages), own), join_ranges(written)
 
 
-def _places(vmas: Sequence[Vma]) -> list[tuple[int, int, bool]]:
-    """Where to look, ascending, and whether pages of files can be there: that takes longest to see.
-
-    Large anonymous mappings by themselves, others together with those that are near.
-    """
-    large = [v for v in vmas if v.kind == "anonymous" and v.length > CLOSE_BYTES]
-    alone = set(large)
-    places = [
-        (start, end, True) for start, end in neighbourhoods(v for v in vmas if v not in alone)
-    ]
-    return sorted(places + [(vma.start, vma.end, False) for vma in large])
-
-
 def _describe(pagemap: int, start: int, end: int, may_be_files: bool) -> list[tuple[int, int, int]]:
     """What pages there are, with all that `look_at_all` asks; as far as this kernel tells."""
     there = memory.PAGE_IS_PRESENT | memory.PAGE_IS_SWAPPED
@@ -205,8 +192,10 @@ def _describe(pagemap: int, start: int, end: int, may_be_files: bool) -> list[tu
         return memory.describe_pages(pagemap, start, end, some=there, flags=flags)
 
 
-def _find_written(pagemap: int, start: int, end: int, *, protect: bool = False) -> list[Range]:
-    """What was written of memory under account, protected again if `protect`.
+def _find_written(
+    pagemap: int, start: int, end: int, may_be_files: bool, *, protect: bool = False
+) -> list[Range]:
+    """What was written of memory under account at one of `places`, protected again if `protect`.
 
     Only pages that are there, since for others the kernel would make page tables or leave marks.
     """
@@ -215,7 +204,7 @@ def _find_written(pagemap: int, start: int, end: int, *, protect: bool = False) 
         start,
         end,
         every=memory.PAGE_IS_WPALLOWED | memory.PAGE_IS_WRITTEN,
-        none=memory.PAGE_IS_FILE,
+        none=memory.PAGE_IS_FILE if may_be_files else 0,
         some=memory.PAGE_IS_PRESENT | memory.PAGE_IS_SWAPPED,
         protect=protect,
     )
@@ -319,8 +308,8 @@ def begin_account(tracee: Tracee, number: int, vmas: Sequence[Vma]) -> Begun:
     own = list(filter(holds_own_pages, vmas))
     with _own_duplicate(tracee.pid, number) as ours, _page_map(tracee.witness) as pagemap:
         written: list[Range] = []
-        for start, end in neighbourhoods(own):
-            written += _find_written(pagemap, start, end, protect=True)
+        for place in places(own):
+            written += _find_written(pagemap, *place, protect=True)
         dense = find_dense(written)
         written += _find_dropped(pagemap, own)
         strangers = _find_strangers(pagemap, own)
@@ -329,8 +318,8 @@ def begin_account(tracee: Tracee, number: int, vmas: Sequence[Vma]) -> Begun:
             if "ht" in vma.flags:  # of huge pages that are set aside: never under account
                 continue
             uffd.register(ours, vma.start, vma.end - vma.start, uffd.REGISTER_MODE_WP)
-        for start, end in neighbourhoods(strangers):  # what lies between them is protected
-            _find_written(pagemap, start, end, protect=True)
+        for place in places(strangers):  # what lies between them is protected
+            _find_written(pagemap, *place, protect=True)
     return Begun(join_ranges(written), dense, bool(strangers))
 
 
@@ -362,7 +351,7 @@ def protect(pid: int, ranges: Iterable[Range]) -> None:
     """Count pages as unwritten again. Preconditions: it is stopped, they are under account."""
     with _page_map(pid) as pagemap:
         for start, end in ranges:
-            _find_written(pagemap, start, end, protect=True)
+            _find_written(pagemap, start, end, True, protect=True)
 
 
 def end_account(tracee: Tracee, number: int) -> None:

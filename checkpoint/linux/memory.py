@@ -182,14 +182,14 @@ def scan_pages(
 
 
 def describe_pages(
-    pagemap: int, start: int, end: int, *, some: int, flags: int
+    pagemap: int, start: int, end: int, *, some: int, flags: int, lacks: int = 0
 ) -> list[tuple[int, int, int]]:
     """Ranges of pages in [start, end) that have one of `some`, each with what it has of `flags`.
 
-    As several calls of `scan_pages`, in one look at the page tables. OSError(EINVAL) where a flag
-    is not known.
+    Of those of `some` that are in `lacks`, too: that have it not. As several calls of
+    `scan_pages`, in one look at the page tables. OSError(EINVAL) where a flag is not known.
     """
-    return _scan(pagemap, start, end, 0, (0, 0, some, flags))
+    return _scan(pagemap, start, end, 0, (lacks, 0, some, flags))
 
 
 def _scan(

@@ -7,6 +7,7 @@ what the image has is compared with what /proc/PID/mem has, byte for byte.
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -22,8 +23,14 @@ from deeds import BASE, DEEDS, HUGE_PAGES, PAGES, rewrite, rewrite_all, write
 from oracle import compare_memory, stored_pages
 
 from lzy.checkpoint import doze as engine
-from lzy.checkpoint import proc, tracking
-from lzy.checkpoint.content import CLOSE_BYTES, join_ranges, own_page_ranges
+from lzy.checkpoint import capture, proc, tracking
+from lzy.checkpoint.content import (
+    CLOSE_BYTES,
+    guard_ranges,
+    join_ranges,
+    look_at_pages,
+    own_page_ranges,
+)
 from lzy.checkpoint.dump import DumpReport, dump
 from lzy.checkpoint.errors import Busy
 from lzy.checkpoint.image import Image
@@ -109,14 +116,20 @@ plans = st.lists(
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
-@given(plan=plans, dozed=st.booleans())
+@given(plan=plans, dozed=st.booleans(), copied=st.booleans())
 def test_every_checkpoint_equals_the_memory(
     tmp_path_factory: pytest.TempPathFactory,
     monkeypatch: pytest.MonkeyPatch,
     plan: list[tuple[int, int, bool]],
     dozed: bool,
+    copied: bool,
 ) -> None:
-    """Whatever a process does to its memory between checkpoints, none of it is missed."""
+    """Whatever a process does to its memory between checkpoints, none of it is missed.
+
+    `copied`: what it wrote is copied while it stands still, however much and small that is.
+    """
+    monkeypatch.setattr(capture, "_CLONE_ABOVE_S", 0.0 if copied else math.inf)
+    monkeypatch.setattr(capture, "_COPY_PART", 1)
     folder = tmp_path_factory.mktemp("subject")
     monkeypatch.setenv("LZY_HOME", str(folder / "home"))
     subject = Subject(folder)
@@ -163,6 +176,9 @@ def test_one_look_sees_what_several_do(
                 pages, written = tracking.look_at_all(subject.pid, vmas)
                 assert join_ranges(pages) == join_ranges(own_page_ranges(subject.pid, vmas))
                 assert written == tracking.written_ranges(subject.pid, vmas)
+                again, guards = look_at_pages(subject.pid, vmas)
+                assert join_ranges(again) == join_ranges(pages)
+                assert guards == guard_ranges(subject.pid, vmas)
             assert any(vma.length > CLOSE_BYTES for vma in vmas if vma.kind == "anonymous")
             if checkpointed:
                 subject.checkpoint()

@@ -11,18 +11,23 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from . import proc, tracking
+from .ahead import read_ahead
 from .content import intersect, join_ranges, subtract, windows_of
 from .dense import without
 from .errors import KernelError, LzyError
 from .huge import gather_huge_pages
 from .increment import Kept, plan_checkpoint
 from .inject import close_descriptor
+from .interrupts import Deferred
 from .recheck import recheck
+from .urgency import Urgent
 
 if TYPE_CHECKING:
+    from .draft import Draft
     from .image import Image
     from .store import Store
     from .subject import Subject
+    from .tracee import Tracee
     from .writer import ImageWriter
 
 Range = tuple[int, int]
@@ -31,8 +36,8 @@ Range = tuple[int, int]
 class Book:
     """The account of one process in one dump.
 
-    Its steps in order: `ask`, then `begin`, `look` or `read`, `compare`, `plan`; at the end of a
-    dump that failed, `give_up`.
+    Its steps in order: perhaps `open_ahead` and `read_ahead` or `protect_ahead`; `ask`, then
+    `begin`, `look` or `read`, `compare`, `plan`; at the end of a dump that failed, `give_up`.
     """
 
     def __init__(
@@ -44,6 +49,8 @@ class Book:
         """The account that began anew."""
         self.before: Image | None = None
         """What the image before has of this process by itself."""
+        self.draft: Draft | None = None
+        """What was read ahead of this very image, there being none before (see `ahead`)."""
         self.written: list[Range] | None = None
         """What may have been written since then; None: any of it."""
         self.kept: Kept | None = None
@@ -55,6 +62,7 @@ class Book:
         self._notes = notes
         self._number = -1  # of the account's descriptor, in the process
         self._inode = 0
+        self._is_ahead = False  # the account began before the process was stopped
 
     @property
     def left_out(self) -> Sequence[Range]:
@@ -66,17 +74,45 @@ class Book:
         """Whether the process has a descriptor with which account can be kept."""
         return self._number >= 0
 
+    def open_ahead(self) -> bool:
+        """Stop it for a moment, to open an account before its dump; whether there is one."""
+        subject = self._subject
+        with Deferred(), Urgent():
+            try:
+                subject.stop()
+                subject.tracee.prepare(vmas=subject.vmas)
+                self._open(subject.tracee)
+            finally:
+                subject.let_go()
+        return self.is_open
+
+    def read_ahead(self, writer: ImageWriter, order: Sequence[int]) -> None:
+        """Read its memory while it runs; what was not written since need not be read again."""
+        self.draft = read_ahead(self._subject.pid, self._number, writer, order)
+
+    def protect_ahead(self) -> None:
+        """Have its account begin while it runs: there is less to do during the stop."""
+        tracking.protect_running(self._subject.pid, self._number, self._subject.vmas)
+
     def ask(self, *, opens: bool) -> None:
         """Now that the process stands still: `opens` an account if there is none.
 
         A note is left if none can be kept: it costs time only.
         """
-        self._number = self.account.number if self.account else -1
-        if opens and not self.account:
-            try:
-                self._number = tracking.open_account(self._subject.tracee)
-            except KernelError as error:
-                self._note(f"the next checkpoint reads all of the memory: {error}")
+        if self.is_open:
+            self._is_ahead = tracking.find_inode(self._subject.pid, self._number) == self._inode
+        if not self._is_ahead:
+            self._number = self.account.number if self.account else -1
+            if opens and not self.account:
+                self._open(self._subject.tracee)
+            else:
+                self._inode = tracking.find_inode(self._subject.pid, self._number)
+
+    def _open(self, tracee: Tracee) -> None:
+        try:
+            self._number = tracking.open_account(tracee)
+        except KernelError as error:
+            self._note(f"the next checkpoint reads all of the memory: {error}")
         self._inode = tracking.find_inode(self._subject.pid, self._number)
 
     def begin(self) -> None:
@@ -89,7 +125,8 @@ class Book:
             self.begun = tracking.begin_account(subject.tracee, self._number, subject.vmas)
         except OSError as error:
             self._note(f"the next checkpoint reads more of the memory than was written: {error}")
-        self.written = self.begun.written if self.begun and self.account else None
+        knows = self.account or self._is_ahead
+        self.written = self.begun.written if self.begun and knows else None
 
     def look(self) -> list[Range]:
         """See what was `written`, and the pages that there are. Precondition: an account stands."""
@@ -140,6 +177,10 @@ class Book:
         it has for itself by now is read. Raises TooScattered.
         """
         own = self._subject.fresh
+        if self.draft and self.written is not None:
+            unwritten = subtract(own, self.written)  # of which nothing has to be read again
+            self.kept, self.fresh = plan_checkpoint(self.draft, own, self.written, unwritten)
+            return
         if self.before is None or self.written is None:
             self.fresh = windows_of(own, window_pages)
             return
@@ -215,6 +256,11 @@ class Books:
         self._accounts.clear()
         self._base = base
 
+    def open_ahead(self, subject: Subject) -> Book | None:
+        """Put a process under account that runs, before it is stopped to be dumped."""
+        book = self._books[subject] = Book(subject, None, self._notes)
+        return book if book.open_ahead() else None
+
     def compare(self) -> None:
         """Now that all stand still: are they the same accounts? Another dump may have come between.
 
@@ -229,7 +275,8 @@ class Books:
     def ask(self, subject: Subject, *, opens: bool) -> None:
         """Take up the account of a process that stands still; see `Book.ask`."""
         account = self._accounts.get(subject.pid)
-        book = self._books[subject] = Book(subject, account, self._notes)
+        book = self._books.get(subject) or Book(subject, account, self._notes)
+        self._books[subject] = book
         if self._base and (account or subject is self._root):
             book.before = self._base.in_space(account.space if account else 0)
         book.ask(opens=opens)
@@ -258,13 +305,17 @@ class Books:
 
     def tie(self, store: Store, image: str, spaces: dict[Subject, int]) -> None:
         """Record that they began with that image, which is committed."""
-        first, *others = (
+        for subject in self._books.keys() - spaces.keys():  # it has left the tree
+            self._books.pop(subject).give_up()
+        of_root = self._books[self._root]
+        if not of_root.is_open:
+            return
+        others = (
             book.describe(store, image, spaces[subject])
             for subject, book in self._books.items()
-            if book.is_open or subject is self._root
+            if book.is_open and book is not of_root
         )
-        if self._books[self._root].is_open:
-            tracking.remember(first, others)
+        tracking.remember(of_root.describe(store, image, spaces[self._root]), others)
 
     def keep(self) -> None:
         """What was begun stays: the image is committed."""

@@ -17,12 +17,14 @@ Its pager would take a snapshot for a forked child; what is to be written of it 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import time
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import interrogate, mapping_flags, proc, resources
+from .ahead import LEAST_BYTES as LEAST_AHEAD_BYTES
 from .away import Away, Doze, NotAsItIs, hold_pager, read_away
 from .beside import Beside
 from .bookkeeping import Books
@@ -35,7 +37,7 @@ from .content import (
     join_ranges,
     own_page_ranges,
 )
-from .errors import KernelError, NotFound, StoreUnavailable
+from .errors import KernelError, LzyError, NotFound, StoreUnavailable
 from .fitness import Progress
 from .history import TO_DOZE, next_checkpoint, remember
 from .host import describe_host
@@ -73,10 +75,8 @@ Range = tuple[int, int]
 DOCUMENT_FORMAT = 1
 FIRST_MEMBER_SPACE = 1 << 20  # of the image, for the processes behind the first; below: objects
 COPY_LIMIT_BYTES = 512 << 20  # so much shared memory, or of a process that dozes, is copied
-_COPY_PART = 24  # such a part of the memory is copied sooner than all of it is cloned
-_CLONE_ABOVE_S = (
-    0.6e-3  # if the look at the page tables took longer: to clone them takes 20 times that
-)
+_CLONE_LOOKS = 20  # to clone page tables takes so many times as long as a look at them
+_COPY_S, _COPY_RUN_S, _COPY_BYTES_PER_S = 2e-3, 5e-6, 2e9  # to copy: at least; each run; memory
 _LITTLE = 32  # such a part of the memory is stored sooner than it is looked for in the store
 
 
@@ -176,6 +176,7 @@ class Capture:
                 cargo.add_asked(wishes.carry)
                 for subject in (self.root, *self.seen.values()):
                     cargo.add_mapped(proc.witness(subject.pid), subject.vmas)
+                self._go_ahead(writer)
                 self.frozen_at = time.monotonic()
                 with Deferred(), Urgent():
                     self._stop()
@@ -189,8 +190,6 @@ class Capture:
                 self._write(writer)
                 summary = self._commit(writer, cargo)
             self._finish(summary.name)
-        except ProcessLookupError as error:
-            raise NotFound(f"process {self.pid} ended while it was dumped", pid=self.pid) from error
         except OSError as error:
             raise self._explain(error) from error
         finally:
@@ -250,6 +249,28 @@ class Capture:
             self.books.take_base(self.base)
         if self.base and not wishes.leave_running:  # what is taken from it is not read again
             self.store.verify(self.base.name, wishes.progress, known=wishes.verified)
+
+    def _go_ahead(self, writer: ImageWriter) -> None:
+        """Before a first checkpoint: accounts begin, and large memory is read, while they run.
+
+        Of a descendant that may end, or is no fit subject, the dump tells if it matters.
+        """
+        if not self._is_to_keep_account or self.base or self.doze:
+            return
+        for subject in self.seen.values():
+            with contextlib.suppress(LzyError, OSError):
+                if book := self.books.open_ahead(subject):
+                    book.protect_ahead()
+        if book := self.books.open_ahead(self.root):
+            resident = int(proc.read_bytes(self.root.witness, "statm").split()[1]) * PAGE_BYTES
+            if resident < LEAST_AHEAD_BYTES or self.obstacle:
+                book.protect_ahead()
+            else:
+                parent = self.session["parent"]
+                order = read_order(self.store.path, parent) if parent else ()
+                with reporting(self.wishes.progress, "writing", writer, resident):
+                    book.read_ahead(writer, order)
+        reach("dump.ahead")
 
     # -- while they stand still --------------------------------------------------------------------
 
@@ -360,24 +381,23 @@ class Capture:
     def _find_little(self) -> list[Range] | None:
         """What is to be copied, if that takes less time than to clone the process; else None."""
         root, book = self.root, self.books[self.root]
-        if len(self.tree) > 1 or book.before is None or book.written is None or book.left_out:
+        if len(self.tree) > 1 or book.written is None or book.left_out:
+            return None
+        if not (book.before or book.draft):
             return None
         began = time.monotonic()
         root.look_at_pages()
         looked_s = time.monotonic() - began
         self._known.add(root)
-        if looked_s < _CLONE_ABOVE_S:
+        clone_s, written_bytes = _CLONE_LOOKS * looked_s, length_bytes(book.written)
+        copy_s = _COPY_S + _COPY_RUN_S * len(book.written) + written_bytes / _COPY_BYTES_PER_S
+        if copy_s > clone_s or written_bytes > COPY_LIMIT_BYTES or not root.look_quickly():
             return None
-        written = intersect(root.ranges, join_ranges(book.written))
-        most_bytes = min(COPY_LIMIT_BYTES, length_bytes(root.ranges) // _COPY_PART)
-        if length_bytes(written) > most_bytes or not root.look_quickly():
-            return None
-        return written
+        return intersect(root.ranges, join_ranges(book.written))
 
     def _compose(self, written: list[Range]) -> None:
         """Copy what was written, and let the process go on."""
         before = self.books[self.root].before
-        assert before
         pages = self.root.open_pages()
         try:
             self.composed = ComposedPages(pages, written, before)
@@ -427,6 +447,8 @@ class Capture:
             writer.expect_objects(base, FIRST_MEMBER_SPACE)
         self._plan(writer)
         self.written_bytes = sum(_pages_bytes(self.books[subject].fresh) for subject in self.tree)
+        if (kept := self.books[root].kept) and self.books[root].draft:
+            self.written_bytes += kept.page_count * PAGE_BYTES
         fresh = self.books[root].fresh
         self.refreshed = [address for address, _ in fresh]
         source = self._open_pages(fresh)
@@ -457,7 +479,9 @@ class Capture:
                 book.plan(self.wishes.window_pages, away)
             except TooScattered:
                 raise NotAsItIs from None
-            if book.before and book.kept:
+            if book.draft and book.kept:
+                writer.keep_draft(book.draft, book.kept)
+            elif book.before and book.kept:
                 kept.append((space, book.before, book.kept))
         if kept:
             writer.keep(kept)
@@ -562,7 +586,9 @@ class Capture:
                     remove_own(self.objects, whole, self.notes, taken_down=taken_down)
         reach("dump.ended")
 
-    def _explain(self, error: OSError) -> KernelError | StoreUnavailable:
+    def _explain(self, error: OSError) -> LzyError:
+        if isinstance(error, ProcessLookupError) or self.root.has_ended:
+            return NotFound(f"process {self.pid} ended while it was dumped", pid=self.pid)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return StoreUnavailable(
                 f"no room left for the image of pid {self.pid}",

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from .buffers import page_aligned
 from .content import CopiedPages, windows_of
 from .linux import PAGE_BYTES
-from .pages import present_pages
+from .pages import MOST_WINDOW_PAGES, present_pages
 
 if TYPE_CHECKING:
     from .content import ProcessPages
@@ -26,12 +26,12 @@ Range = tuple[int, int]
 class ComposedPages:
     """A `PageSource` over the pages of one process."""
 
-    def __init__(self, source: ProcessPages, written: Sequence[Range], base: Image) -> None:
-        """Copies `written`, ascending, from `source`; what is in none of it, `base` has."""
+    def __init__(self, source: ProcessPages, written: Sequence[Range], base: Image | None) -> None:
+        """Copies `written`, ascending, from `source`; `base`, if any, has what is not in it."""
         self._base = base
         self._written = written
         self._starts = [start for start, _ in written]
-        self._copied = CopiedPages(source, windows_of(written, base.window_pages))
+        self._copied = CopiedPages(source, windows_of(written, MOST_WINDOW_PAGES))
 
     def read_runs(self, runs: Sequence[tuple[int, int]], into: memoryview) -> None:
         """Fill `into` with the runs. Raises what the image does of which a page cannot be read."""
@@ -58,6 +58,8 @@ class ComposedPages:
 
     def _read_base(self, start: int, end: int, into: memoryview) -> None:
         base = self._base
+        if base is None:
+            raise ValueError(f"{start:#x} was not written, and is to be read")
         window_bytes = base.window_pages * PAGE_BYTES
         content = page_aligned(window_bytes)[2]
         into[:] = bytes(len(into))  # what was zeros, the image has nothing of

@@ -7,12 +7,13 @@ of the base's run table, named by their ends and copied as they lie.
 
 from __future__ import annotations
 
+from array import array
 from bisect import bisect_left
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from .content import cut_windows, join_ranges, windows_of
-from .image import CHUNK_MASK, Image
+from .image import CHUNK_MASK
 from .linux import PAGE_BYTES
 from .patchwork import MOST_PIECES, Piece, is_worth_it, renew
 
@@ -50,8 +51,27 @@ class TooScattered(Exception):
     """What cannot be read now lies in more pieces of chunks than a window may have."""
 
 
+class Rows(Protocol):
+    """What is planned with: an image, or what was read ahead of one (`draft.Draft`)."""
+
+    @property
+    def window_pages(self) -> int: ...
+    @property
+    def runs(self) -> array[int] | memoryview[int]: ...
+    @property
+    def chunk_count(self) -> int: ...
+    @property
+    def patchwork_count(self) -> int: ...
+
+    def space_extent(self, space: int) -> tuple[int, int]:
+        """[first, last) of the rows of a space."""
+
+    def pieces(self, chunk: int, mask: int) -> list[Piece]:
+        """What makes up the pages `mask` that a row finds in `chunk`."""
+
+
 def plan_checkpoint(
-    base: Image,
+    base: Rows,
     present: Sequence[Range],
     written: Sequence[Range],
     away: Sequence[Range] = (),
@@ -107,7 +127,7 @@ def plan_checkpoint(
 
 
 def _find_special(
-    base: Image, addresses: list[int], chunks: list[int], dirty: dict[int, int]
+    base: Rows, addresses: list[int], chunks: list[int], dirty: dict[int, int]
 ) -> list[int]:
     """The windows that have to be looked at: what was written, and what lies in several chunks."""
     special = set(dirty)

@@ -14,6 +14,7 @@ import time
 from typing import Final
 
 STAGES: Final = (
+    "dump.ahead",
     "dump.seized",
     "dump.prepared",
     "dump.asked",

@@ -72,6 +72,16 @@ class Subject:
         return self._number
 
     @property
+    def has_ended(self) -> bool:
+        """Whether there is no such process any more, or it only waits to be waited for."""
+        try:
+            return (
+                proc.stat(self.witness)[2] in "ZX" or proc.start_time(self.pid) != self.start_time
+            )
+        except NotFound:
+            return True
+
+    @property
     def witness(self) -> int:
         """The task in which the stopped process is seen; see `proc.witness`."""
         return self.tracee.witness

@@ -191,6 +191,20 @@ class ImageTables:
         """
         self._kept[space] = runs, patchworks
 
+    def set_aside(self) -> dict[int, tuple[int, int]]:
+        """Take out what was recorded of space 0: {window address: (mask, chunk)}.
+
+        The chunks stay. Nothing has been read, then: what is used of it is to be kept.
+        """
+        windows: dict[int, tuple[int, int]] = {}
+        with self._lock:
+            for records in self._runs.values():
+                for address, mask, owner in struct.iter_unpack("<QQQ", records):
+                    windows[address] = mask, owner & CHUNK_MASK
+            self._runs.clear()
+            self.raw_bytes = self.zero_bytes = self.repeated_bytes = 0
+        return windows
+
     def encode_runs(self, *, ordered: bool) -> tuple[bytes, bytes]:
         """The run table and the pieces; call it last, when all chunks have their numbers.
 

@@ -47,6 +47,7 @@ from .tracee import Tracee
 Range = tuple[int, int]
 
 _START = itemgetter(0)
+_STEP_BYTES = 64 << 20
 
 
 class Account(NamedTuple):
@@ -321,6 +322,28 @@ def begin_account(tracee: Tracee, number: int, vmas: Sequence[Vma]) -> Begun:
         for place in places(strangers):  # what lies between them is protected
             _find_written(pagemap, *place, protect=True)
     return Begun(join_ranges(written), dense, bool(strangers))
+
+
+def protect_running(pid: int, number: int, vmas: Sequence[Vma]) -> list[Range]:
+    """As `begin_account`, of a process that may run; what was written until then, ascending.
+
+    Whatever it writes once this returns counts as written. What cannot come under account, or is
+    mapped meanwhile, counts at the next look, too. In steps, so that it never waits long to map.
+    """
+    own = list(filter(holds_own_pages, vmas))
+    with _own_duplicate(pid, number) as ours, _page_map(pid) as pagemap:
+        strangers = _find_strangers(pagemap, own)
+        written = [(vma.start, vma.end) for vma in strangers]
+        for vma in strangers:
+            if "ht" not in vma.flags:
+                with contextlib.suppress(OSError):  # it is gone, or somebody else's
+                    uffd.register(ours, vma.start, vma.length, uffd.REGISTER_MODE_WP)
+        for start, end, may_be_files in places(own):
+            for at in range(start, end, _STEP_BYTES):
+                stop = min(at + _STEP_BYTES, end)
+                written += _find_written(pagemap, at, stop, may_be_files, protect=True)
+        written += _find_dropped(pagemap, own)
+    return join_ranges(written)
 
 
 def leave_out(pid: int, number: int, ranges: Iterable[Range]) -> None:

@@ -40,13 +40,14 @@ from .image import (
 from .linux import PAGE_BYTES
 from .packs import PackFiles
 from .pages import MOST_WINDOW_PAGES
-from .patchwork import PIECE_RECORD
+from .patchwork import PIECE_RECORD, Piece
 from .pending import PendingPacks, Progress
 from .tables import ImageTables
 from .unavailable import unavailable
 from .worker import Batch, PageSource, Shared, Worker
 
 if TYPE_CHECKING:
+    from .draft import Draft
     from .increment import Kept
     from .store import ImageSummary, Store
 
@@ -140,7 +141,6 @@ class ImageWriter:
             used.update(runs[2::3])
             used.update([piece.chunk for pieces in kept.pieces.values() for piece in pieces])
         numbers, reused_bytes = tables.adopt(parts[0][1], used)
-        raw_pages = stored_pages = 0
         for space, runs, kept in taken:
             patchworks = kept.pieces
             if numbers is not None:
@@ -152,21 +152,49 @@ class ImageWriter:
             if space:
                 runs[2::3] = array("Q", [space << 32 | chunk for chunk in runs[2::3]])
             tables.keep(space, runs, patchworks)
-            raw_pages += kept.page_count
-            stored_pages += sum(map(int.bit_count, runs[1::3]))
-            stored_pages += sum(
-                [p.taken.bit_count() for pieces in patchworks.values() for p in pieces]
-            )
-        tables.record_batch(
+            self._record_kept(kept.page_count, runs, patchworks, reused_bytes)
+            reused_bytes = 0
+
+    def _record_kept(
+        self,
+        page_count: int,
+        runs: array[int],
+        patchworks: dict[int, list[Piece]],
+        reused_bytes: int,
+    ) -> None:
+        stored_pages = sum(map(int.bit_count, runs[1::3]))
+        stored_pages += sum([p.taken.bit_count() for each in patchworks.values() for p in each])
+        self._tables.record_batch(
             self._batches,
             b"",
-            raw_bytes=raw_pages * PAGE_BYTES,
-            zero_bytes=(raw_pages - stored_pages) * PAGE_BYTES,
+            raw_bytes=page_count * PAGE_BYTES,
+            zero_bytes=(page_count - stored_pages) * PAGE_BYTES,
             repeated_bytes=0,
             reused_bytes=reused_bytes,
             stored_bytes=0,
         )
         self._batches += 1
+
+    @property
+    def chunk_count(self) -> int:
+        """How many contents are stored or taken from the store so far."""
+        return self._tables.chunk_count
+
+    def set_aside(self) -> dict[int, tuple[int, int]]:
+        """Take out what was written so far, all of it of space 0: {window: (mask, chunk)}.
+
+        It makes a draft; `keep_draft` takes what holds of that.
+        """
+        self._last, self._ordered = (-1, -1), True
+        return self._tables.set_aside()
+
+    def keep_draft(self, draft: Draft, kept: Kept) -> None:
+        """Take these pages of space 0 as the draft has them."""
+        runs = array("Q")
+        for first, last in kept.rows:
+            runs.extend(draft.runs[3 * first : 3 * last])
+        self._tables.keep(0, runs, kept.pieces)
+        self._record_kept(kept.page_count, runs, kept.pieces, 0)
 
     def expect(self, base: Image, windows: Iterable[int]) -> None:
         """These windows of a process may well turn out to be as `base` has them: look there first.

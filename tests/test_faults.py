@@ -86,7 +86,7 @@ def test_dump_killed_at_each_stage(start: Start, lzy: CommandLine, stage: str) -
     """Killed before the image is committed, the process runs on; afterwards it may have ended."""
     program = start("memory_pattern", "16").await_ready()
     status = dump_killed_at(lzy, program, stage)
-    if stage in ("dump.tracked", "dump.split", "dump.resumed"):
+    if stage in ("dump.ahead", "dump.tracked", "dump.split", "dump.resumed"):
         assert status == 0  # Stages of a checkpoint only.
         program.await_end()
         prove_runs_or_is_in_the_image(program, lzy)

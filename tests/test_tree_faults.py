@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 DUMP_STAGES = [stage for stage in STAGES if stage.startswith("dump.")]
 RESTORE_STAGES = [stage for stage in STAGES if stage.startswith("restore.")]
-OF_CHECKPOINTS = ("dump.tracked", "dump.split", "dump.resumed")
+OF_CHECKPOINTS = ("dump.ahead", "dump.tracked", "dump.split", "dump.resumed")
 KILLED = -signal.SIGKILL
 
 slow = pytest.mark.slow

@@ -158,6 +158,12 @@ def rewrite_all(seed: int) -> None:
     ctypes.memset(BASE, seed & 0xFF, PAGES * PAGE_BYTES)
 
 
+def clear(seed: int) -> None:
+    """Write zeros over some windows."""
+    start = random.Random(seed).randrange(PAGES - 200)
+    ctypes.memset(BASE + start * PAGE_BYTES, 0, 200 * PAGE_BYTES)
+
+
 def change_file(seed: int) -> None:
     """Write to pages of a file that is mapped privately, and drop some: the file shows again."""
     pick = random.Random(seed)
@@ -227,12 +233,13 @@ def serve() -> None:
 
 DEEDS: list[Callable[[int], None]] = [
     write, drop, remap, unmap, grow, protect, fork, huge, read_into, rewrite, rewrite_all,
-    change_file, nothing,
+    change_file, clear, nothing,
 ]  # fmt: skip
 FAMILY_DEEDS = [*DEEDS, bear, lose, begin_anew]
 
 
-def main() -> None:
+def lay_out() -> None:
+    """Map and fill what the deeds are done to."""
     # Else the kernel tells the C library, in its memory, which processor it is on: rseq(2).
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     _mmap(BASE, PAGES * PAGE_BYTES)
@@ -240,6 +247,10 @@ def main() -> None:
         _mmap(FILE_BASE, FILE_PAGES * PAGE_BYTES, file.fileno())
     for page in range(0, PAGES, 2):
         ctypes.memset(BASE + page * PAGE_BYTES, page % 255 + 1, PAGE_BYTES)
+
+
+def main() -> None:
+    lay_out()
     os.write(1, b".")
     serve()
 

@@ -218,7 +218,7 @@ def settle(subject: Subject) -> None:
     subject.await_calls({**sleepers, subject.pid: 0})
 
 
-CHECKPOINT_STAGES = ("dump.tracked", "dump.split", "dump.resumed")
+CHECKPOINT_STAGES = ("dump.ahead", "dump.tracked", "dump.split", "dump.resumed")
 
 
 class _Unwell(Exception):

@@ -22,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from deeds import BASE, DEEDS, HUGE_PAGES, PAGES, rewrite, rewrite_all, write
 from oracle import compare_memory, stored_pages
 
-from lzy.checkpoint import doze as engine
 from lzy.checkpoint import capture, proc, tracking
+from lzy.checkpoint import doze as engine
 from lzy.checkpoint.content import (
     CLOSE_BYTES,
     guard_ranges,
@@ -116,20 +116,22 @@ plans = st.lists(
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
-@given(plan=plans, dozed=st.booleans(), copied=st.booleans())
+@given(plan=plans, dozed=st.booleans(), copied=st.booleans(), ahead=st.booleans())
 def test_every_checkpoint_equals_the_memory(
     tmp_path_factory: pytest.TempPathFactory,
     monkeypatch: pytest.MonkeyPatch,
     plan: list[tuple[int, int, bool]],
     dozed: bool,
     copied: bool,
+    ahead: bool,
 ) -> None:
     """Whatever a process does to its memory between checkpoints, none of it is missed.
 
-    `copied`: what it wrote is copied while it stands still, however much and small that is.
+    `copied`: what it wrote is copied while it stands still, however much that is; `ahead`: the
+    first image is read ahead.
     """
-    monkeypatch.setattr(capture, "_CLONE_ABOVE_S", 0.0 if copied else math.inf)
-    monkeypatch.setattr(capture, "_COPY_PART", 1)
+    monkeypatch.setattr(capture, "_CLONE_LOOKS", math.inf if copied else 0)
+    monkeypatch.setattr(capture, "LEAST_AHEAD_BYTES", 0 if ahead else math.inf)
     folder = tmp_path_factory.mktemp("subject")
     monkeypatch.setenv("LZY_HOME", str(folder / "home"))
     subject = Subject(folder)

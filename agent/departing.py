@@ -124,7 +124,9 @@ class Departures:
                           "apart": not answer["shared"], "why": why[:500],
                           "was_living": living, "wake": living or wake}  # fmt: skip
                 if session.is_living:
-                    await self._stop(session, target, moving, actor_uid, progress, report)
+                    stopped_s = await self._stop(
+                        session, target, moving, actor_uid, progress, report
+                    )
                 if session.record.moving.get("step") != ASKED:
                     agent.update(session, moving={**moving, "step": ASKED})
         except BaseException:
@@ -212,8 +214,11 @@ class Departures:
         actor_uid: int | None,
         progress: Progress | None,
         report: dict[str, Any],
-    ) -> None:
-        """Dump it to its end; if that fails, it runs on and is not on its way any more."""
+    ) -> float:
+        """Dump it to its end; if that fails, it runs on and is not on its way any more.
+
+        Answers since when it stands still (CLOCK_MONOTONIC).
+        """
         agent = self._agent
         agent.update(session, moving={**moving, "step": STOPPING})
         reach("move.stopping")
@@ -229,6 +234,7 @@ class Departures:
             raise LzyError(f"session {session.record.name} did not stop")
         report["last_bytes"] = done.get("stored_bytes", 0)
         reach("move.stopped")
+        return float(done["frozen_at_s"])
 
     # -- what came of it ---------------------------------------------------------------------
 

@@ -103,6 +103,8 @@ class DumpReport(NamedTuple):
     raw_bytes: int
     stored_bytes: int
     freeze_s: float
+    frozen_at_s: float
+    """When that began (CLOCK_MONOTONIC)."""
     total_s: float
     threads: int
     """Of all processes together."""
@@ -203,6 +205,7 @@ class Capture:
             raw_bytes=summary.raw_bytes,
             stored_bytes=summary.stored_bytes,
             freeze_s=self.freeze_s,
+            frozen_at_s=self.frozen_at,
             total_s=time.monotonic() - began,
             threads=sum(len(subject.threads) for subject in self.tree),
             processes=len(self.tree),

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.errors import Busy, Incompatible, LzyError, NotFound
-from ..checkpoint.kept import screen_path
 from ..checkpoint.stages import reach
 from ..checkpoint.store import Store
 from .authority import node_subject
@@ -21,6 +20,7 @@ from .moving import CARRIED, LONGEST_PAUSE_S, PAUSE_S, OtherNode
 from .operations import FETCH, PREPARE, WAKE, Order
 from .session import Session
 from .state import ACCEPTED, ACCEPTING, HIBERNATED, OFFERED, REFUSED, Arrival, Record
+from .terminal.afar import put_screen
 
 if TYPE_CHECKING:
     from .node import Agent
@@ -122,7 +122,7 @@ class Arrivals:
         session = agent.sessions[record.name] = Session(record)
         reach("move.accepting")
         agent.passages.end(record.name)
-        screen_path(record.name, agent.home).unlink(missing_ok=True)  # an earlier stay's
+        put_screen(record.name, agent.home, str(asked["record"].get("screen", "")))
         report: dict[str, Any] = {}
         failure, follows_bytes = "", 0
         try:

@@ -27,6 +27,8 @@ from .authority import subject_of
 USER_HEADER = "x-lzy-uid"
 MOST_HEAD_BYTES = 16 << 10
 MOST_BODY_BYTES = 64 << 10
+_MOST_OF_NODES_BYTES = 4 << 20
+"""A session that comes from another node brings the screen of its terminal."""
 _MOST_CONNECTIONS = 256
 _PIECE_BYTES = 256 << 10
 _HEAD_WITHIN_S = 30.0
@@ -180,7 +182,8 @@ class Server:
         """Read a request and answer it; whether the connection goes on."""
         try:
             async with asyncio.timeout(_HEAD_WITHIN_S):  # wait_for may lose that we are to end
-                request = await _read(reader, uid, pid)
+                most_bytes = _MOST_OF_NODES_BYTES if peer else MOST_BODY_BYTES
+                request = await _read(reader, uid, pid, most_bytes)
             if request and peer:
                 request = request._replace(peer=peer)
                 user = request.headers.get(USER_HEADER, "")
@@ -205,7 +208,9 @@ class Server:
         return response.lines is None and request.headers.get("connection") != "close"
 
 
-async def _read(reader: asyncio.StreamReader, uid: int, pid: int) -> Request | None:
+async def _read(
+    reader: asyncio.StreamReader, uid: int, pid: int, most_bytes: int
+) -> Request | None:
     """The next request; None when there is none."""
     try:
         head = await reader.readuntil(b"\r\n\r\n")
@@ -230,8 +235,8 @@ async def _read(reader: asyncio.StreamReader, uid: int, pid: int) -> Request | N
     length = headers.get("content-length", "0")
     if not re.fullmatch(r"[0-9]{1,9}", length):
         raise BadRequest(400, "the Content-Length is no number")
-    if int(length) > MOST_BODY_BYTES:
-        raise BadRequest(413, f"a body may have {MOST_BODY_BYTES} bytes")
+    if int(length) > most_bytes:
+        raise BadRequest(413, f"a body may have {most_bytes} bytes")
     body = await reader.readexactly(int(length))
     target = urlsplit(line[2].decode("ascii"))
     query = dict(parse_qsl(target.query, keep_blank_values=True))

@@ -240,6 +240,7 @@ class _Console:
         """Until it is left, or the program has ended. Raises Gone."""
         from ..agent.terminal.frames import RESIZE, pack_json
 
+        window = window_size()
         if self._is_terminal:
             write(b"\x1b[999;1H" + b"\n" * window_size()[0])  # what is here stays, further up
         while True:
@@ -255,8 +256,9 @@ class _Console:
                 told = set(os.read(woken, 512))
                 if told & {signal.SIGTERM, signal.SIGHUP, signal.SIGINT}:
                     return Left("detached", None)
-                rows, columns = window_size()
-                link.send(pack_json(RESIZE, {"rows": rows, "columns": columns}))
+            if window != window_size():  # before what was typed in it
+                window = window_size()
+                link.send(pack_json(RESIZE, {"rows": window[0], "columns": window[1]}))
             if STDIN in ready:
                 typed = os.read(STDIN, 4096)
                 if not typed:

@@ -7,19 +7,22 @@ socket. Whoever listens there then (`passages`) passes them on to the node that 
 from __future__ import annotations
 
 import asyncio
+import base64
+import contextlib
 import os
 import socket
 import time
+import zlib
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...checkpoint.errors import Busy, NotFound
 from ...checkpoint.image import Image
-from ...checkpoint.kept import find_kept
+from ...checkpoint.kept import MOST_SCREEN_BYTES, find_kept, read_screen, screen_path
 from ...checkpoint.store import Store
 from ..state import ENDED, FAILED, HIBERNATED, Record
-from .frames import socket_path
+from .frames import CONTROL, pack_json, socket_path
 from .returning import find_terminal, outside_terminal
 
 if TYPE_CHECKING:
@@ -30,6 +33,7 @@ TERMINAL = "terminal"
 """What stands for a port in the path of a passage."""
 _GOES_WITHIN_S = 60.0
 _LOOKS_EVERY_S = 0.02
+_SAVES_WITHIN_S = 2.0
 
 
 def has_terminal(image: Image) -> bool:
@@ -81,6 +85,36 @@ async def connect_to_terminal(
         return await asyncio.open_unix_connection(str(socket_path(record.name, agent.home)))
     except OSError as error:
         raise Busy(f"no terminal is kept for session {record.name} just now") from error
+
+
+async def take_screen(session: str, home: Path) -> str:
+    """What a session's terminal shows once its program has been ended; empty if nobody knows.
+
+    The image has what it showed when its dump began: the last lines may have come since.
+    """
+    with contextlib.suppress(OSError, TimeoutError, asyncio.IncompleteReadError):
+        reader, writer = await asyncio.open_unix_connection(str(socket_path(session, home)))
+        try:
+            writer.write(pack_json(CONTROL, {"do": "save"}))
+            async with asyncio.timeout(_SAVES_WITHIN_S):
+                await reader.readexactly(1)  # it has
+        finally:
+            writer.close()
+    return base64.b64encode(zlib.compress(read_screen(session, home))).decode()
+
+
+def put_screen(session: str, home: Path, packed: str) -> None:
+    """Have a session that comes show that, or what is in its image; not what an earlier stay left.
+
+    For who has no terminal for it yet.
+    """
+    path = screen_path(session, home)
+    path.unlink(missing_ok=True)
+    with contextlib.suppress(ValueError, zlib.error, OSError):
+        shown = zlib.decompressobj().decompress(base64.b64decode(packed), MOST_SCREEN_BYTES)
+        if shown:
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            path.write_bytes(shown)
 
 
 def _make_for_sleeper(store: Path, record: Record) -> None:

@@ -22,7 +22,7 @@ RESIZE: Final = 3
 REPAINT: Final = 4
 """Paint the screen again."""
 CONTROL: Final = 5
-"""JSON with `do`: hold, state, look, end. Answered by one ANSWER."""
+"""JSON with `do`: hold, save, state, look. Answered by one ANSWER."""
 OUTPUT: Final = 10
 """What the console is to show."""
 TOLD: Final = 11

@@ -161,6 +161,12 @@ class Host:
                 console.send(pack(OUTPUT, mine))
             self._flush(console)
 
+    def _show_rest(self) -> None:
+        """All that a program has printed that is no more."""
+        with contextlib.suppress(OSError):
+            while data := os.read(self._own.master, 65536):
+                self._show(data)
+
     def _digest(self, *, answers: bool = False) -> None:
         """Have the screen take in what was printed; of far too much only the end."""
         output = b"".join(self._backlog)
@@ -514,6 +520,9 @@ class Host:
             self._digest()
             self._save()
             self._pass_input()
+        elif asked["do"] == "save":
+            self._show_rest()
+            self._save()
         elif asked["do"] == "state":
             self._note_state(asked)
         elif asked["do"] == "look":
@@ -558,9 +567,7 @@ class Host:
         """The program has ended for good: leave, once who has started it knows."""
         self._status = status
         self._is_over, self._state = True, "ended"
-        with contextlib.suppress(OSError):
-            while data := os.read(self._own.master, 65536):
-                self._show(data)
+        self._show_rest()
         if self._own.is_awaited:
             self._soon("leave", _AWAITED_S)
         else:

@@ -191,6 +191,33 @@ def test_window_misses_no_line_of_a_move(pair: Pair, tmp_path: Path) -> None:
         Terminals(CommandLine(pair.target.home), pair.target).close()
 
 
+def test_screen_misses_nothing_of_a_move(pair: Pair) -> None:
+    """What a program prints while its last dump is taken is on the screen that comes with it."""
+    code = "import itertools, os, time\nfor n in itertools.count():\n"
+    code += "  print(n, end=' '); time.sleep(0.001)\n  if os.path.exists('stop'): break\n"
+    code += "print('end'); input()"
+    folder = pair.source.home.parent
+    pair.begin()
+    terminals = Terminals(CommandLine(pair.source.home), pair.source)
+    there = Terminals(CommandLine(pair.target.home), pair.target)
+    try:
+        person = terminals.run(
+            f"import os; os.chdir({str(folder)!r})\n{code}", rows=60, columns=250
+        )
+        person.sees(" 99 ")
+        pair.move()
+        assert pair.await_settled()[0] == "target"
+        (folder / "stop").touch()
+        there.await_screen("end")
+        rows = "".join(row.ljust(250) for row in there.look()["screen"])
+        shown = [int(word) for word in rows.partition("end")[0].split()[1:]]
+        assert shown == list(range(shown[0], shown[-1] + 1))
+    finally:
+        pair.close()
+        terminals.close()
+        there.close()
+
+
 def test_key_wakes_it_where_there_is_room(pair: Pair, migrator: Migrator, tmp_path: Path) -> None:
     """A key while its node takes no sessions: another has it, and the key, once.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Iterator
@@ -80,10 +81,11 @@ def test_shell_of_a_node_and_a_program_taken_from_it(trial: Trial, tmp_path: Pat
         person.expect_exact("heard\r\nheard")
         person.send("\x1a")
         person.expect_exact("Stopped")
+        person.expect_exact("%% ")
         person.sendline("fg")
+        person.expect_exact("\ncat")
         person.sendline("again")
-        person.expect_exact("again")
-        person.expect_exact("again")  # once as it was typed, and once from cat
+        person.expect_exact("again\r\nagain")
         person.send("\x03")
         person.expect_exact("%% ")
         person.setwinsize(30, 91)
@@ -91,11 +93,7 @@ def test_shell_of_a_node_and_a_program_taken_from_it(trial: Trial, tmp_path: Pat
         person.expect_exact(">>> ")
         person.sendline("import os; print('at', os.getpid(), *os.get_terminal_size())")
         person.expect(r"at (\d+) 91 30")
-        (pid,) = [
-            pid
-            for pid in map(int, filter(str.isdecimal, os.listdir("/proc")))
-            if _is_called(pid, sys.executable, "-q")
-        ]
+        pid = find_process(lzy.home / "nodes" / "one", sys.executable, "-q")
         lzy.succeed("attach", str(pid), "--name", "calm")
         trial.wait_until(lambda: trial.client.get("/v1/sessions/calm")["image"])
         lzy.succeed("migrate", "calm")
@@ -115,9 +113,12 @@ def test_shell_of_a_node_and_a_program_taken_from_it(trial: Trial, tmp_path: Pat
         person.close(force=True)
 
 
-def _is_called(pid: int, *words: str) -> bool:
-    try:
-        said = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[:-1]
-    except OSError:
-        return False
-    return said == [word.encode() for word in words]
+def find_process(home: Path, *words: str) -> int:
+    """The process of that command which has that home."""
+    for folder in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            said = (folder / "cmdline").read_bytes().split(b"\0")[:-1]
+            facts = (folder / "environ").read_bytes().split(b"\0")
+            if f"LZY_HOME={home}".encode() in facts and said == [w.encode() for w in words]:
+                return int(folder.name)
+    raise AssertionError(f"nobody runs {words}")

@@ -20,7 +20,7 @@ from .moving import CARRIED, LONGEST_PAUSE_S, PAUSE_S, OtherNode
 from .operations import FETCH, PREPARE, WAKE, Order
 from .session import Session
 from .state import ACCEPTED, ACCEPTING, HIBERNATED, OFFERED, REFUSED, Arrival, Record
-from .terminal.afar import put_screen
+from .terminal.afar import put_terminal
 
 if TYPE_CHECKING:
     from .node import Agent
@@ -122,7 +122,7 @@ class Arrivals:
         session = agent.sessions[record.name] = Session(record)
         reach("move.accepting")
         agent.passages.end(record.name)
-        put_screen(record.name, agent.home, str(asked["record"].get("screen", "")))
+        put_terminal(record.name, agent.home, asked["record"].get("terminal") or {})
         report: dict[str, Any] = {}
         failure, follows_bytes = "", 0
         try:

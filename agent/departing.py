@@ -26,7 +26,7 @@ from .moving import (
 from .operations import CHECKPOINT, MIGRATE, VERIFY, WAKE
 from .session import Session
 from .state import ACCEPTED, DOZING, HIBERNATED, REFUSED, RUNNING
-from .terminal.afar import take_screen
+from .terminal.afar import take_terminal
 
 if TYPE_CHECKING:
     from ..checkpoint.image import Image
@@ -139,7 +139,7 @@ class Departures:
         document |= {"requests": requests, "gpu_count": int(requests.get("gpu") or 0)}
         until_s = session.record.hold_until_unix_s  # of our clock, which is not the target's
         document["hold_for_s"] = until_s and max(until_s - agent.state.clock.now_s(), 0.0)
-        document["screen"] = await take_screen(target.name, agent.home)
+        document["terminal"] = await take_terminal(target.name, agent.home)
         answer = {}
         try:
             answer = await target.ask(

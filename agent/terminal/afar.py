@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import json
 import os
 import socket
 import time
@@ -22,8 +23,9 @@ from ...checkpoint.image import Image
 from ...checkpoint.kept import MOST_SCREEN_BYTES, find_kept, read_screen, screen_path
 from ...checkpoint.store import Store
 from ..state import ENDED, FAILED, HIBERNATED, Record
-from .frames import CONTROL, pack_json, socket_path
+from .frames import ANSWER, CONTROL, Frames, pack_json, socket_path
 from .returning import find_terminal, outside_terminal
+from .unread import unread_path
 
 if TYPE_CHECKING:
     from ..node import Agent
@@ -87,34 +89,52 @@ async def connect_to_terminal(
         raise Busy(f"no terminal is kept for session {record.name} just now") from error
 
 
-async def take_screen(session: str, home: Path) -> str:
-    """What a session's terminal shows once its program has been ended; empty if nobody knows.
+async def take_terminal(session: str, home: Path) -> dict[str, str]:
+    """What goes along of the terminal of a session whose program has been ended.
 
-    The image has what it showed when its dump began: the last lines may have come since.
+    `screen`: what it shows; the image has what it showed when its dump began. `unread`: what was
+    typed, and nobody has read.
     """
-    with contextlib.suppress(OSError, TimeoutError, asyncio.IncompleteReadError):
+    unread = ""
+    with contextlib.suppress(OSError, TimeoutError, ValueError, KeyError):
         reader, writer = await asyncio.open_unix_connection(str(socket_path(session, home)))
         try:
             writer.write(pack_json(CONTROL, {"do": "save"}))
             async with asyncio.timeout(_SAVES_WITHIN_S):
-                await reader.readexactly(1)  # it has
+                unread = (await _read_answer(reader))["unread"]
         finally:
             writer.close()
-    return base64.b64encode(zlib.compress(read_screen(session, home))).decode()
+    screen = base64.b64encode(zlib.compress(read_screen(session, home))).decode()
+    return {"screen": screen, "unread": base64.b64encode(unread.encode("latin-1")).decode()}
 
 
-def put_screen(session: str, home: Path, packed: str) -> None:
-    """Have a session that comes show that, or what is in its image; not what an earlier stay left.
+async def _read_answer(reader: asyncio.StreamReader) -> dict[str, Any]:
+    frames = Frames()
+    while data := await reader.read(65536):
+        for kind, content in frames.feed(data):
+            if kind == ANSWER:
+                document: dict[str, Any] = json.loads(content)
+                return document
+    raise OSError("the terminal's keeper has ended")
 
-    For who has no terminal for it yet.
+
+def put_terminal(session: str, home: Path, told: dict[str, Any]) -> None:
+    """Have a session that comes find that, not what an earlier stay left; before it has a terminal.
+
+    Where nothing is told of the screen it is the one in its image.
     """
-    path = screen_path(session, home)
-    path.unlink(missing_ok=True)
-    with contextlib.suppress(ValueError, zlib.error, OSError):
-        shown = zlib.decompressobj().decompress(base64.b64decode(packed), MOST_SCREEN_BYTES)
-        if shown:
-            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            path.write_bytes(shown)
+    for name, path in (
+        ("screen", screen_path(session, home)),
+        ("unread", unread_path(session, home)),
+    ):
+        path.unlink(missing_ok=True)
+        with contextlib.suppress(ValueError, zlib.error, OSError):
+            content = base64.b64decode(str(told.get(name, "")))
+            if name == "screen" and content:
+                content = zlib.decompressobj().decompress(content, MOST_SCREEN_BYTES)
+            if content:
+                path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                path.write_bytes(content)
 
 
 def _make_for_sleeper(store: Path, record: Record) -> None:

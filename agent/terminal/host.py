@@ -43,6 +43,7 @@ from .frames import (
 from .keeper import Holdings, guard
 from .screen import Screen
 from .tokens import QUERY, skim
+from .unread import put_unread, take_unread
 
 _MOST_BACKLOG_BYTES = 512 << 10
 _MOST_INPUT_BYTES = 64 << 10
@@ -80,6 +81,8 @@ class Host:
         self._window_at_hold: tuple[int, int] | None = None
         self._state = state or "running"
         self._is_over = False
+        self._taken = b""
+        """What nobody had read when the session left: should it come back instead."""
         self._unheard = bytearray() if state in ("waking", "hibernated") else None
         """What was printed here before the bridge of a session that came here has followed it."""
         self._screen = _load_screen(holdings)
@@ -326,6 +329,9 @@ class Host:
         before = self._state
         if state == "hibernated" and told.get("moving_to"):
             state = "moving"
+        if self._taken and state in ("waking", *_LIVING):
+            taken, self._taken = self._taken, b""
+            self._show(put_unread(self._own.master, self._own.slave, taken))
         if state == "gone":  # it is looked after no longer, or elsewhere
             if self._has_no_program:
                 self._finish(None)
@@ -522,7 +528,9 @@ class Host:
             self._pass_input()
         elif asked["do"] == "save":
             self._show_rest()
+            self._taken += take_unread(self._own.slave)
             self._save()
+            return {"state": self._state, "unread": self._taken.decode("latin-1")}
         elif asked["do"] == "state":
             self._note_state(asked)
         elif asked["do"] == "look":

@@ -29,6 +29,7 @@ from ...checkpoint.kept import kept_path
 from ...checkpoint.linux import descriptors as kernel
 from ...checkpoint.linux.detached import close_all_but, forget_signals, set_name
 from .frames import socket_path
+from .unread import put_unread, unread_path
 
 _PAUSE_S = 0.2
 
@@ -84,6 +85,7 @@ def main() -> None:
         fcntl.ioctl(holdings.slave, kernel.TCSETS2, base64.b64decode(plan["settings"]))
     window = struct.pack("=HHHH", plan["rows"], plan["columns"], 0, 0)
     fcntl.ioctl(holdings.master, kernel.TIOCSWINSZ, window)
+    _put_unread(holdings)
     holdings.listen()
     holdings.is_awaited = bool(plan.get("is_awaited"))
     if plan.get("command"):
@@ -174,6 +176,15 @@ def _start_program(command: list[str], holdings: Holdings) -> int:
         os.waitpid(pid, 0)
         raise OSError(int(failure), os.strerror(int(failure)))
     return pid
+
+
+def _put_unread(holdings: Holdings) -> None:
+    """Have wait there what waited where the session comes from."""
+    path = unread_path(holdings.session)
+    with contextlib.suppress(OSError):
+        typed = path.read_bytes()
+        path.unlink()
+        put_unread(holdings.master, holdings.slave, typed)
 
 
 def _take_lock(session: str) -> int:

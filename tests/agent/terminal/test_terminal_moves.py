@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,8 @@ from living import CommandLine
 from pair import Pair
 from panes import Pane, begin_tmux
 from people import Terminals
+
+from lzy.checkpoint.errors import LzyError
 
 
 @pytest.fixture
@@ -40,10 +43,12 @@ def numbers(pane: Pane) -> list[int]:
 def test_terminal_moves_with_its_session(pair: Pair) -> None:
     """Screen, settings and window are in the image, and a console that is connected goes along.
 
-    There it leads its session again: Ctrl-C reaches it. And back, with what it printed there.
+    There it leads its session again: Ctrl-C reaches it. And back, with what it printed there. Half
+    a line that the kernel holds comes, too, and is shown once, or not at all where nothing is.
     """
     code = "import os, time; os.system('stty -echo'); print('\\x1b[35mhere\\x1b[0m')\n"
-    code += "while True:\n  try: print('heard', input(), *os.get_terminal_size())\n"
+    code += "while True:\n  try:\n    line = input(); os.system('stty echo')\n"
+    code += "    print('heard', line, *os.get_terminal_size())\n"
     code += "  except KeyboardInterrupt: print('interrupted')\n"
     pair.begin()
     nodes = {
@@ -54,19 +59,23 @@ def test_terminal_moves_with_its_session(pair: Pair) -> None:
         person = nodes["source"].run(code, rows=31, columns=77)
         person.sees("here")
         for to in ("target", "source"):
+            person.types("half a line ")
+            if to == "source":
+                nodes["target"].await_screen("half a line")
             pair.move(to)
             assert pair.await_settled()[0] == to
             assert nodes[to].screen()[0] == "here"
             person.sees("\x1b[0;35mhere")
             person.types(f"at {to}\r")
-            person.sees(f"heard at {to} 77 31")
-            assert f"at {to}" not in nodes[to].screen()  # it does not echo
+            person.sees(f"heard half a line at {to} 77 31")
+            echoes = nodes[to].screen().count(f"half a line at {to}")
+            assert echoes == (1 if to == "source" else 0)  # at first nothing is shown
             person.types("\x03")
             person.sees("interrupted")
             other = nodes[to].person("console", "calm", rows=31, columns=77)
             other.sees("interrupted")
             other.leaves()
-        assert "heard at target 77 31" in nodes["source"].screen()
+        assert "heard half a line at target 77 31" in nodes["source"].screen()
         person.types("\x04")
         assert person.exit_status() == 1
     finally:
@@ -263,3 +272,29 @@ def test_key_wakes_it_where_there_is_room(pair: Pair, migrator: Migrator, tmp_pa
         pair.close()
         terminals.close()
         Terminals(CommandLine(pair.target.home), pair.target).close()
+
+
+@pytest.mark.slow
+def test_refused_move_leaves_what_was_typed(pair: Pair) -> None:
+    """The other node dies over it: the session wakes here, with half a line, shown once."""
+    pair.source.begin()
+    pair.target.begin(kill_at="move.accepting")
+    terminals = Terminals(CommandLine(pair.source.home), pair.source)
+    try:
+        person = terminals.run("print('ready')\nwhile True: print('heard', input())")
+        person.sees("ready")
+        person.types("ha")
+        terminals.await_screen("ha")
+        with contextlib.suppress(LzyError):
+            pair.move()
+        pair.target.await_death()
+        pair.target.begin()
+        assert pair.await_settled()[0] == "source"
+        person.types("lf\r")
+        person.sees("heard half")
+        assert terminals.screen()[-2:] == ["half", "heard half"]
+        person.types("\x04")
+        assert person.exit_status() == 1
+    finally:
+        pair.close()
+        terminals.close()

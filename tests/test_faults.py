@@ -16,13 +16,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 from living import (
     PATIENCE_S,
+    Holds,
     await_end,
     find_failures,
     list_children,
@@ -212,17 +213,19 @@ def await_gone(pid: int) -> None:
         os.sched_yield()
 
 
-def restore_without_pager(program: Program, lzy: CommandLine, sig: int) -> dict[str, Any]:
-    """Restore lazily, and at once send `sig` to the pager and its keeper."""
+def restore_without_pager(program: Program, lzy: CommandLine) -> None:
+    """Restore lazily, and kill pager and keeper before they have brought anything in."""
+    holds = Holds(lzy.home.with_name("holds"))
+    holds.hold("pager.serving")
+    lzy.environment |= holds.environment
     report = lzy.restore(program, "image")
     keepers = pagers_of(report["pager_pid"])
     for pid in keepers:
         with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, sig)
-    if sig == signal.SIGKILL:
-        for pid in keepers:
-            await_end(pid)
-    return report
+            os.kill(pid, signal.SIGKILL)
+    for pid in keepers:
+        await_end(pid)
+    lzy.environment.clear()
 
 
 def pagers_of(pager_pid: int) -> list[int]:
@@ -249,7 +252,7 @@ def test_pager_and_keeper_killed_stall_only(start: Start, lzy: CommandLine) -> N
     """With nobody left the process waits; `lzy pager --resume` lets it go on, unharmed."""
     program = start("memory_pattern", "16").await_ready()
     lzy.dump(program)
-    restore_without_pager(program, lzy, signal.SIGKILL)
+    restore_without_pager(program, lzy)
     refusal = lzy.run("rm", "image", "--store", str(lzy.store))
     assert refusal.returncode == 8, refusal  # Busy: what it waits for is not thrown away.
     program.say("prove")
@@ -262,7 +265,7 @@ def test_pager_killed_again_and_again(start: Start, lzy: CommandLine) -> None:
     """Whoever serves the process is killed while the pattern is compared, ten times over."""
     program = start("memory_pattern", "16").await_ready()
     lzy.dump(program)
-    restore_without_pager(program, lzy, signal.SIGKILL)
+    restore_without_pager(program, lzy)
     program.say("prove")
     for round_number in range(10):
         done = lzy.run("pager", "--resume", str(program.pid), "--json")

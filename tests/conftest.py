@@ -111,7 +111,8 @@ def remove_names(pids: Iterable[int]) -> None:
     """What outlasts the programs that made it: queues and memory called after their pids."""
     libc = ctypes.CDLL(None, use_errno=True)
     for pid in pids:
-        for name in (f"*lzy-test-{pid}-*", f"sem.loky-{pid}-*"):
+        # torch gives what it shares a name for a moment, in which it may be killed.
+        for name in (f"*lzy-test-{pid}-*", f"sem.loky-{pid}-*", f"torch_{pid}_*"):
             for path in Path("/dev/shm").glob(name):
                 if path.is_dir():
                     shutil.rmtree(path)
@@ -158,7 +159,7 @@ def start(tmp_path: Path, nothing_left_behind: None) -> Iterator[Callable[..., P
     finally:
         for program in reversed(started):  # A tracer before what it traces.
             program.close()
-        remove_names(program.child.pid for program in started)
+        remove_names({pid for p in started for pid in (p.child.pid, *p.killed)})
 
 
 @pytest.fixture

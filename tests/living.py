@@ -59,8 +59,11 @@ def end_process(pid: int, pidfd: int) -> None:
     reap(pid)
 
 
-def end_descendants(pid: int, pidfd: int) -> None:
-    """Kill all below a process, which is stopped first: whoever is stopped makes no children."""
+def end_descendants(pid: int, pidfd: int) -> list[int]:
+    """Kill all below a process, which is stopped first: whoever is stopped makes no children.
+
+    Their pids.
+    """
     with contextlib.suppress(ProcessLookupError):
         signal.pidfd_send_signal(pidfd, signal.SIGSTOP)
     stopped: dict[int, int] = {}
@@ -78,6 +81,7 @@ def end_descendants(pid: int, pidfd: int) -> None:
         reap(pid)
         for child in stopped:  # once more: they were others' before, and are ours now
             reap(child)
+        return list(stopped)
     finally:
         for descriptor in stopped.values():
             os.close(descriptor)
@@ -143,6 +147,8 @@ class Program:
             )
         self.pid = self.child.pid
         self.pidfd = os.pidfd_open(self.pid)
+        self.killed: set[int] = set()
+        """Who was ended in the midst of something, here: what they made just then stays."""
 
     @property
     def is_alive(self) -> bool:
@@ -211,7 +217,7 @@ class Program:
 
     def end(self) -> None:
         """End whichever process answers now, with its descendants; it may have gone already."""
-        end_descendants(self.pid, self.pidfd)
+        self.killed |= {self.pid, *end_descendants(self.pid, self.pidfd)}
         end_process(self.pid, self.pidfd)
         self.child.wait(PATIENCE_S)
         reap_orphans()

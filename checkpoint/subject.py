@@ -153,13 +153,9 @@ class Subject:
 
     def look_quickly(self) -> bool:
         """As `look_closely`, unless that takes long."""
-        witness = self.witness
-        if (seen := mapping_flags.look_closely(witness)) is None:
-            if mapping_flags.is_large(witness):
-                return False
-            seen = mapping_flags.look_long(witness)
-        self._seen = lambda: seen
-        return True
+        if seen := mapping_flags.look_closely(self.witness):
+            self._seen = lambda: seen
+        return seen is not None
 
     def settle(self, *, as_seen: bool, knows: bool, goes_on: bool) -> None:
         """What the snapshot, or the stopped process, knows as well as the process did.

@@ -18,7 +18,7 @@ import deeds
 from deeds import BASE, PAGES
 from oracle import compare_memory, stored_pages, untouched
 
-from lzy.checkpoint import ahead, capture, proc, tracking
+from lzy.checkpoint import ahead, capture, mapping_flags, proc, tracking
 from lzy.checkpoint.content import own_page_ranges
 from lzy.checkpoint.dump import dump
 from lzy.checkpoint.errors import NotFound
@@ -77,6 +77,7 @@ def test_what_is_written_meanwhile_is_as_it_was_at_the_stop(
     monkeypatch.setenv("LZY_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(capture, "LEAST_AHEAD_BYTES", 0)
     monkeypatch.setattr(ahead, "_PART", 1)
+    monkeypatch.setattr(mapping_flags, "LARGE_BYTES", 0)
     pick, drafts = random.Random(restless), 0
     with Store.open(tmp_path / "store", create=True) as store:
         for number in range(ROUNDS):

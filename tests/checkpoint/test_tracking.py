@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from deeds import BASE, DEEDS, HUGE_PAGES, PAGES, rewrite, rewrite_all, write
 from oracle import compare_memory, stored_pages
 
-from lzy.checkpoint import capture, proc, tracking
+from lzy.checkpoint import capture, mapping_flags, proc, tracking
 from lzy.checkpoint import doze as engine
 from lzy.checkpoint.content import (
     CLOSE_BYTES,
@@ -131,6 +131,7 @@ def test_every_checkpoint_equals_the_memory(
     first image is read ahead.
     """
     monkeypatch.setattr(capture, "_CLONE_LOOKS", math.inf if copied else 0)
+    monkeypatch.setattr(mapping_flags, "LARGE_BYTES", 0 if copied else 128 << 20)
     monkeypatch.setattr(capture, "LEAST_AHEAD_BYTES", 0 if ahead else math.inf)
     folder = tmp_path_factory.mktemp("subject")
     monkeypatch.setenv("LZY_HOME", str(folder / "home"))

@@ -60,6 +60,7 @@ def read_ahead(pid: int, number: int, writer: ImageWriter, order: Sequence[int])
                 break
     finally:
         source.close()
+    writer.count_anew()
     return Draft(rows, writer.chunk_count, writer.window_pages)
 
 

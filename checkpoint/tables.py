@@ -194,7 +194,7 @@ class ImageTables:
     def set_aside(self) -> dict[int, tuple[int, int]]:
         """Take out what was recorded of space 0: {window address: (mask, chunk)}.
 
-        The chunks stay. Nothing has been read, then: what is used of it is to be kept.
+        The chunks stay, and so do the counts until `count_anew`: what is used is to be kept.
         """
         windows: dict[int, tuple[int, int]] = {}
         with self._lock:
@@ -202,8 +202,12 @@ class ImageTables:
                 for address, mask, owner in struct.iter_unpack("<QQQ", records):
                     windows[address] = mask, owner & CHUNK_MASK
             self._runs.clear()
-            self.raw_bytes = self.zero_bytes = self.repeated_bytes = 0
         return windows
+
+    def count_anew(self) -> None:
+        """Nothing was read, as nothing of it stands; what was stored was."""
+        with self._lock:
+            self.raw_bytes = self.zero_bytes = self.repeated_bytes = 0
 
     def encode_runs(self, *, ordered: bool) -> tuple[bytes, bytes]:
         """The run table and the pieces; call it last, when all chunks have their numbers.

@@ -188,8 +188,12 @@ class ImageWriter:
         self._last, self._ordered = (-1, -1), True
         return self._tables.set_aside()
 
+    def count_anew(self) -> None:
+        """What was set aside does not count as read any more."""
+        self._tables.count_anew()
+
     def keep_draft(self, draft: Draft, kept: Kept) -> None:
-        """Take these pages of space 0 as the draft has them."""
+        """Take these pages of space 0 as the draft has them, of all that was set aside."""
         runs = array("Q")
         for first, last in kept.rows:
             runs.extend(draft.runs[3 * first : 3 * last])

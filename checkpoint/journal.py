@@ -25,6 +25,7 @@ import fcntl
 import json
 import mmap
 import os
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -52,6 +53,7 @@ _FACTS_AT = 128
 _MOST_FACTS_BYTES = _STATUS_AT - _FACTS_AT
 _TEXT_AT = _STATUS_AT + 512
 _MOST_TEXT_BYTES = 2048
+_LEAVES_WITHIN_S = 5.0
 _GROWTH_RECORDS = 4 * 1024
 _LEAST_GROWTH_RECORDS = 512
 _WORDS = MESSAGE_BYTES // 8
@@ -131,14 +133,15 @@ class Journal:
 
         `moved` are ranges whose content, missing or not, has come from elsewhere.
 
-        Raises Busy when a living pager holds the one that is there; a stale one is replaced.
+        Raises Busy when a living pager holds the one that is there, and does not leave within
+        seconds; a stale one is replaced.
         """
         text = json.dumps(facts, separators=(",", ":")).encode()
         if len(text) > _MOST_FACTS_BYTES:
             raise ValueError("the facts of a journal must fit into its header")
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         with contextlib.suppress(NotFound):
-            os.close(_open_locked(path))
+            os.close(_open_locked(path, within_s=_LEAVES_WITHIN_S))
         records = [(PIECE, start, end, shift) for start, end, shift in pieces]
         records += [(MOVED, start, end, 0) for start, end in moved]
         capacity = _area_bytes(len(records))
@@ -398,18 +401,23 @@ def _area_bytes(records: int) -> int:
     return (length + PAGE_BYTES - 1) // PAGE_BYTES * PAGE_BYTES
 
 
-def _open_locked(path: Path) -> int:
+def _open_locked(path: Path, within_s: float = 0.0) -> int:
+    deadline = time.monotonic() + within_s
     try:
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError as error:
         raise NotFound(f"there is no journal {path}", path=str(path)) from error
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(fd)
-        raise Busy(
-            f"journal {path} is held by a living pager",
-            remedy="that pager serves the process; `lzy pager --status` shows how it does",
-            path=str(path),
-        ) from error
-    return fd
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return fd
+        except BlockingIOError as error:
+            if time.monotonic() < deadline:  # its pager is done, and has yet to end
+                time.sleep(0.005)
+                continue
+            os.close(fd)
+            raise Busy(
+                f"journal {path} is held by a living pager",
+                remedy="that pager serves the process; `lzy pager --status` shows how it does",
+                path=str(path),
+            ) from error

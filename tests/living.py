@@ -231,7 +231,8 @@ class Program:
 @functools.cache
 def run_uninterrupted(command: tuple[str, ...], arguments: tuple[str, ...]) -> Any:
     """What the same program answers when it runs to that point in one go."""
-    run = subprocess.run([*command, *arguments], capture_output=True, timeout=100, check=True)
+    words = [*command, *arguments]
+    run = subprocess.run(words, capture_output=True, timeout=4 * PATIENCE_S, check=True)
     return json.loads(run.stdout)
 
 

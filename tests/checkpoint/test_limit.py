@@ -97,14 +97,14 @@ def test_it_is_kept_below_as_it_grows_until_it_ends(dozer: Dozer) -> None:
     keeper.start()
     try:
         for seed in range(3):
-            assert below.wait(20)
+            assert below.wait(60)
             below.clear()
             dozer.do(rewrite, seed * 2 + 3)
             dozer.do(rewrite, seed * 2 + 4)
             dozer.read(BASE, PAGES * PAGE_BYTES)
     finally:
         dozer.child.kill()
-        keeper.join(20)  # a zombie has ended, too
+        keeper.join(60)  # a zombie has ended, too
         dozer.child.wait()
     assert not keeper.is_alive()
     assert len(found[0]) >= 3

@@ -163,7 +163,7 @@ def test_sleeper_moves_with_its_terminal(pair: Pair) -> None:
         person.sees("hibernates; a key wakes it")
         person.types("1\r")
         person.sees("42")
-        assert pair.target.look()["state"] == "running"
+        pair.target.await_state("running")  # the agent hears of it after it has begun to run
     finally:
         pair.close()
         for terminals in nodes.values():

@@ -139,6 +139,16 @@ class Book:
             self.written = tracking.written_ranges(self._subject.pid, self._subject.vmas)
 
     @property
+    def knows_before(self) -> bool:
+        """Whether there is something to hold the process against, and what was written since."""
+        return bool(self.before or self.draft) and self.written is not None
+
+    @property
+    def to_read(self) -> list[Range]:
+        """What may differ from what it is held against, ascending."""
+        return join_ranges([*(self.written or ()), *self.inherited_before])
+
+    @property
     def inherited_before(self) -> list[Range]:
         """What it had from its parent in the image before."""
         found = self.before.document.get("inherited", ()) if self.before else ()
@@ -184,8 +194,7 @@ class Book:
         if self.before is None or self.written is None:
             self.fresh = windows_of(own, window_pages)
             return
-        written = join_ranges([*self.written, *self.inherited_before])
-        self.kept, self.fresh = plan_checkpoint(self.before, own, written, away)
+        self.kept, self.fresh = plan_checkpoint(self.before, own, self.to_read, away)
 
     def describe(self, store: Store, image: str, space: int) -> tracking.Account:
         """The account that began with that image, of which that space is the process."""

@@ -2,8 +2,8 @@
 
 The processes are stopped, asked what only they know, and, when they are to go on, split: a clone,
 frozen at birth, is a copy-on-write snapshot whose memory is written out at leisure while its
-process runs on. If one process has written but little since the image before, that is copied
-instead: to clone the page tables of the whole takes longer, 25 to 40 ms a GiB. Where a snapshot
+process runs on. If they have written but little since the image before, that is copied instead: to
+clone the page tables of the whole takes longer, 25 to 40 ms a GiB. Where a snapshot
 would not cover everything (see `why_no_snapshot`), and when the processes are to end anyway, all
 stay stopped until their image is committed. An image is committed when every byte of it has been
 read back from the store and authenticated; only then is anything ended.
@@ -36,8 +36,9 @@ from .content import (
     intersect,
     join_ranges,
     own_page_ranges,
+    subtract,
 )
-from .errors import KernelError, LzyError, NotFound, StoreUnavailable
+from .errors import KernelError, LzyError, NotFound, StoreUnavailable, Unsupported
 from .fitness import Progress
 from .history import TO_DOZE, next_checkpoint, remember
 from .host import describe_host
@@ -76,6 +77,7 @@ DOCUMENT_FORMAT = 1
 FIRST_MEMBER_SPACE = 1 << 20  # of the image, for the processes behind the first; below: objects
 COPY_LIMIT_BYTES = 512 << 20  # so much shared memory, or of a process that dozes, is copied
 _CLONE_LOOKS = 20  # to clone page tables takes so many times as long as a look at them
+_CLONE_S = 1e-3  # and at least that
 _COPY_S, _COPY_RUN_S, _COPY_BYTES_PER_S = 2e-3, 5e-6, 2e9  # to copy: at least; each run; memory
 _LITTLE = 32  # such a part of the memory is stored sooner than it is looked for in the store
 
@@ -159,8 +161,8 @@ class Capture:
         """Why there is no snapshot, in words; empty if there is one."""
         self.away = Away([], [])
         self._known: set[Subject] = set()  # those whose `ranges` are
-        self.composed: ComposedPages | None = None
-        """What is to be read, if it was copied while the process stood still."""
+        self.composed: dict[Subject, ComposedPages] = {}
+        """What is to be read of each, if it was copied while they stood still."""
         self.runs_on = False
         self.freeze_s = 0.0
         self.written_bytes = 0
@@ -261,19 +263,24 @@ class Capture:
         if not self._is_to_keep_account or self.base or self.doze:
             return
         for subject in self.seen.values():
-            with contextlib.suppress(LzyError, OSError):
-                if book := self.books.open_ahead(subject):
-                    book.protect_ahead()
-        if book := self.books.open_ahead(self.root):
-            resident = int(proc.read_bytes(self.root.witness, "statm").split()[1]) * PAGE_BYTES
-            if resident < LEAST_AHEAD_BYTES or self.obstacle:
-                book.protect_ahead()
-            else:
-                parent = self.session["parent"]
-                order = read_order(self.store.path, parent) if parent else ()
-                with reporting(self.wishes.progress, "writing", writer, resident):
-                    book.read_ahead(writer, order)
+            with contextlib.suppress(NotFound, Unsupported, KernelError, OSError):
+                self._go_ahead_of(subject, writer)
+        self._go_ahead_of(self.root, writer)
         reach("dump.ahead")
+
+    def _go_ahead_of(self, subject: Subject, writer: ImageWriter) -> None:
+        book = self.books.open_ahead(subject)
+        if book is None:
+            return
+        resident = int(proc.read_bytes(subject.witness, "statm").split()[1]) * PAGE_BYTES
+        is_forked = subject is not self.root and proc.shares_with_parent(subject.pid)
+        if resident < LEAST_AHEAD_BYTES or is_forked or self.obstacle:
+            book.protect_ahead()
+            return
+        parent = self.session["parent"] if subject is self.root else None
+        order = read_order(self.store.path, parent) if parent else ()
+        with reporting(self.wishes.progress, "writing", writer, resident):
+            book.read_ahead(writer, order)
 
     # -- while they stand still --------------------------------------------------------------------
 
@@ -367,9 +374,9 @@ class Capture:
         """Take the snapshots and let the processes go on, if they are to and can."""
         if not self.obstacle and self.objects.written_bytes > COPY_LIMIT_BYTES:
             self.obstacle = f"it shares {self.objects.written_bytes >> 20} MiB of memory"
-        if not self.obstacle and (little := self._find_little()) is not None:
+        if not self.obstacle and self._is_little():
             self._settle_all()
-            self._compose(little)
+            self._compose()
             return
         for subject in self.tree:
             self.obstacle = self.obstacle or subject.split()
@@ -381,31 +388,56 @@ class Capture:
         self.objects.copy_written(self.wishes.window_pages)
         self._let_go()
 
-    def _find_little(self) -> list[Range] | None:
-        """What is to be copied, if that takes less time than to clone the process; else None."""
-        root, book = self.root, self.books[self.root]
-        if len(self.tree) > 1 or book.written is None or book.left_out:
-            return None
-        if not (book.before or book.draft):
-            return None
-        began = time.monotonic()
-        root.look_at_pages()
-        looked_s = time.monotonic() - began
-        self._known.add(root)
-        clone_s, written_bytes = _CLONE_LOOKS * looked_s, length_bytes(book.written)
-        copy_s = _COPY_S + _COPY_RUN_S * len(book.written) + written_bytes / _COPY_BYTES_PER_S
-        if copy_s > clone_s or written_bytes > COPY_LIMIT_BYTES or not root.look_quickly():
-            return None
-        return intersect(root.ranges, join_ranges(book.written))
+    def _is_little(self) -> bool:
+        """Whether to copy what is to be read takes less time than to clone the processes."""
+        if not any(mapping_flags.is_large(subject.witness) for subject in self.tree):
+            return False
+        clone_s = copy_s = 0.0
+        copied_bytes = 0
+        for subject in self.tree:
+            book, is_child = self.books[subject], subject is not self.root
+            if book.left_out:
+                return False
+            if is_child and not book.before and proc.shares_with_parent(subject.pid):
+                return False  # what it shares is yet to be found out
+            began = time.monotonic()
+            subject.look_at_pages()
+            clone_s += _CLONE_S + _CLONE_LOOKS * (time.monotonic() - began)
+            self._known.add(subject)
+            changed = subject.ranges
+            if book.knows_before:
+                changed = book.to_read
+                copy_s += _COPY_RUN_S * len(changed)
+                changed = subtract(changed, self.books.find_inherited(subject))
+            copied_bytes += length_bytes(changed)
+            copy_s += _COPY_S + _COPY_RUN_S * len(changed)
+        copy_s += copied_bytes / _COPY_BYTES_PER_S
+        if copy_s > clone_s or copied_bytes > COPY_LIMIT_BYTES:
+            return False
+        if all(subject.look_quickly() for subject in self.tree):
+            return True
+        for subject in self.tree:
+            subject.look_again_later()
+        return False
 
-    def _compose(self, written: list[Range]) -> None:
-        """Copy what was written, and let the process go on."""
-        before = self.books[self.root].before
-        pages = self.root.open_pages()
-        try:
-            self.composed = ComposedPages(pages, written, before)
-        finally:
-            pages.close()
+    def _compose(self) -> None:
+        """Copy what is to be read, and let them go on.
+
+        What a process or its parent has written since the image before they share no more: frames
+        need not be compared.
+        """
+        for subject in self.tree[1:]:
+            subject.take_inherited(self.books.find_inherited(subject))
+        for subject in self.tree:
+            book = self.books[subject]
+            wanted = subject.fresh
+            if book.knows_before:
+                wanted = intersect(wanted, book.to_read)
+            pages = subject.open_pages()
+            try:
+                self.composed[subject] = ComposedPages(pages, wanted, book.before)
+            finally:
+                pages.close()
         self.objects.copy_written(self.wishes.window_pages)
         self._let_go()
 
@@ -427,8 +459,9 @@ class Capture:
             root.source_pid, root.mappings.vmas, interrogate.decode(root.threads[0]["xstate"])
         )
         root.ranges = join_ranges([*root.ranges, *self.away.missing])
-        for subject in self.tree[1:]:
-            subject.find_inherited(self.books.find_inherited(subject))
+        if not self.composed:
+            for subject in self.tree[1:]:
+                subject.find_inherited(self.books.find_inherited(subject))
         ours = [pid for subject in self.tree for pid in (subject.pid, subject.snapshot)]
         describe_named(self.objects, root.start_time, ours)
         reach("dump.writing")
@@ -450,8 +483,9 @@ class Capture:
             writer.expect_objects(base, FIRST_MEMBER_SPACE)
         self._plan(writer)
         self.written_bytes = sum(_pages_bytes(self.books[subject].fresh) for subject in self.tree)
-        if (kept := self.books[root].kept) and self.books[root].draft:
-            self.written_bytes += kept.page_count * PAGE_BYTES
+        for book in (self.books[subject] for subject in self.tree):
+            if book.draft and book.kept:
+                self.written_bytes += book.kept.page_count * PAGE_BYTES
         fresh = self.books[root].fresh
         self.refreshed = [address for address, _ in fresh]
         source = self._open_pages(fresh)
@@ -483,7 +517,7 @@ class Capture:
             except TooScattered:
                 raise NotAsItIs from None
             if book.draft and book.kept:
-                writer.keep_draft(book.draft, book.kept)
+                writer.keep_draft(book.draft, book.kept, space)
             elif book.before and book.kept:
                 kept.append((space, book.before, book.kept))
         if kept:
@@ -491,7 +525,7 @@ class Capture:
 
     def _write_member(self, writer: ImageWriter, subject: Subject) -> None:
         if windows := self.books[subject].fresh:
-            source = subject.open_pages()
+            source = self.composed.get(subject) or subject.open_pages()
             try:
                 writer.add_space(source, windows, space=self.spaces[subject])
             finally:
@@ -501,8 +535,8 @@ class Capture:
         self, fresh: list[tuple[int, int]]
     ) -> ProcessPages | CopiedPages | ComposedPages:
         """Where the memory of the first process is read from."""
-        if self.composed:
-            return self.composed
+        if composed := self.composed.get(self.root):
+            return composed
         pages = self.root.open_pages()
         if self.wishes.leave_running and not self.runs_on:
             return self._copy_or_stay(pages, fresh)

@@ -20,25 +20,27 @@ from .proc import Vma
 
 Range = tuple[int, int]
 
+Places = tuple[list[Vma], list[Range]]
+"""The mappings of a process, and the pages that it has in them; both ascend."""
+
 _CLOSE_BYTES = 1 << 20
 AS_MAPPED = frozenset({"hg", "nh", "nr", "gd", "dp", "mw"})
 """What a mapping has from the start, or before its memory is filled: it must agree."""
 
 
 def find_inherited(
-    frames: memory.Frames,
-    vmas: list[Vma],
-    ranges: list[Range],
-    parent_frames: memory.Frames,
-    parent_vmas: list[Vma],
-    parent_ranges: list[Range],
+    own: Places,
+    parents: Places,
     sure: list[Range],
+    frames: tuple[memory.Frames, memory.Frames] | None = None,
 ) -> list[Range]:
-    """Of the pages `ranges` of a process those that are its parent's. All ascend.
+    """Of the pages of a process those that are its parent's. All ascend.
 
     Both must stand still, or be snapshots. `sure`: where nobody has to look, for they were its
-    parent's before, and neither of the two has written to them.
+    parent's before, and neither of the two has written to them. Elsewhere `frames`, of it and of
+    its parent, tell; without them nothing else is its parent's.
     """
+    (vmas, ranges), (parent_vmas, parent_ranges) = own, parents
     starts = [vma.start for vma in parent_vmas]
     alike = [
         (vma.start, vma.end)
@@ -47,10 +49,12 @@ def find_inherited(
     ]
     candidates = intersect(intersect(ranges, alike), parent_ranges)
     found = intersect(candidates, sure)
+    if frames is None:
+        return join_ranges(found)
     unknown = subtract(candidates, found)
     same: list[Range] = []
     for start, end in _together(unknown):
-        same += memory.same_frames(frames, parent_frames, start, end)
+        same += memory.same_frames(*frames, start, end)
     return join_ranges([*found, *intersect(unknown, join_ranges(same))])
 
 

@@ -52,7 +52,7 @@ def look(pid: int) -> tuple[bytes, list[Vma]]:
     Should the first read the same later, the second still hold, but for what is advised.
     """
     witness = proc.witness(pid)
-    if _is_large(witness):
+    if is_large(witness):
         for _ in range(_ATTEMPTS):  # it may run, and change them in between
             if (told := _told(witness)) is None:
                 break
@@ -69,7 +69,7 @@ def look(pid: int) -> tuple[bytes, list[Vma]]:
 
 def look_closely(pid: int) -> tuple[Flags, dict[str, str]] | None:
     """The flags, and NUMA policies by start, of what stands still; None if that takes long."""
-    if _is_large(pid) and (told := _told(pid)) is not None and not _has_policies(told):
+    if is_large(pid) and (told := _told(pid)) is not None and not _has_policies(told):
         return {one.start: words for one, words in told}, {}
     return None
 
@@ -88,7 +88,8 @@ def _has_policies(told: Iterable[tuple[Mapping, frozenset[str]]]) -> bool:
     return False
 
 
-def _is_large(pid: int) -> bool:
+def is_large(pid: int) -> bool:
+    """Whether the process has so much memory that to read smaps takes long."""
     return int(proc.read_bytes(pid, "statm").split()[1]) * PAGE_BYTES >= LARGE_BYTES
 
 
@@ -110,7 +111,7 @@ def _told(pid: int) -> list[tuple[Mapping, frozenset[str]]] | None:
 
 def _read_smaps(pid: int) -> bytes:
     """/proc/PID/smaps; what it says of numbers that were not known is learnt."""
-    seen = _open() if _is_large(pid) else None
+    seen = _open() if is_large(pid) else None
     if seen is None or seen.mappings is None:
         return proc.read_bytes(pid, "smaps")
     with contextlib.suppress(OSError):

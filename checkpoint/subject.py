@@ -21,7 +21,7 @@ from .content import (
 )
 from .errors import LzyError, NotFound
 from .fitness import Progress, refuse_separate_threads, wait_for_pager
-from .inheritance import find_inherited, open_frames
+from .inheritance import Places, find_inherited, open_frames
 from .linux import memory, process, ptrace
 from .machine import Call
 from .mapped import Mappings, refuse_mappings
@@ -153,9 +153,17 @@ class Subject:
 
     def look_quickly(self) -> bool:
         """As `look_closely`, unless that takes long."""
-        if seen := mapping_flags.look_closely(self.witness):
-            self._seen = lambda: seen
-        return seen is not None
+        witness = self.witness
+        seen = mapping_flags.look_closely(witness)
+        if not seen and not mapping_flags.is_large(witness):
+            seen = mapping_flags.look_long(witness)
+        if found := seen:
+            self._seen = lambda: found
+        return found is not None
+
+    def look_again_later(self) -> None:
+        """Forget what `look_quickly` saw: it is split, and its snapshot is looked at."""
+        self._seen = None
 
     def settle(self, *, as_seen: bool, knows: bool, goes_on: bool) -> None:
         """What the snapshot, or the stopped process, knows as well as the process did.
@@ -199,16 +207,20 @@ class Subject:
             frames = open_frames(self.source_pid)
             try:
                 self.inherited = find_inherited(
-                    frames,
-                    self.mappings.vmas,
-                    self.ranges,
-                    self.parent._frames,
-                    self.parent.mappings.vmas,
-                    self.parent.ranges,
-                    sure,
+                    *self._places(), sure, (frames, self.parent._frames)
                 )
             finally:
                 frames.close()
+
+    def take_inherited(self, sure: list[tuple[int, int]]) -> None:
+        """As `find_inherited`, where nobody looks: all but what is sure is its own."""
+        if self.parent:
+            self.inherited = find_inherited(*self._places(), sure)
+
+    def _places(self) -> tuple[Places, Places]:
+        assert self.parent
+        parent = self.parent
+        return (self.mappings.vmas, self.ranges), (parent.mappings.vmas, parent.ranges)
 
     @property
     def fresh(self) -> list[tuple[int, int]]:

@@ -192,12 +192,14 @@ class ImageWriter:
         """What was set aside does not count as read any more."""
         self._tables.count_anew()
 
-    def keep_draft(self, draft: Draft, kept: Kept) -> None:
-        """Take these pages of space 0 as the draft has them, of all that was set aside."""
+    def keep_draft(self, draft: Draft, kept: Kept, space: int) -> None:
+        """Take these pages of a space as the draft has them, of all that was set aside."""
         runs = array("Q")
         for first, last in kept.rows:
             runs.extend(draft.runs[3 * first : 3 * last])
-        self._tables.keep(0, runs, kept.pieces)
+        if space:
+            runs[2::3] = array("Q", [space << 32 | chunk for chunk in runs[2::3]])
+        self._tables.keep(space, runs, kept.pieces)
         self._record_kept(kept.page_count, runs, kept.pieces, 0)
 
     def expect(self, base: Image, windows: Iterable[int]) -> None:

@@ -6,6 +6,7 @@ Processes fork, exec and end between checkpoints, and all of them write, move an
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 import subprocess
@@ -32,13 +33,14 @@ from deeds import (
 from oracle import compare_memory, stored_pages
 from subjects import in_child
 
-from lzy.checkpoint import capture, proc, tracking
+from lzy.checkpoint import capture, mapping_flags, proc, tracking
 from lzy.checkpoint.compare import compare_images
 from lzy.checkpoint.dump import DumpReport, dump
 from lzy.checkpoint.errors import NotFound
 from lzy.checkpoint.image import Image
 from lzy.checkpoint.linux import PAGE_BYTES
 from lzy.checkpoint.store import Store
+from lzy.checkpoint.subject import Subject
 
 EXAMPLES = int(os.environ.get("LZY_TEST_EXAMPLES", "8"))
 LITTLE_BYTES = 64 * PAGE_BYTES
@@ -185,13 +187,21 @@ plans = st.lists(
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
-@given(plan=plans)
+@given(plan=plans, copied=st.booleans(), ahead=st.booleans())
 def test_every_checkpoint_equals_the_memory_of_all(
     tmp_path_factory: pytest.TempPathFactory,
     monkeypatch: pytest.MonkeyPatch,
     plan: list[tuple[Any, int, int]],
+    copied: bool,
+    ahead: bool,
 ) -> None:
-    """Whoever forks, execs, ends or changes its memory between checkpoints: nothing is missed."""
+    """Whoever forks, execs, ends or changes its memory between checkpoints: nothing is missed.
+
+    `copied`: what they wrote is copied while they stand still; `ahead`: memory is read ahead.
+    """
+    monkeypatch.setattr(capture, "_CLONE_LOOKS", math.inf if copied else 0)
+    monkeypatch.setattr(mapping_flags, "LARGE_BYTES", 0 if copied else 128 << 20)
+    monkeypatch.setattr(capture, "LEAST_AHEAD_BYTES", 0 if ahead else math.inf)
     folder = tmp_path_factory.mktemp("family")
     monkeypatch.setenv("LZY_HOME", str(folder / "home"))
     family = Family(folder)
@@ -230,6 +240,28 @@ def inherited_bytes(family: Family, image: str) -> int:
     with family.store.load(image) as loaded:
         members = loaded.document["members"]
     return sum(end - start for member in members for start, end in member["inherited"])
+
+
+def test_what_little_a_tree_wrote_is_copied(
+    family: Family, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once it is known what they share, none is cloned; not even one that executed a program."""
+    monkeypatch.setattr(capture, "_CLONE_LOOKS", math.inf)
+    monkeypatch.setattr(mapping_flags, "LARGE_BYTES", 0)
+    child, other = family.bear(()), family.bear(())
+    family.do(other, begin_anew)
+    family.checkpoint()
+
+    def split(subject: Subject) -> str:
+        raise AssertionError(f"{subject.pid} is cloned")
+
+    monkeypatch.setattr(Subject, "split", split)
+    for seed in range(3):
+        family.do((), write, seed)
+        family.do(child, write, seed + 3)
+        if seed:
+            family.do(other, write, seed + 6)
+        assert family.checkpoint().base is not None
 
 
 def test_an_idle_tree_has_nothing_to_store(family: Family) -> None:

@@ -34,9 +34,14 @@ def enter(node: str, command: tuple[str, ...]) -> None:
 
 def run_on(node: str, *arguments: str) -> NoReturn:
     """Become `lzy ARGUMENTS` there, on this terminal. Raises NotFound."""
-    code = "from lzy.cli import main; main()"
-    into = way_into(node, sys.executable, "-P", "-c", code, *arguments)
+    into = way_to_run(node, *arguments)
     os.execvp(into[0], into)
+
+
+def way_to_run(node: str, *arguments: str) -> list[str]:
+    """The command that is `lzy ARGUMENTS` there. Raises NotFound."""
+    code = "from lzy.cli import main; main()"
+    return way_into(node, sys.executable, "-P", "-c", code, *arguments)
 
 
 def way_into(node: str, *words: str) -> list[str]:

@@ -34,6 +34,7 @@ _COMES_BACK_WITHIN_S = 5.0
 _MOVES_WITHIN_S = 20.0
 _PAUSE_S = 0.05
 _ANSWERS_WITHIN_S = 0.5
+_MOST_SENT_BYTES = 64 << 10
 _LIVING = ("running", "dozing")
 
 
@@ -53,12 +54,14 @@ class Link:
         self.has_moved = False
         """It is on a terminal of another node, or was."""
         self._frames = Frames()
+        self._sent, self._sent_bytes = b"", 0
+        """The end of what was typed on this connection, and how much it was."""
         self._socket = self._connect()
         self._output: list[bytes] = []
         self._answer: dict[str, Any] = {}
         self._is_greeted = True
         self._typed = bytearray()
-        """On the way to another node: what is to be sent there."""
+        """What is to be sent to who greets us next: on another node, or in a killed one's place."""
         self.state = "" if paints else "running"
         self.since = ""
         """The time of day at which it fell asleep."""
@@ -114,16 +117,19 @@ class Link:
     def type(self, typed: bytes) -> None:
         """Send what was typed, once somebody is there to take it. Raises Gone."""
         if self._is_greeted:
-            self.send(pack(INPUT, typed))
-        else:
-            self._typed += typed
+            try:
+                self._socket.sendall(pack(INPUT, typed))
+                self._sent_bytes += len(typed)
+                self._sent = (self._sent + typed)[-_MOST_SENT_BYTES:]
+                return
+            except OSError:  # what there is still to hear tells why
+                self._is_greeted = False
+        self._typed += typed
 
     def send(self, frame: bytes) -> None:
-        """Send a frame. Raises Gone."""
-        try:
+        """Send a frame, unless nobody is there; `hear` finds out."""
+        with contextlib.suppress(OSError):
             self._socket.sendall(frame)
-        except OSError:
-            self._come_back()
 
     def look(self) -> dict[str, Any]:
         """What the host says of the terminal; empty if it says nothing. Raises Gone."""
@@ -143,7 +149,9 @@ class Link:
             if self.status is None and before in ("migrating", "moving"):
                 self.state, self.has_moved, self.news = "moving", True, ""
                 self._is_greeted = False
-                self._typed += str(told.get("unread", "")).encode("latin-1")
+                lost_bytes = self._sent_bytes - int(told.get("taken_bytes", self._sent_bytes))
+                lost = self._sent[-lost_bytes:] if lost_bytes > 0 else b""
+                self._typed[:0] = str(told.get("unread", "")).encode("latin-1") + lost
                 self._come_back()
                 return
         if self.state == "hibernated" != before:
@@ -155,7 +163,7 @@ class Link:
             typed = bytes(self._typed)
             self._typed.clear()
             if typed:
-                self.send(pack(INPUT, typed))
+                self.type(typed)
 
     def _connect(self) -> socket.socket:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -167,6 +175,7 @@ class Link:
         except OSError:
             sock.close()
             raise
+        self._sent, self._sent_bytes = b"", 0
         return sock
 
     def _come_back(self) -> None:

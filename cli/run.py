@@ -6,8 +6,9 @@ import contextlib
 import fcntl
 import os
 import signal
+import subprocess
 import sys
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import click
 
@@ -18,6 +19,8 @@ from .nodes import complete_node
 from .sessions import list_names, note_lines
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from ..agent.client import Client
 
 
@@ -40,6 +43,7 @@ if TYPE_CHECKING:
 @click.option("--name", metavar="NAME", help="The session's name.  [default: chosen by lzy]")
 @click.option("--detach", "-d", is_flag=True, help="Do not connect to it.")
 @click.option("--node", shell_complete=complete_node, help="Where; of nodes of this machine.")
+@click.option("--awaited", is_flag=True, hidden=True)
 @detach_key_option
 @json_option
 def run(
@@ -47,6 +51,7 @@ def run(
     name: str | None,
     detach: bool,
     node: str | None,
+    awaited: bool,
     detach_key: bytes,
     as_json: bool,
 ) -> None:
@@ -61,7 +66,8 @@ def run(
     from ..checkpoint.home import home
 
     if is_trial(home()):
-        _run_there(Client(), node, name, command, detach, detach_key, as_json)
+        place = _run_there(Client(), node, name, command, detach, as_json)
+        _connect(place.name, detach_key, place.home)
     client = Client(fleet=False)
     taken: set[str] = set()
     if node or is_fleet(home()):
@@ -77,7 +83,7 @@ def run(
         columns=columns,
         settings=_settings(),
         command=list(command),
-        is_awaited=not (detach or as_json),
+        is_awaited=awaited or not (detach or as_json),
     )
     body = {"pid": started.pid, "name": chosen, "checkpoint": False}
     notes: list[str] = []
@@ -98,9 +104,21 @@ def run(
         pairs = [("session", paint(chosen, "bold")), ("process", str(started.pid))]
         say([*facts(pairs), *note_lines(notes), f"lzy console {chosen} connects to it"])
         return
+    _connect(chosen, detach_key)
+
+
+def _connect(session: str, detach_key: bytes, place: Path | None = None) -> NoReturn:
+    """Be its console until it is left."""
     if os.isatty(0) and os.isatty(1) and detach_key:
-        click.echo(f"{chosen}: {name_key(detach_key)} d leaves it running", err=True)
-    sys.exit(leave_word(chosen, connect(chosen, detach_key)))
+        click.echo(f"{session}: {name_key(detach_key)} d leaves it running", err=True)
+    sys.exit(leave_word(session, connect(session, detach_key, place)))
+
+
+class _Place(NamedTuple):
+    """A session that was started, and the home of its node."""
+
+    name: str
+    home: Path
 
 
 def _run_there(
@@ -109,15 +127,17 @@ def _run_there(
     name: str | None,
     command: tuple[str, ...],
     detach: bool,
-    detach_key: bytes,
     as_json: bool,
-) -> NoReturn:
-    """The same on a node of this machine: on `node`, or where most memory is free."""
+) -> _Place:
+    """Start it on a node of this machine: on `node`, or where most memory is free.
+
+    Its console is not there: it would die with the node, and leave this terminal as it was then.
+    """
     from ..agent.client import Client
     from ..agent.trial import node_home
     from ..checkpoint.errors import Busy
     from ..checkpoint.home import home
-    from .enter import run_on
+    from .enter import run_on, way_to_run
 
     nodes = fleet.get("/v1/nodes")["nodes"]
     fit = [n for n in nodes if n["reachable"] and not n["draining"]]
@@ -128,11 +148,15 @@ def _run_there(
     known = [n["name"] for n in nodes]
     if node not in known:
         raise click.BadParameter(f"there is no node {node}, only {', '.join(known)}.")
-    agent = Client(node_home(home(), node))
-    chosen = _choose_name(agent, command, name, list_names(fleet, node))
-    options = ["--name", chosen, "--detach-key", name_key(detach_key).lower() or "none"]
-    options += ["--detach"] * detach + ["--json"] * as_json
-    run_on(node, "run", *options, "--", *command)
+    there = node_home(home(), node)
+    chosen = _choose_name(Client(there), command, name, list_names(fleet, node))
+    words = ["--name", chosen, "--", *command]
+    if detach or as_json:
+        run_on(node, "run", "--detach", *["--json"] * as_json, *words)
+    way = way_to_run(node, "run", "--detach", "--awaited", *words)
+    if status := subprocess.run(way, stdout=subprocess.DEVNULL, check=False).returncode:
+        sys.exit(status)  # it has said why
+    return _Place(chosen, there)
 
 
 def _choose_name(

@@ -21,6 +21,8 @@ class Console:
         """It has said hello, and gets what is printed."""
         self.is_bridge = False
         """It stands in the terminal that the program was taken from, and shows what was there."""
+        self.taken_bytes = 0
+        """How much of what was typed there has come."""
         self.is_behind = False
         """It is so slow that output was left out: it is painted anew when it has caught up."""
         self.holds = False

@@ -54,6 +54,7 @@ _ASK_AGAIN_S = 0.3
 _ASK_FOR_S = 10.0
 _AWAITED_S = 20.0
 _FOLLOWS_WITHIN_S = 60.0
+_GOES_FIRST_S = 1.0
 _LIVING = ("running", "dozing")
 _ENDED = ("ended", "failed")
 
@@ -424,6 +425,7 @@ class Host:
     def _take(self, console: Console, kind: int, content: bytes) -> None:
         if kind == INPUT:
             self._come_forward(console)
+            console.taken_bytes += len(content)
             self._type(content)
         elif kind in (HELLO, RESIZE):
             asked = json.loads(content)
@@ -582,19 +584,28 @@ class Host:
             self._leave()
 
     def _leave(self) -> NoReturn:
-        """Tell how the program ended, and go."""
-        for console in list(self._consoles.values()):
-            if console.is_shown:
-                told = {"state": "ended", "exit_status": self._status}
-                told["leave"] = self._screen.unpaint().decode()
-                if console is self._front:  # it may follow the session to where it is now
-                    told["unread"] = self._input.decode("latin-1")
-                console.send(pack_json(TOLD, told))
+        """Tell how the program ended, and go.
+
+        Whoever is told goes first: a bridge wants the settings that the program has left, and what
+        somebody types who may follow the session must not meet a closed door before the news does.
+        """
+        shown = [console for console in self._consoles.values() if console.is_shown]
+        for console in shown:
+            told = {"state": "ended", "exit_status": self._status}
+            told["leave"] = self._screen.unpaint().decode()
+            told["taken_bytes"] = console.taken_bytes
+            if console is self._front:  # it may follow the session to where it is now
+                told["unread"] = self._input.decode("latin-1")
+            console.send(pack_json(TOLD, told))
             with contextlib.suppress(OSError):
-                console.socket.settimeout(1.0)
+                console.socket.settimeout(_GOES_FIRST_S)
                 console.flush()
-                while console.is_bridge and console.socket.recv(65536):
-                    pass  # it wants the settings that the program has left
+        deadline = time.monotonic() + _GOES_FIRST_S
+        for console in shown:
+            with contextlib.suppress(OSError):
+                while (console.is_bridge or self._status is None) and console.socket.recv(65536):
+                    if time.monotonic() > deadline:
+                        break
         self._save()
         for path in (socket_path(self._own.session), kept_path(self._own.session)):
             path.unlink(missing_ok=True)

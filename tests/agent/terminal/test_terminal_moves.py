@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -298,3 +299,39 @@ def test_refused_move_leaves_what_was_typed(pair: Pair) -> None:
     finally:
         pair.close()
         terminals.close()
+
+
+def test_nothing_that_is_typed_is_lost(pair: Pair) -> None:
+    """Somebody types on while the session goes to another node and back: all arrives, once each."""
+    folder = pair.source.home.parent
+    code = f"import os, tty; os.chdir({str(folder)!r}); tty.setraw(0)\n"
+    code += "file = open('typed', 'wb', 0); print('ready')\nwhile True: file.write(os.read(0, 999))"
+    pair.begin()
+    nodes = [Terminals(CommandLine(s.home), s) for s in pair.services.values()]
+    typed, enough = [], threading.Event()
+
+    def type_on() -> None:
+        while not enough.wait(0.003):
+            person.types(f"{len(typed)} ")
+            typed.append(f"{len(typed)} ")
+
+    person = nodes[0].run(code)
+    hands = threading.Thread(target=type_on)
+    try:
+        person.sees("ready")
+        hands.start()
+        for to in ("target", "source"):
+            pair.move(to)
+            assert pair.await_settled()[0] == to
+        enough.set()
+        hands.join()
+        wanted = "".join(typed)
+        pair.source.wait_until(
+            lambda: len((folder / "typed").read_text()) >= len(wanted), "all has come"
+        )
+        assert (folder / "typed").read_text() == wanted
+    finally:
+        enough.set()
+        pair.close()
+        for terminals in nodes:
+            terminals.close()

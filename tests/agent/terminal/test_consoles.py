@@ -46,7 +46,8 @@ def test_repl_goes_on_in_the_midst_of_a_line(
     """
     service.begin().set()
     person = terminals.person("run", "--name", "calm", "--", sys.executable, "-q")
-    person.sees(">>>")
+    person.sees("leaves it running")
+    terminals.await_screen(">>>")
     person.types("x = 41\r")
     person.types("print('a' * 3, x + ")
     terminals.await_screen("x +")

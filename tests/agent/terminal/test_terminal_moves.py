@@ -147,7 +147,8 @@ def test_sleeper_moves_with_its_terminal(pair: Pair) -> None:
     }
     try:
         person = nodes["source"].person("run", "--name", "calm", "--", sys.executable, "-q")
-        person.sees(">>>")
+        person.sees("leaves it running")
+        nodes["source"].await_screen(">>>")
         person.types("x = 41\rx + ")
         nodes["source"].await_screen("x +")
         pair.source.do("hibernate")

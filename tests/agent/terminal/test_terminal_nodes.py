@@ -32,7 +32,8 @@ def test_programs_are_run_and_reached_from_outside(trial: Trial) -> None:
     lzy = trial.lzy
     begins = ("run", "--node", "one", "--name", "calm", "--", sys.executable, "-q")
     person = Person(lzy, 24, 80, *begins)
-    person.sees(">>>")
+    person.sees("leaves it running")
+    trial.wait_until(lambda: lzy.succeed("console", "calm")["screen"][0].startswith(">>>"))
     person.types("x = 41\rx + ")
     person.sees("x + ")
     refused = lzy.fail("run", "--node", "two", "--name", "calm", "--", "sleep", "9")

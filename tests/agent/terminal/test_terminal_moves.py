@@ -206,7 +206,7 @@ def test_screen_misses_nothing_of_a_move(pair: Pair) -> None:
     """What a program prints while its last dump is taken is on the screen that comes with it."""
     code = "import itertools, os, time\nfor n in itertools.count():\n"
     code += "  print(n, end=' '); time.sleep(0.001)\n  if os.path.exists('stop'): break\n"
-    code += "print('end'); input()"
+    code += "print('\\nend'); input()"
     folder = pair.source.home.parent
     pair.begin()
     terminals = Terminals(CommandLine(pair.source.home), pair.source)

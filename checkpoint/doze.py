@@ -10,7 +10,8 @@ pager takes over, which knows both what is away still and what is to go.
 
 *Guarantees.* A page is dropped only if the kernel's account says, while the process stands still,
 that it is what the committed image has. Dropping a slice and having its faults heard of is one
-list of calls that the process makes by itself: whoever dies, it is done whole or not at all. The
+list of calls that the process makes by itself, its other threads waiting for that inside it:
+whoever dies, it is done whole or not at all, and nobody sees it half done. The
 pager knows all that is to be dropped before the first page goes. Slices go from the highest
 address down: a mapping that grows grows upwards, into what is heard of already, so that nothing
 planned and not yet dropped is ever mistaken for what is there. Where one pager takes over from
@@ -43,6 +44,7 @@ from .linux.detached import take_descriptor
 from .machine import Call
 from .pager import PagerStart, Plan, begin_pager, resume_pager
 from .pages import present_pages
+from .parking import parked, room_bytes
 from .proc import Vma
 from .stages import reach
 from .tracee import Tracee, stopped
@@ -436,7 +438,8 @@ def _drop(
             return 0, time.monotonic() - frozen_at
         unheard = subtract([(vma.start, vma.end) for vma in vmas], plan.heard_of)
         heard = intersect(clean, plan.heard_of)
-        tracee.prepare(arena_bytes=(4 * len(clean) + 4 * len(vmas) + 8) * 192 + 65536)
+        arena_bytes = (4 * len(clean) + 4 * len(vmas) + 8) * 192 + 65536 + room_bytes(tracee)
+        tracee.prepare(arena_bytes=arena_bytes)
         leader = tracee.speaker
         asked = Call(process.SYS_PRCTL, (process.PR_GET_THP_DISABLE, 0, 0, 0, 0))
         no_huge_pages = tracee.run_one(leader, asked)
@@ -460,7 +463,9 @@ def _drop(
         ]
         batch.call(process.SYS_PRCTL, process.PR_SET_THP_DISABLE, no_huge_pages, tolerate=True)
         try:
-            tracee.run(leader, batch)
+            with parked(tracee, leader) as release:
+                release.add_to(batch)
+                tracee.run(leader, batch)
         except KernelError:  # one of the trials failed, and nothing was dropped
             back = Call(process.SYS_PRCTL, (process.PR_SET_THP_DISABLE, no_huge_pages, 0, 0, 0))
             tracee.run_one(leader, back)

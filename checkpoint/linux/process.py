@@ -87,6 +87,10 @@ SYS_CLONE3: Final = 435
 SYS_MSEAL: Final = 462
 SYS_UNSHARE: Final = 272
 SYS_RESTART_SYSCALL: Final = 219
+SYS_FUTEX: Final = 202
+SYS_CLOCK_GETTIME: Final = 228
+FUTEX_WAIT_PRIVATE: Final = 128
+FUTEX_WAKE_PRIVATE: Final = 129
 
 RESTARTED_CALLS: Final = frozenset({7, 35, 202, 230})
 """poll, nanosleep, futex, clock_nanosleep: what restart_syscall(2) goes on with."""

@@ -81,6 +81,7 @@ async def _run(folder: Path) -> None:
         context = server_context(agent_place(folder))
         await server.listen_to_nodes(agent.identity.address, context)
     agent.spawn(watcher.go_rounds())
+    agent.spawn(agent.limits.go_rounds())
     gc.collect()
     gc.freeze()  # what is here now stays: children that are forked need not copy it
     await told.wait()

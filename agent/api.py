@@ -210,6 +210,7 @@ class Api:
         values = _settings(asked["settings"], frozenset(Settings._fields))
         self._agent.state.set(values)
         self._watcher.hurry()
+        self._agent.limits.hurry()
         words = ", ".join(f"{name} {value}" for name, value in values.items())
         self._agent.state.tell("", 0, "set", words, request.uid)
         self._agent.ring()
@@ -298,6 +299,7 @@ class Api:
             self._agent.ring()
             raise
         self._watcher.hurry()
+        self._agent.limits.hurry()
         document = describe_session(self._agent, attached.session)
         return Response(document={"session": document, "notes": attached.notes})
 
@@ -469,9 +471,13 @@ class Api:
         self, request: Request, asked: dict[str, Any], session: Session
     ) -> Response:
         values = _settings(asked["settings"], OF_A_SESSION)
-        words = ", ".join(f"{name} {value}" for name, value in values.items())
+        words = ", ".join(
+            f"{name} {int(value) if name == 'limit_bytes' and value else value}"
+            for name, value in values.items()
+        )
         merged = {**session.record.settings, **values}
         self._agent.update(session, "set", words, request.uid, settings=merged)
+        self._agent.limits.hurry()
         return Response(document={"session": describe_session(self._agent, session)})
 
 

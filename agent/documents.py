@@ -56,6 +56,7 @@ def describe_session(agent: Agent, session: Session) -> dict[str, Any]:
             "hibernate_after_s": settings.hibernate_after_s,
             "notice_s": settings.notice_s,
         },
+        "limit": agent.limits.describe(session),
     }
 
 

@@ -31,15 +31,16 @@ from .children import Children
 from .chronicle import Chronicle
 from .departing import Departures
 from .identity import read_identity
+from .limits import Limits, describe_round
 from .moving import ASKED, BACK, OtherNode
-from .operations import CHECKPOINT, DOZE, HIBERNATE, MIGRATE, ROUSE, WAKE, Order
+from .operations import CHECKPOINT, DOZE, HIBERNATE, LIMIT, MIGRATE, ROUSE, WAKE, Order
 from .passages import Passages, Place
 from .peers import Contacts, split_address
 from .ports import Ports
 from .processes import list_below
 from .repair import find_out
 from .session import Session
-from .settings import Settings, combine
+from .settings import Settings, combine, limit_of
 from .state import (
     ASLEEP,
     DOZING,
@@ -62,7 +63,7 @@ _LEADS_TO: Final = {
     ROUSE: RUNNING,
     WAKE: RUNNING,
 }
-_HEAVY: Final = frozenset({CHECKPOINT, HIBERNATE, DOZE})
+_HEAVY: Final = frozenset({CHECKPOINT, HIBERNATE, DOZE, LIMIT})
 _MOST_WAITING = 8
 _BACKOFF_S, _LONGEST_BACKOFF_S = 60.0, 3600.0
 CALLED: Final = "called"
@@ -90,6 +91,7 @@ class Agent:
         self.arrivals = Arrivals(self)
         self.ports = Ports(self._open_image, self._wake_for)
         self.passages = Passages(self)
+        self.limits = Limits(self)
         self.listening_migrators = 0
         """How many hear of our events as they come: one, or none."""
         self.sessions: dict[str, Session] = {}
@@ -121,6 +123,10 @@ class Agent:
     def settings_of(self, session: Session) -> Settings:
         """The settings that hold for a session."""
         return combine(self.state.settings(), session.record.settings)
+
+    def limit_of(self, record: Record) -> int:
+        """How much anonymous memory a session may have in RAM, in bytes; 0: as much as it likes."""
+        return limit_of(self.settings, record.settings)
 
     # -- beginning and end
 
@@ -243,6 +249,7 @@ class Agent:
         self.ports.release(session.record.name)
         Cgroup.inside(self.home, session.record.name, make=False).dissolve()
         self.sessions.pop(session.record.name, None)
+        self.limits.forget(session.record.name)
         self.ring()
 
     def update(
@@ -351,6 +358,8 @@ class Agent:
             terminal,
             str(self._output(record)) if verb == WAKE else "",
             listeners=self.ports.descriptors(record.name) if verb == WAKE else {},
+            limit_bytes=self.limit_of(record),
+            heat=self.limits.heat_path(record.name),
         )
 
     def _is_needed(self, session: Session, verb: str, image: str) -> bool:
@@ -416,7 +425,8 @@ class Agent:
             raise
         finally:
             session.progress = None
-            session.forgive()
+            if verb != LIMIT:  # which is done to who is at work
+                session.forgive()
         return self._finish(session, order, outcome, actor_uid)
 
     def _finish(
@@ -430,8 +440,10 @@ class Agent:
             reach("operation.recorded")
             return report
         error = errors.revive(outcome["error"])
+        passes = order.verb == LIMIT and isinstance(error, Busy)
+        failure = None if passes else error
         with Store.open(self.store) as store:
-            self._repair(session, store, watched=True, failure=error, order=order)
+            self._repair(session, store, watched=True, failure=failure, order=order)
         if session.record.state == _LEADS_TO.get(order.verb):
             return {}  # it was killed so late that it was done
         raise error
@@ -467,6 +479,9 @@ class Agent:
             changes["state"] = DOZING
         elif verb == ROUSE:
             changes["state"] = RUNNING
+        elif verb == LIMIT:
+            kind = "limited" if order.why else ""
+            words = describe_round(report, order.limit_bytes)
         else:
             kind, words = "woken", f"from {report.get('image') or record.image}"
             changes |= {
@@ -514,6 +529,8 @@ class Agent:
                 "protected_until_unix_s": self.state.clock.now_s() + backoff_s,
             }
             kind, words = "failure", f"cannot {order.verb} it: {failure}"
+        elif order and failure is None and kind == "repaired":
+            kind = ""  # it is tried again, as often as it takes
         if changes or kind:
             self.update(session, kind, words, **changes)
         if session.record.state not in LIVING:

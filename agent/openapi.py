@@ -60,7 +60,7 @@ _SESSION = _object(
     requests=_object(cpu=_NUMBER, memory_bytes=_INTEGER, gpu=_INTEGER, node=_TEXT),
     waiting_since_unix_s=_or_null(_NUMBER), kept_ports={"type": "array", "items": _INTEGER},
     moving_to=_or_null(_TEXT), operation=_or_null(_OBJECT), failure=_or_null(_TEXT),
-    exit_status=_or_null(_INTEGER), settings=_OBJECT,
+    exit_status=_or_null(_INTEGER), settings=_OBJECT, limit=_or_null(_OBJECT),
 )  # fmt: skip
 _NODE = _object(
     name=_TEXT, home=_TEXT, agent_pid=_INTEGER, began_unix_s=_NUMBER, address=_or_null(_TEXT),

@@ -29,6 +29,7 @@ from ..checkpoint.fork import enter_copy
 from ..checkpoint.history import list_numbers, require_image
 from ..checkpoint.host import check_host
 from ..checkpoint.journal import is_held, journal_path
+from ..checkpoint.limit import Heat, release
 from ..checkpoint.lineage import find_lineage, write_lineage
 from ..checkpoint.linux.detached import (
     close_all_but,
@@ -52,9 +53,11 @@ if TYPE_CHECKING:
 
 CHECKPOINT, HIBERNATE, WAKE, DOZE, ROUSE = "checkpoint", "hibernate", "wake", "doze", "rouse"
 MIGRATE, PREPARE, FETCH, VERIFY = "migrate", "prepare", "fetch", "verify"
+LIMIT = "limit"
 _LOCK_PATIENCE_S = 20.0
 _TELL_EVERY_S = 0.2
 _TAKES_DOWN_AFTER_S = 1.0
+_TRIES_AS_IT_IS, _PAUSE_S = 2, 0.1
 
 Report = dict[str, Any]
 
@@ -91,6 +94,12 @@ class Order(NamedTuple):
     """Of a migration: the image that was read and found right just before."""
     listeners: dict[str, int] = {}  # noqa: RUF012 - never changed in place
     """Sockets that were kept for the session while it slept, by address."""
+    limit_bytes: int = 0
+    """How much anonymous memory it may have in RAM; 0: as much as it likes."""
+    heat: Path = Path()
+    """Where is kept what is known of how warm its memory is."""
+    has_room: bool = False
+    """Of a limit: there is room for all of it, should what is away have to come in first."""
 
 
 class Started(NamedTuple):
@@ -309,8 +318,46 @@ def _doze(order: Order, store: Store, teller: _Teller) -> Report:
     return {**report._asdict(), **_image_facts(store, record.name, report.image)}
 
 
+def _limit(order: Order, store: Store, teller: _Teller) -> Report:
+    record = _prepare(order, store)
+    heat = Heat.load(order.heat, record.pid) or Heat(record.pid)
+    tries = _TRIES_AS_IT_IS
+    while True:
+        try:
+            report = release(
+                record.pid,
+                store,
+                order.limit_bytes,
+                heat,
+                name=record.name,
+                spared=record.image,  # as long as the record names it
+                progress=teller.progress,
+            )
+            break
+        except Busy:
+            tries -= 1
+            if tries < 0 or not order.has_room or not dozing.is_dozing(record.pid):
+                raise
+            time.sleep(_PAUSE_S)
+            if not tries:  # it has moved what is away, or has children
+                with contextlib.suppress(NotFound):
+                    dozing.begin_to_rouse(record.pid)
+    heat.save(order.heat)
+    return {**report._asdict(), **_image_facts(store, record.name, report.image)}
+
+
+def away_bytes(record: Record) -> int:
+    """How much of a living session's memory is away, about."""
+    missing = dozing.missing_bytes(record.pid)  # once it was woken, with what was never there
+    return min(missing, record.image_bytes) if missing > 1 else 0  # 1: its pager has yet to leave
+
+
 def _rouse(order: Order, store: Store, teller: _Teller) -> Report:
     record = _prepare(order, store)
+    if order.limit_bytes:
+        there_bytes = dozing.resident_bytes(record.pid)
+        if there_bytes + away_bytes(record) > order.limit_bytes:
+            return {"pid": record.pid}  # what it touches comes
     with contextlib.suppress(NotFound):  # all of it is there already
         dozing.begin_to_rouse(record.pid)
     return {"pid": record.pid}
@@ -329,7 +376,8 @@ def _wake(order: Order, store: Store, teller: _Teller) -> Report:
         kept = find_terminal(record.name, record.owner_uid, image.document)
         options = _options(order._replace(terminal=kept or order.terminal), image)
         options = options._replace(listeners=order.listeners)
-        restorer = Restorer(image, False, None, teller.progress)
+        on_demand = 0 < order.limit_bytes < image.raw_bytes
+        restorer = Restorer(image, False, None, teller.progress, on_demand=on_demand)
         report = restorer.restore("auto", options)
     facts = _image_facts(store, record.name, name)
     start = proc.start_time(report.pid)
@@ -361,6 +409,7 @@ _VERBS = {
     VERIFY: _verify,
     DOZE: _doze,
     ROUSE: _rouse,
+    LIMIT: _limit,
     WAKE: _wake,
 }
 

@@ -29,8 +29,11 @@ class Settings(NamedTuple):
     """So much of what a session that comes wrote last is fetched before it wakes; more follows."""
     forward_s: float = 3600.0
     """So long after their last use the ports of a session that moved lead from here to it."""
+    limit_bytes: float | None = None
+    """What is cold of a session that has more anonymous memory in RAM than this goes."""
 
 
+LEAST_LIMIT_BYTES = 1 << 20
 BOUNDS: dict[str, tuple[float, float]] = {
     "sample_s": (0.05, 3600),
     "doze_after_s": (0, 10 * 365 * 86400),
@@ -43,11 +46,12 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "move_bytes_per_s": (0, 1e12),
     "move_at_once_bytes": (0, 1e12),
     "forward_s": (0, 365 * 86400),
+    "limit_bytes": (LEAST_LIMIT_BYTES, 1 << 50),
 }
-MAY_BE_NEVER = frozenset({"doze_after_s", "hibernate_after_s"})
+MAY_BE_NEVER = frozenset({"doze_after_s", "hibernate_after_s", "limit_bytes"})
 OF_A_SESSION = frozenset(
     {"doze_after_s", "hibernate_after_s", "notice_s", "after_wake_s", "idle_cpu"}
-    | {"idle_bytes_per_s"}
+    | {"idle_bytes_per_s", "limit_bytes"}
 )
 LONGEST_HOLD_S = 30 * 86400
 
@@ -82,3 +86,8 @@ def combine(*layers: Mapping[str, float | None]) -> Settings:
     for layer in layers:
         merged.update((name, value) for name, value in layer.items() if name in Settings._fields)
     return Settings(**merged)
+
+
+def limit_of(node: Settings, own: Mapping[str, float | None]) -> int:
+    """The limit in bytes of a session with settings of its `own` on a node; 0: it has none."""
+    return int(own.get("limit_bytes", node.limit_bytes) or 0)

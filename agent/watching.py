@@ -93,6 +93,8 @@ class Watcher:
         elif session.is_known and session.is_active:
             why = next(verdict for verdict in session.verdicts if verdict.active)
             words = f"{why.probe}: {why.reason}"
+            if not self._agent.limits.has_room(session):
+                words += "; what it touches comes back"
             self._agent.spawn(self._agent.operate(session, ROUSE, why=words))
 
     # -- evictions

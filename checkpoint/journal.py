@@ -373,7 +373,8 @@ def is_held(path: Path) -> bool:
 def read_status(path: Path) -> tuple[dict[str, Any], Status]:
     """Facts and status of a journal, read without locking it. Raises NotFound, Damaged."""
     try:
-        head = path.read_bytes()[:_AREAS_AT]
+        with path.open("rb", buffering=0) as file:
+            head = file.read(_AREAS_AT)
     except FileNotFoundError as error:
         raise NotFound(f"there is no journal {path}", path=str(path)) from error
     if len(head) < _AREAS_AT or int.from_bytes(head[:8], "little") != _MAGIC:

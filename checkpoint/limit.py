@@ -17,8 +17,11 @@ Of what is left the next in order of address goes, like the hand of a clock.
 from __future__ import annotations
 
 import contextlib
+import json
+import os
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from . import proc, tracking
@@ -42,7 +45,7 @@ _AIM = 0.85  # of the limit is left in memory, so that not every page that comes
 _LEAST_BYTES = 1 << 20
 _COLD = 0.02  # of the pages of a mapping, touched between two rounds
 _ROUNDS_WARM = 4  # for so many rounds what came back is thought to be needed
-_LOOKS_UNTIL_SETTLED = 5
+LOOKS_UNTIL_SETTLED = 5
 _CLUSTER_BYTES = 16 * PAGE_BYTES  # as they come back
 
 Range = tuple[int, int]
@@ -51,6 +54,7 @@ Range = tuple[int, int]
 class Round(NamedTuple):
     """One time that memory went; sizes in bytes, times in seconds."""
 
+    image: str
     resident_before_bytes: int
     resident_after_bytes: int
     dropped_bytes: int
@@ -72,6 +76,35 @@ class Heat:
         self._written: list[Range] = []
         self._cold: list[Range] = []
         self.came_back_bytes = 0
+
+    @classmethod
+    def load(cls, path: Path, pid: int) -> Heat | None:
+        """What `save` wrote of this very process; None where it did not, or no more to be read."""
+        heat = cls(pid)
+        try:
+            told = json.loads(path.read_bytes())
+            if told["process"] != [pid, proc.start_time(pid)]:
+                return None
+            heat._hand = int(told["hand"])
+            heat._gone = _as_ranges(told["gone"])
+            heat._back = [_as_ranges(back) for back in told["back"]]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return heat
+
+    def save(self, path: Path) -> None:
+        """Keep in `path` what the next round, be it another's, is to know. Loses it if it must."""
+        told = {
+            "process": [self._pid, proc.start_time(self._pid)],
+            "hand": self._hand,
+            "gone": self._gone,
+            "back": self._back,
+        }
+        beside = path.with_suffix(".new")
+        with contextlib.suppress(OSError):  # it is only about which memory is warm
+            path.parent.mkdir(mode=0o700, exist_ok=True)
+            beside.write_text(json.dumps(told))
+            os.replace(beside, path)
 
     def look(self) -> None:
         """See what was written, read and brought back since the last round, which then begins anew.
@@ -135,6 +168,10 @@ class Heat:
             self._hand = end
 
 
+def _as_ranges(told: list[list[int]]) -> list[Range]:
+    return join_ranges((int(start), int(end)) for start, end in told)
+
+
 def _length(ranges: list[Range]) -> int:
     return sum(end - start for start, end in ranges)
 
@@ -170,7 +207,7 @@ def keep_below(
                 done = release(pid, store, limit_bytes, heat, name=name, progress=progress)
                 rounds.append(done)
                 note(done)
-                unsettled = _LOOKS_UNTIL_SETTLED
+                unsettled = LOOKS_UNTIL_SETTLED
             elif unsettled:
                 unsettled -= 1
                 heat.settle()
@@ -197,9 +234,13 @@ def release(
     heat: Heat,
     *,
     name: str | None = None,
+    spared: str = "",
     progress: Progress | None = None,
 ) -> Round:
-    """One round: the coldest goes, until less than the limit is left. Raises what a doze raises."""
+    """One round: the coldest goes, until less than the limit is left. Raises what a doze raises.
+
+    Checkpoints before its own that were taken for the limit alone are removed, but for `spared`.
+    """
     heat.look()
     wanted_bytes = max(resident_bytes(pid) - int(_AIM * limit_bytes), _LEAST_BYTES)
     report: DozeReport = doze(
@@ -212,8 +253,9 @@ def release(
     )
     # Ours: what was read for the checkpoint counts as touched.
     memory.clear_access_bits(proc.witness(pid))
-    _remove_earlier(store, report.image)
+    _remove_earlier(store, report.image, spared)
     return Round(
+        report.image,
         report.resident_before_bytes,
         report.resident_after_bytes,
         report.dropped_bytes,
@@ -224,11 +266,13 @@ def release(
     )
 
 
-def _remove_earlier(store: Store, image: str) -> None:
+def _remove_earlier(store: Store, image: str, spared: str) -> None:
     """Remove the checkpoints before `image` that were taken for the limit alone."""
     session, number = split_name(image)
     for checkpoint in read_log(store, session):
-        if checkpoint.number < number and checkpoint.why == WHY:
+        if checkpoint.number >= number or checkpoint.image == spared:
+            continue
+        if checkpoint.why == WHY:
             with contextlib.suppress(LzyError):  # a pager has it open still
                 if not who_waits(store.path, checkpoint.image):
                     store.remove(checkpoint.image)

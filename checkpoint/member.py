@@ -46,6 +46,8 @@ class Member(MemberMemory):
         """`image`: of this process by itself (`Image.member`), or of all if it is the first."""
         super().__init__(image, brought)
         self.eager = eager
+        self.on_demand = False
+        """Of its memory only what is touched comes, until somebody has the rest brought in."""
         self.number: int = self.document["pid"]
         self.table: dict[str, Any] = self.document["descriptors"]
         self.parent: Member | None = None
@@ -441,6 +443,7 @@ class Member(MemberMemory):
             image=self.image.name,
             ranges=[(vma["start"], vma["end"]) for vma in self.lazy],
             harbour_numbers=self.harbour or None,
+            on_demand=self.on_demand,
         )
         pidfd = os.pidfd_open(self.pid)
         try:

@@ -98,8 +98,15 @@ class Restorer:
     """One restore; its methods are its steps, in order."""
 
     def __init__(
-        self, image: Image, eager: bool, session: str | None, progress: Progress | None
+        self,
+        image: Image,
+        eager: bool,
+        session: str | None,
+        progress: Progress | None,
+        *,
+        on_demand: bool = False,
     ) -> None:
+        """`on_demand`: the first process gets only what it touches, until it is roused."""
         self.began = time.monotonic()
         self.image = image
         self.eager = eager
@@ -109,6 +116,7 @@ class Restorer:
         self.brought = Brought()
         self.notes = self.brought.notes
         self.root = Member(image, self.brought, eager=eager)
+        self.root.on_demand = on_demand
         self.members = [self.root]
         self.objects: list[int] = []
         self.segments: Segments | None = None
@@ -147,7 +155,13 @@ class Restorer:
             if not number or pid_namespace != "auto":
                 raise
             self.image.forget_document()
-            again = Restorer(self.image, self.eager, self.session, self.progress)
+            again = Restorer(
+                self.image,
+                self.eager,
+                self.session,
+                self.progress,
+                on_demand=self.root.on_demand,
+            )
             again.notes.append(_lives_apart(number))
             return again._make("new", options)
 

@@ -26,6 +26,7 @@ COMMANDS = (
     ("migrator", "fleet", "Run the migrator of a fleet alone."),
     ("hold", "holding", "Do not doze or hibernate a session for a while."),
     ("release", "holding", "Hold a session no longer."),
+    ("limit", "limit", "Hold a session to so much memory."),
     ("why", "sessions", "Tell why a session is, or is not, considered idle."),
     ("signal", "holding", "Send a session's process a signal."),
     ("events", "events", "Tell what happened to sessions."),

@@ -14,6 +14,7 @@ import click
 from .arguments import complete_pid, json_option
 from .durations import Duration
 from .layout import facts, paint, say, say_json
+from .limit import Limit
 from .sessions import choose, list_names, name_argument, note_lines
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ def _complete(ctx: click.Context, parameter: click.Parameter, typed: str) -> lis
 @click.option(
     "--hibernate-after", type=Duration(never=True), help="Idle this long, it is hibernated."
 )
+@click.option("--limit", type=Limit(), help="Hold it to so much memory, as lzy limit does.")
 @click.option(
     "--take-terminal/--leave-terminal",
     default=None,
@@ -65,6 +67,7 @@ def attach(
     take_terminal: bool | None,
     doze_after: float | None,
     hibernate_after: float | None,
+    limit: int | None,
     as_json: bool,
 ) -> None:
     """Have a running process looked after: it becomes a session.
@@ -76,6 +79,7 @@ def attach(
 
     given = {"doze_after_s": doze_after, "hibernate_after_s": hibernate_after}
     settings = {n: None if v == float("inf") else v for n, v in given.items() if v is not None}
+    settings |= {} if limit is None else {"limit_bytes": limit or None}
     if name == "":
         raise click.BadParameter("a session needs a name, or leave --name out.")
     pid = find_process(process)

@@ -16,6 +16,7 @@ from .stores import open_store
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
 
+    from ..agent.client import Client
     from ..checkpoint.doze import DozeReport
     from ..checkpoint.store import Store
 
@@ -76,7 +77,8 @@ def doze(
     touched. The process keeps its pid, threads, descriptors and terminal, and notices nothing but
     that what it has not touched for a while takes a moment.
 
-    With --limit only what is cold goes, again and again as it grows, until it ends or Ctrl-C.
+    With --limit only what is cold goes, again and again as it grows, until it ends or Ctrl-C. A
+    session that is looked after is held to that by its agent from then on, as by lzy limit.
     """
     from ..checkpoint import doze as engine
     from ..checkpoint.fork import enter_copy
@@ -84,7 +86,11 @@ def doze(
 
     if once and limit is None:
         raise click.UsageError("--once goes with --limit.")
-    if limit is None and store is None and (report := _ask_agent(process)):
+    if store is None and (client := _find_agent(process)):
+        if limit is not None:
+            _have_limit_kept(process, limit, once, as_json)
+            return
+        report = _ask_agent(client, process)
         say_json(as_document(report)) if as_json else say(describe(report))
         return
     opened = open_store(store, create=True)
@@ -104,12 +110,10 @@ def doze(
         say(describe(report))
 
 
-def _ask_agent(process: str) -> DozeReport | None:
-    """Have the agent do it, which is to know of it, if it looks after a session of that name."""
+def _find_agent(process: str) -> Client | None:
+    """Who is to do it, and to know of it: an agent that looks after a session of that name."""
     from ..agent.client import Client, NoAgent
-    from ..checkpoint.doze import DozeReport
-    from ..checkpoint.errors import Busy, NotFound
-    from .progress import ProgressLine
+    from ..checkpoint.errors import NotFound
 
     if process.isdecimal():
         return None
@@ -118,6 +122,29 @@ def _ask_agent(process: str) -> DozeReport | None:
         client.get(client.session(process))
     except (NoAgent, NotFound):
         return None
+    return client
+
+
+def _have_limit_kept(session: str, limit_bytes: int, once: bool, as_json: bool) -> None:
+    """`--limit` of a session that an agent looks after: a standing one."""
+    from .limit import describe_limit, set_limit
+
+    if once:
+        raise click.UsageError(f"An agent holds {session} to its limit; leave --once out.")
+    limited = set_limit(session, limit_bytes)
+    if as_json:
+        say_json(describe_limit(limited))
+    else:
+        words = f"its agent keeps {session} below {size(limit_bytes)} from now on"
+        say([f"{words}; lzy limit {session} none ends that"])
+
+
+def _ask_agent(client: Client, process: str) -> DozeReport:
+    """Have the agent do it."""
+    from ..checkpoint.doze import DozeReport
+    from ..checkpoint.errors import Busy
+    from .progress import ProgressLine
+
     try:
         with ProgressLine() as line:
             answer = client.work(client.session(process, "doze"), {}, line.update)

@@ -158,6 +158,8 @@ def _remark(session: dict[str, Any], now: float) -> str:
         return f"held for {spell(max(until - now, 1))}"
     if session["state"] in ("hibernated", "ended"):
         return f"for {spell(max(now - session['since_unix_s'], 1))}"
+    if limit := session.get("limit"):
+        return f"limit {size(limit['limit_bytes'])}"
     return ""
 
 
@@ -176,6 +178,7 @@ def why(name: str | None, as_json: bool) -> None:
     from ..migrator.fleet import Look, Member
     from ..migrator.idleness import next_step
     from ..migrator.reading import read_session, read_settings
+    from .limit import spell_limit
 
     client = Client()
     document = client.get(f"{client.session(choose(client, name))}?look=1")
@@ -187,7 +190,7 @@ def why(name: str | None, as_json: bool) -> None:
     if as_json:
         due = None if step.due_s == float("inf") else step.due_s
         next_ = {"action": step.action or None, "due_unix_s": due, "why": step.why}
-        keys = ("name", "state", "idle_for_s", "verdicts", "hold_until_unix_s", "failure")
+        keys = ("name", "state", "idle_for_s", "verdicts", "hold_until_unix_s", "failure", "limit")
         say_json({**{key: document[key] for key in keys}, "next": next_})
         return
     lines = [f"{paint(document['name'], 'bold')} is {document['state']}"]
@@ -208,6 +211,10 @@ def why(name: str | None, as_json: bool) -> None:
         pairs.append(("idle for", spell(document["idle_for_s"])))
     if until := document["hold_until_unix_s"]:
         pairs.append(("held for", spell(max(until - time.time(), 1))))
+    if document["pid"] and (limit := document.get("limit")):
+        pairs.append(("limit", spell_limit(limit)))
+        if limit["obstacle"]:
+            pairs.append(("not kept", paint(limit["obstacle"], "yellow")))
     if step.action and step.due_s != float("inf"):
         pairs.append(("next", f"{step.action} in {duration(later_s) if later_s else 'a moment'}"))
     else:

@@ -14,6 +14,7 @@ class Size(click.ParamType[int]):
     """A size in bytes; units are binary, `B` and `iB` may follow."""
 
     name = "SIZE"
+    spelling = "500M or 2G"
 
     def convert(
         self, value: object, parameter: click.Parameter | None, ctx: click.Context | None
@@ -22,5 +23,5 @@ class Size(click.ParamType[int]):
             return value
         spelled = _SPELLING.fullmatch(str(value))
         if not spelled:
-            self.fail(f"{value!r} is no size; write it as 500M or 2G", parameter, ctx)
+            self.fail(f"{value!r} is no size; write it as {self.spelling}", parameter, ctx)
         return int(float(spelled[1]) * 1024 ** _UNITS[spelled[2].lower()])

@@ -77,8 +77,8 @@ DOCUMENT_FORMAT = 1
 FIRST_MEMBER_SPACE = 1 << 20  # of the image, for the processes behind the first; below: objects
 COPY_LIMIT_BYTES = 512 << 20  # so much shared memory, or of a process that dozes, is copied
 _CLONE_LOOKS = 20  # to clone page tables takes so many times as long as a look at them
-_CLONE_S = 1e-3  # and at least that
-_COPY_S, _COPY_RUN_S, _COPY_BYTES_PER_S = 2e-3, 5e-6, 2e9  # to copy: at least; each run; memory
+_CLONE_S = 2.5e-3  # and that besides
+_COPY_S, _COPY_RUN_S, _COPY_BYTES_PER_S = 1.2e-3, 5e-6, 2e9  # to copy: at least; each run; memory
 _LITTLE = 32  # such a part of the memory is stored sooner than it is looked for in the store
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import os
+from collections.abc import Sequence
 from typing import Any
 
 from . import machine, mapping_flags, proc
@@ -237,6 +238,32 @@ def _future_locks(tracee: Tracee) -> int:
         if vma.start <= tracee.arena < vma.end and "lo" in vma.flags:
             return memory.MCL_FUTURE | (memory.MCL_ONFAULT if "lf" in vma.flags else 0)
     return 0
+
+
+def ask_policies(tracee: Tracee, starts: Sequence[int]) -> dict[str, str]:
+    """The NUMA policies of the mappings that start there, as /proc/PID/numa_maps words them."""
+    batch = tracee.batch()
+    asked = []
+    for start in starts:
+        mode, nodes = batch.room(4), batch.room(layouts.NODEMASK_BITS // 8)
+        number = batch.call(
+            process.SYS_GET_MEMPOLICY,
+            mode,
+            nodes,
+            layouts.NODEMASK_BITS,
+            start,
+            process.MPOL_F_ADDR,
+            tolerate=True,
+        )
+        asked.append((start, number, mode, nodes))
+    tracee.run(tracee.speaker, batch)
+    found: dict[str, str] = {}
+    for start, number, mode, nodes in asked:
+        if batch.results[number] == 0:
+            mask = batch.read(nodes, layouts.NODEMASK_BITS // 8)
+            if words := layouts.name_policy(layouts.unpack_s32(batch.read(mode, 4)), mask):
+                found[f"{start:x}"] = words
+    return found
 
 
 def describe_inherited(pid: int) -> dict[str, Any]:

@@ -25,6 +25,7 @@ LARGE_BYTES = 128 << 20
 """Of less memory smaps takes no longer than to begin to read the list."""
 _MANY_SIZES = "ht"  # of huge pages that are set aside: only smaps tells how large they are
 _ATTEMPTS = 3
+_MOST_PLACES = 200
 
 Flags = dict[int, frozenset[str]]
 """The flags of mappings by where they start"""
@@ -67,11 +68,33 @@ def look(pid: int) -> tuple[bytes, list[Vma]]:
     return proc.places_in(details), proc.look_up(witness, proc.parse_mappings(details))
 
 
-def look_closely(pid: int) -> tuple[Flags, dict[str, str]] | None:
-    """The flags, and NUMA policies by start, of what stands still; None if that takes long."""
-    if is_large(pid) and (told := _told(pid)) is not None and not _has_policies(told):
-        return {one.start: words for one, words in told}, {}
-    return None
+def look_closely(
+    pid: int, policies: dict[str, str] | None = None
+) -> tuple[Flags, dict[str, str]] | None:
+    """The flags, and NUMA policies by start, of what stands still; None if that takes long.
+
+    `policies`: as the process itself has told them (see `find_places_of_policies`).
+    """
+    if not is_large(pid) or (told := _told(pid)) is None:
+        return None
+    if policies is None:
+        if _has_policies(told):
+            return None
+        policies = {}
+    return {one.start: words for one, words in told}, policies
+
+
+def find_places_of_policies(pid: int) -> list[int] | None:
+    """Where there may be NUMA policies, of what stands still; None if that takes long.
+
+    numa_maps tells them as well, but counts every page for it. With more than one node to choose
+    from, shared memory may have some that do not stand in the list.
+    """
+    if not is_large(pid) or (told := _told(pid)) is None:
+        return None
+    several = _may_choose_nodes()
+    found = [one.start for one, words in told if one.policy or (several and "sh" in words)]
+    return found if len(found) <= _MOST_PLACES else None
 
 
 def look_long(pid: int) -> tuple[Flags, dict[str, str]]:
@@ -80,9 +103,11 @@ def look_long(pid: int) -> tuple[Flags, dict[str, str]]:
 
 
 def _has_policies(told: Iterable[tuple[Mapping, frozenset[str]]]) -> bool:
-    """Whether there may be NUMA policies; where there are nodes to choose from, numa_maps tells."""
-    if any(one.policy for one, _ in told):
-        return True
+    """Whether there may be NUMA policies."""
+    return any(one.policy for one, _ in told) or _may_choose_nodes()
+
+
+def _may_choose_nodes() -> bool:
     with contextlib.suppress(OSError):
         return proc.read_file("/sys/devices/system/node/has_memory").strip() != b"0"
     return False

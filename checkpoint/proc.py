@@ -389,8 +389,12 @@ def memory_policies(pid: int) -> dict[str, str]:
         lines = read_bytes(pid, "numa_maps").decode("utf-8", "surrogateescape").splitlines()
     except NotFound:  # a kernel without CONFIG_NUMA
         return {}
-    fields = (line.split(" ", 2) for line in lines)
-    return {start: policy for start, policy, *_ in fields if policy != "default"}
+    fields = (line.replace("prefer (many)", "prefer_many").split(" ", 2) for line in lines)
+    return {
+        start: policy.replace("prefer_many", "prefer (many)")
+        for start, policy, *_ in fields
+        if policy != "default"
+    }
 
 
 LIMIT_NAMES = (

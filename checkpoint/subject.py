@@ -58,6 +58,7 @@ class Subject:
         self.threads: list[dict[str, Any]] = []
         self.own: dict[str, Any] = {}
         self.policies: dict[str, str] = {}
+        self._told_policies: dict[str, str] | None = None  # by itself, if that is quicker
         self.ranges: list[tuple[int, int]] = []
         self.inherited: list[tuple[int, int]] = []
         """Of `ranges`: what it shares copy-on-write with its parent, which has it too."""
@@ -120,6 +121,8 @@ class Subject:
         self._number = self.tracee.own_numbers(self.tracee.speaker)[0]
         self.threads = interrogate.describe_threads(self.tracee)
         self.own = interrogate.describe_process(self.tracee, timers)
+        if (places := mapping_flags.find_places_of_policies(self.witness)) is not None:
+            self._told_policies = interrogate.ask_policies(self.tracee, places) if places else {}
 
     def look_again(self) -> bytes:
         """What /proc/PID/maps says now; the mappings are read anew if they have changed."""
@@ -146,7 +149,7 @@ class Subject:
         takes long if there is much memory.
         """
         pid = self.source_pid
-        if seen := mapping_flags.look_closely(pid):
+        if seen := mapping_flags.look_closely(pid, self._told_policies):
             self._seen = lambda: seen
         else:
             self._seen = Beside(partial(mapping_flags.look_long, pid)).result
@@ -154,7 +157,7 @@ class Subject:
     def look_quickly(self) -> bool:
         """As `look_closely`, unless that takes long."""
         witness = self.witness
-        seen = mapping_flags.look_closely(witness)
+        seen = mapping_flags.look_closely(witness, self._told_policies)
         if not seen and not mapping_flags.is_large(witness):
             seen = mapping_flags.look_long(witness)
         if found := seen:

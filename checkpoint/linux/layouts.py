@@ -31,6 +31,7 @@ MEMBARRIER_REGISTRATIONS: Final = (1 << 2, 1 << 4, 1 << 6, 1 << 8)
 
 MPOL_NAMES: Final = {"prefer": 1, "bind": 2, "interleave": 3, "local": 4, "prefer (many)": 5}
 MPOL_FLAGS: Final = {"static": 1 << 15, "relative": 1 << 14}
+_MPOL_ALL_FLAGS: Final = 7 << 13
 
 SECBIT_NO_SETUID_FIXUP: Final = 1 << 2
 _CAPABILITY_VERSION_3: Final = 0x20080522
@@ -107,6 +108,18 @@ def pack_message_header(vector: int, control: int, control_bytes: int) -> bytes:
 def pack_nodemask(mask: int) -> bytes:
     """A NUMA node mask of NODEMASK_BITS."""
     return mask.to_bytes(NODEMASK_BITS // 8, "little")
+
+
+def name_policy(mode: int, nodes: bytes) -> str:
+    """A policy as numa(7) has it in numa_maps, of what get_mempolicy(2) says; empty if default."""
+    kind = mode & ~(_MPOL_ALL_FLAGS)
+    name = next((name for name, number in MPOL_NAMES.items() if number == kind), "")
+    if not name:
+        return ""
+    flag = next((f"={flag}" for flag, bit in MPOL_FLAGS.items() if mode & bit), "")
+    mask = int.from_bytes(nodes, "little")
+    numbers = [str(node) for node in range(mask.bit_length()) if mask >> node & 1]
+    return f"{name}{flag}" + (f":{','.join(numbers)}" if numbers else "")
 
 
 RSEQ_SECTION_OFFSET: Final = 8  # of rseq_cs in struct rseq

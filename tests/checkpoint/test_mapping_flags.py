@@ -15,10 +15,11 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 from subjects import Subject, living
 
-from lzy.checkpoint import mapping_flags, proc
+from lzy.checkpoint import interrogate, mapping_flags, proc
 from lzy.checkpoint.dump import dump
 from lzy.checkpoint.linux import bpf
 from lzy.checkpoint.store import Store
+from lzy.checkpoint.tracee import stopped
 
 ADVICE = {1: "rr", 2: "sr", 10: "dc", 14: "hg", 15: "nh", 16: "dd", 18: "wf"}
 """madvise(2), and what smaps calls it afterwards"""
@@ -132,6 +133,33 @@ def test_policies_are_looked_at() -> None:
         flags, policies = mapping_flags.look_long(subject.pid)
         assert policies[f"{place:x}"].startswith("bind")
         assert place in flags
+
+
+@needs_bpf
+def test_policies_are_told_by_the_process_itself() -> None:
+    """Asked where it may have some, it tells what numa_maps says of all of its memory."""
+    several = "mask = ctypes.c_ulong(1)\n"
+    for number, mode in enumerate([1, 2, 3, 4, 5, 2 | 1 << 15, 3 | 1 << 14]):
+        nodes = "None" if mode == 4 else "ctypes.byref(mask)"
+        several += (
+            f"place = places[10] + {number << 16}\n"
+            f"bind = [ctypes.c_long(n) for n in (237, place, 1 << 15, {mode})]\n"
+            f"libc.syscall(*bind, {nodes}, ctypes.c_long(64), ctypes.c_long(0))\n"
+        )
+    with living(ADVISED.replace('say("ready")', several + 'say("ready")'), "10") as subject:
+        subject.hear()
+        mapping_flags.look(subject.pid)
+        with stopped(subject.pid) as tracee:
+            tracee.prepare()
+            places = mapping_flags.find_places_of_policies(subject.pid)
+            assert places
+            told = interrogate.ask_policies(tracee, places)
+            tracee.unmap_arena()
+            seen = mapping_flags.look_closely(subject.pid, told)
+        assert told == proc.memory_policies(subject.pid)
+        assert len(told) == 7
+        assert seen
+        assert seen[1] == told
 
 
 @needs_bpf

@@ -352,9 +352,13 @@ class CommandLine:
 def list_children(pid: int, *, descend: bool = True) -> list[int]:
     """Children of all threads of the process, and their children in turn."""
     found: list[int] = []
-    for task in Path(f"/proc/{pid}/task").glob("*"):
+    try:
+        tasks = os.listdir(f"/proc/{pid}/task")
+    except OSError:  # it has just been waited for
+        return found
+    for task in tasks:
         with contextlib.suppress(OSError):
-            for child in map(int, (task / "children").read_text().split()):
+            for child in map(int, Path(f"/proc/{pid}/task/{task}/children").read_text().split()):
                 found += [child, *(list_children(child) if descend else [])]
     return found
 

@@ -19,13 +19,20 @@ if TYPE_CHECKING:
     from service import Service
 
 ECHO = """
-import signal, os
+import signal, os, select
+# A signal that comes just before read(2) is heard of only behind that: so it is waited for, too.
+woken, wakes = os.pipe()
+os.set_blocking(wakes, False)
+signal.set_wakeup_fd(wakes)
 def tell(number, _):
     print('got', signal.Signals(number).name, *os.get_terminal_size())
 for name in ('INT', 'TSTP', 'WINCH'):
     signal.signal(getattr(signal, 'SIG' + name), tell)
 print('ready')
 while True:
+    if woken in select.select([0, woken], [], [])[0]:
+        os.read(woken, 100)
+        continue
     try:
         line = input()
     except EOFError:

@@ -38,10 +38,9 @@ def read_ahead(pid: int, number: int, writer: ImageWriter, order: Sequence[int])
     """Read the memory of a running process, under the account with its descriptor `number`.
 
     Again what it has written meanwhile, until that is little, or grows. `order`: which windows are
-    to be stored first. Raises ProcessLookupError when it ends, NotFound, OSError, and what the
-    writer raises.
+    to be stored first. Raises NotFound when it ends, OSError, and what the writer raises.
     """
-    source = RunningPages(pid)
+    source, counted = RunningPages(pid), writer.counted
     rows: dict[int, tuple[int, int]] = {}
     try:
         for _ in range(_MOST_ROUNDS):
@@ -60,7 +59,7 @@ def read_ahead(pid: int, number: int, writer: ImageWriter, order: Sequence[int])
                 break
     finally:
         source.close()
-    writer.count_anew()
+        writer.count_as(counted)
     return Draft(rows, writer.chunk_count, writer.window_pages)
 
 
@@ -72,10 +71,11 @@ class RunningPages:
         self._memory = memory.open_memory(self._pid)
 
     def read_runs(self, runs: Sequence[tuple[int, int]], into: memoryview) -> None:
-        """Fill `into` with the runs. Raises ProcessLookupError when the process has ended.
+        """Fill `into` with the runs.
 
         Through /proc/PID/mem, which stays with the memory of the program that it was opened for,
-        and only looks (see `content.ProcessPages`).
+        and only looks (see `content.ProcessPages`). Of one that has ended all is zeros: then there
+        is no account either by which anything of it could hold. To raise would end the whole dump.
         """
         position = 0
         for address, length in runs:
@@ -90,10 +90,10 @@ class RunningPages:
             except OSError as error:
                 if error.errno not in (errno.EIO, errno.EFAULT):
                     raise
+                count = 0
+            if count == 0:
                 count = PAGE_BYTES - (address + done) % PAGE_BYTES
                 into[done : done + count] = bytes(count)
-            if count == 0:
-                raise ProcessLookupError(errno.ESRCH, "its memory is gone")
             done += count
 
     def close(self) -> None:

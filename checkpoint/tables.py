@@ -194,20 +194,26 @@ class ImageTables:
     def set_aside(self) -> dict[int, tuple[int, int]]:
         """Take out what was recorded of space 0: {window address: (mask, chunk)}.
 
-        The chunks stay, and so do the counts until `count_anew`: what is used is to be kept.
+        The chunks stay, and so do the counts until `count_as`: what is used is to be kept.
         """
         windows: dict[int, tuple[int, int]] = {}
         with self._lock:
-            for records in self._runs.values():
-                for address, mask, owner in struct.iter_unpack("<QQQ", records):
-                    windows[address] = mask, owner & CHUNK_MASK
-            self._runs.clear()
+            for number, records in list(self._runs.items()):  # a batch is of one space
+                rows = list(struct.iter_unpack("<QQQ", records))
+                if rows and rows[0][2] >> 32 == 0:
+                    windows.update((address, (mask, chunk)) for address, mask, chunk in rows)
+                    del self._runs[number]
         return windows
 
-    def count_anew(self) -> None:
-        """Nothing was read, as nothing of it stands; what was stored was."""
+    @property
+    def counted(self) -> tuple[int, int, int]:
+        """How much was read so far: bytes, of zeros, repeated."""
+        return self.raw_bytes, self.zero_bytes, self.repeated_bytes
+
+    def count_as(self, before: tuple[int, int, int]) -> None:
+        """No more than `before` was read, as nothing of the rest stands; what was stored was."""
         with self._lock:
-            self.raw_bytes = self.zero_bytes = self.repeated_bytes = 0
+            self.raw_bytes, self.zero_bytes, self.repeated_bytes = before
 
     def encode_runs(self, *, ordered: bool) -> tuple[bytes, bytes]:
         """The run table and the pieces; call it last, when all chunks have their numbers.

@@ -181,16 +181,20 @@ class ImageWriter:
         return self._tables.chunk_count
 
     def set_aside(self) -> dict[int, tuple[int, int]]:
-        """Take out what was written so far, all of it of space 0: {window: (mask, chunk)}.
+        """Take out what was written so far of space 0: {window: (mask, chunk)}.
 
         It makes a draft; `keep_draft` takes what holds of that.
         """
-        self._last, self._ordered = (-1, -1), True
         return self._tables.set_aside()
 
-    def count_anew(self) -> None:
-        """What was set aside does not count as read any more."""
-        self._tables.count_anew()
+    @property
+    def counted(self) -> tuple[int, int, int]:
+        """How much was read so far; see `count_as`."""
+        return self._tables.counted
+
+    def count_as(self, before: tuple[int, int, int]) -> None:
+        """What was read since it was `counted`, and set aside, does not count as read."""
+        self._tables.count_as(before)
 
     def keep_draft(self, draft: Draft, kept: Kept, space: int) -> None:
         """Take these pages of a space as the draft has them, of all that was set aside."""

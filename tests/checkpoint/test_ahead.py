@@ -19,6 +19,7 @@ from deeds import BASE, PAGES
 from oracle import compare_memory, stored_pages, untouched
 
 from lzy.checkpoint import ahead, capture, mapping_flags, proc, tracking
+from lzy.checkpoint.carried import write_content
 from lzy.checkpoint.content import own_page_ranges
 from lzy.checkpoint.dump import dump
 from lzy.checkpoint.errors import NotFound
@@ -136,6 +137,34 @@ def test_what_became_zeros_meanwhile_is_zeros(
             assert calls[:2] == [0, 0]
             with store.load("it") as image:
                 compare_memory(child.pid, stored_pages(image))
+    finally:
+        child.kill()
+        child.communicate()
+
+
+def test_files_that_travel_along_are_no_part_of_a_draft(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They were written into the image before, and are in it whole; so is the memory."""
+    monkeypatch.setenv("LZY_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(capture, "LEAST_AHEAD_BYTES", 0)
+    (tmp_path / "data").write_bytes(content := os.urandom(3 << 20))
+    child = subprocess.Popen(
+        [sys.executable, "-ESs", str(Path(__file__).with_name("deeds.py"))],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    try:
+        assert child.stdout
+        assert child.stdout.read(1) == b"."
+        with Store.open(tmp_path / "store", create=True) as store:
+            dump(child.pid, store, name="it", leave_running=True, carry=[str(tmp_path / "data")])
+            with store.load("it") as image:
+                compare_memory(child.pid, stored_pages(image))
+                entry = next(e for e in image.document["carried"] if "space" in e)
+                with open(tmp_path / "copy", "w+b") as copy:
+                    write_content(image, entry["space"], copy.fileno(), len(content))
+            assert (tmp_path / "copy").read_bytes() == content
     finally:
         child.kill()
         child.communicate()

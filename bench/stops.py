@@ -66,15 +66,16 @@ def measure(mebibytes: int, workers: int) -> None:
         [sys.executable, "-c", PROGRAM, str(mebibytes), str(workers), PROGRAM],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
-    assert program.stdin
-    assert program.stdout
+    asked, answers = program.stdin, program.stdout
+    assert asked
+    assert answers
 
     def ask() -> float:
-        print(file=program.stdin, flush=True)
-        return float(program.stdout.readline())
+        print(file=asked, flush=True)
+        return float(answers.readline())
 
     try:
-        program.stdout.readline()
+        answers.readline()
         for what in ("first", "further", "further", "further"):
             time.sleep(REST_S)
             ask()
@@ -89,7 +90,7 @@ def measure(mebibytes: int, workers: int) -> None:
                 f"   longest pause seen {1e3 * ask():6.1f} ms"
             )
     finally:
-        program.stdin.close()  # its workers' ends close with it
+        asked.close()  # its workers' ends close with it
         program.wait()
         shutil.rmtree(folder)
 

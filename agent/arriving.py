@@ -121,7 +121,7 @@ class Arrivals:
         agent.state.note_arrival(arrival, insert=record, words=f"from {arrival.source}")
         session = agent.sessions[record.name] = Session(record)
         reach("move.accepting")
-        agent.passages.end(record.name)
+        agent.passages.suspend(record.name)
         put_terminal(record.name, agent.home, asked["record"].get("terminal") or {})
         report: dict[str, Any] = {}
         failure, follows_bytes = "", 0
@@ -165,6 +165,7 @@ class Arrivals:
             agent.state.note_arrival(arrival._replace(state=ACCEPTED, unix_s=time.time()))
             reach("move.accepted")
             return ACCEPTED
+        kept = agent.ports.hand_over(arrival.name)
         agent.forget(session)
         arrival.document.pop("follows", None)
         agent.state.note_arrival(
@@ -172,6 +173,7 @@ class Arrivals:
             remove=session.record,
             words=f"it could not come: {failure}",
         )
+        agent.passages.resume(arrival.name, kept)
         agent.ring()
         return REFUSED
 

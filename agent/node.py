@@ -69,6 +69,7 @@ _BACKOFF_S, _LONGEST_BACKOFF_S = 60.0, 3600.0
 CALLED: Final = "called"
 """The event of which a migrator makes a wake, where there is room for it."""
 _MIGRATOR_ANSWERS_S, _LOOKS_EVERY_S = 8.0, 0.1
+_PROMISED_S = 30.0  # from when a name is given until the program that it is for has begun
 _SETTLES_S = 0.3  # from a process's end until a dump that ended it has said so
 
 Progress = Callable[[dict[str, Any]], None]
@@ -96,6 +97,7 @@ class Agent:
         """How many hear of our events as they come: one, or none."""
         self.sessions: dict[str, Session] = {}
         self._called: set[str] = set()
+        self._promised: dict[str, float] = {}
         self.began_unix_s = time.time()
         self.counters: dict[str, int] = {}
         self.children = Children(self.folder / "agent.log")
@@ -147,9 +149,9 @@ class Agent:
                     self._watch_end(session)
             self.tell_terminal(session.record)
             self._follow_ports(session.record)
+        self.passages.start()
         self.arrivals.conclude_all()
         self.departures.keep_followed()
-        self.passages.start()
         for session in self.sessions.values():
             if session.record.moving:
                 self.spawn(self.departures.keep_asking(session))
@@ -200,6 +202,15 @@ class Agent:
             return session
         raise NotFound(f"there is no session {name[:200]}", remedy="see lzy ps")
 
+    def promise(self, name: str) -> bool:
+        """Give that name to a program that is about to be started, unless another waits for it."""
+        now_s = time.monotonic()
+        self._promised = {n: until_s for n, until_s in self._promised.items() if until_s > now_s}
+        if name in self._promised:
+            return False
+        self._promised[name] = now_s + _PROMISED_S
+        return True
+
     def add(
         self, record: Record, words: str, actor_uid: int | None, *, checkpoint: bool = True
     ) -> Session:
@@ -210,6 +221,7 @@ class Agent:
                 remedy=f"choose another node, or lzy drain --undo {self.identity.name}",
             )
         self.state.insert(record, "attached", words, actor_uid)
+        self._promised.pop(record.name, None)
         session = self.sessions[record.name] = Session(record)
         self._watch_end(session)
         self.ring()

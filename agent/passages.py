@@ -101,8 +101,22 @@ class Passages:
 
     def start(self) -> None:
         """Lead where ports led before the agent was started again."""
+        for name, *_ in self._agent.state.forwarded():
+            if name not in self._agent.sessions:  # else it was on its way back
+                self.resume(name, [])
+
+    def suspend(self, session: str) -> None:
+        """Leave its ports and its terminal to the session, which may be about to come back."""
+        if way := self._ways.pop(session, None):
+            way.close()
+
+    def resume(self, session: str, kept: list[socket.socket]) -> None:
+        """Lead to it as was noted, if that was: it did not come back. `kept`: as for `keep`."""
         for name, epoch, node, told in self._agent.state.forwarded():
-            self._agent.spawn(self._keep(Place(name, node, told["address"], epoch), told, []))
+            if name == session:
+                self.keep(Place(name, node, told["address"], epoch), told, kept)
+                return
+        self.keep(Place(session, "", "", 0), {}, kept)
 
     def describe(self, session: Session, address: str) -> dict[str, Any]:
         """What a departure to `address` says of what leads there from here; empty if nothing does.

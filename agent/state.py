@@ -328,7 +328,10 @@ class State:
         remove: Record | None = None,
         words: str = "",
     ) -> None:
-        """Write an arrival, and in the same transaction the session's record, or its removal."""
+        """Write an arrival, and in the same transaction the session's record, or its removal.
+
+        What is known of an earlier departure of the session from here goes when it is accepted.
+        """
         with self._transaction():
             self._database.execute(
                 "INSERT INTO arrivals VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (name, epoch)"
@@ -338,7 +341,11 @@ class State:
             )
             if insert:
                 self._insert(insert)
-                self._database.execute("DELETE FROM departures WHERE name = ?", [insert.name])
+            if arrival.state == ACCEPTED:  # it is back; refused, it is where it left to
+                self._database.execute(
+                    "DELETE FROM departures WHERE name = ? AND epoch < ?",
+                    (arrival.name, arrival.epoch),
+                )
             if remove:
                 self._database.execute("DELETE FROM sessions WHERE name = ?", [remove.name])
             if words and (about := insert or remove):

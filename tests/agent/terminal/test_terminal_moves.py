@@ -302,6 +302,48 @@ def test_refused_move_leaves_what_was_typed(pair: Pair) -> None:
         terminals.close()
 
 
+@pytest.mark.parametrize(
+    "stage", ["restore.threads", pytest.param("move.accepting", marks=pytest.mark.slow)]
+)
+def test_console_reaches_it_when_it_could_not_return(pair: Pair, stage: str) -> None:
+    """The node that it left refuses it, or dies over it: `lzy console` there leads to it as before.
+
+    And once more after that node's agent was started anew.
+    """
+    pair.begin()
+    terminals = {
+        name: Terminals(CommandLine(service.home), service)
+        for name, service in pair.services.items()
+    }
+    here = terminals["source"]
+    try:
+        here.run("print('ready')\nwhile True: print('heard', input())").sees("ready")
+        pair.move()
+        pair.source.end()
+        pair.source.begin(kill_at=stage)
+        with pytest.raises(LzyError, match="did not take"):
+            pair.move("source")
+        if stage == "move.accepting":
+            pair.source.await_death()
+            pair.source.begin()
+        assert pair.await_settled()[0] == "target"
+        for words in ("one", "two"):
+            person = here.person("console", "calm")
+            person.sees("ready")
+            person.types(f"{words}\r")
+            person.sees(f"heard {words}")
+            person.leaves()
+            pair.source.end()
+            pair.source.begin()
+        pair.move("source")
+        assert pair.await_settled()[0] == "source"
+        here.await_screen("heard two")
+    finally:
+        pair.close()
+        for each in terminals.values():
+            each.close()
+
+
 def test_nothing_that_is_typed_is_lost(pair: Pair) -> None:
     """Somebody types on while the session goes to another node and back: all arrives, once each."""
     folder = pair.source.home.parent

@@ -286,7 +286,7 @@ class Api:
     async def _attach(self, request: Request, asked: dict[str, Any]) -> Response:
         settings = _settings(asked.get("settings", {}), OF_A_SESSION)
         try:
-            attached = attach(
+            attached = await attach(
                 self._agent,
                 asked["pid"],
                 _name(asked),

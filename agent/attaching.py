@@ -14,6 +14,7 @@ from ..checkpoint.history import check_free, check_session_name, list_numbers
 from ..checkpoint.kept import find_by_device, find_kept
 from ..checkpoint.lineage import find_lineage
 from ..checkpoint.store import Store
+from .naming import claim
 from .node import Agent
 from .processes import command_of, owner_of
 from .readings import has_terminal
@@ -28,7 +29,7 @@ class Attached(NamedTuple):
     notes: list[str]
 
 
-def attach(
+async def attach(
     agent: Agent,
     pid: int,
     name: str | None,
@@ -45,6 +46,37 @@ def attach(
     Raises NotFound, AccessDenied (it is another's), Unsupported (it could never be dumped), Busy
     (the name is another session's).
     """
+    claimed, others = "", set[str]()
+    while True:  # what was looked at may have changed while the name was asked for
+        found = _look(agent, pid, name, uid, others)
+        if isinstance(found, Attached):
+            return found
+        if found.name == claimed:
+            return _begin(agent, found, pid, settings, uid, checkpoint)
+        if await claim(agent, found.name):
+            claimed = found.name
+        elif name:
+            raise Busy(f"another node has a session {name} already", remedy="choose another --name")
+        else:
+            others.add(found.name)
+
+
+class _Newcomer(NamedTuple):
+    """A process that may become a session of that name, and what is known of it."""
+
+    name: str
+    owner_uid: int
+    start_time: int
+    command: str
+    image: str
+    number: int
+    environment: dict[str, str]
+
+
+def _look(
+    agent: Agent, pid: int, name: str | None, uid: int, others: set[str]
+) -> Attached | _Newcomer:
+    """Whether it is fit, whose it is, and what it is called: none of the names of `others`."""
     if pid in (os.getpid(), os.getppid()):
         raise Unsupported(f"pid {pid} is lzy's own agent", remedy="choose another process")
     try:
@@ -77,36 +109,48 @@ def attach(
     environment = _environment(pid)
     with Store.open(agent.store, create=True) as store:
         own = find_lineage(pid, store)
-        if name is None and own and own.session not in agent.sessions:
+        if name is None and own and own.session not in {*agent.sessions, *others}:
             name = own.session
         if name is None:
-            name = _free_name(agent, store, guess_name(command, environment))
+            name = _free_name(agent, store, guess_name(command, environment), others)
         if name in agent.sessions:
             raise Busy(f"there is a session {name} already", remedy="choose another --name")
         if own is None or own.session != name:
             check_free(store, check_session_name(name), pid)
         numbers = list_numbers(store, name)
+    image, number = own.image if own else "", numbers[-1] if numbers else 0
+    return _Newcomer(name, owner, start, command, image, number, environment)
+
+
+def _begin(
+    agent: Agent,
+    found: _Newcomer,
+    pid: int,
+    settings: dict[str, float | None],
+    uid: int,
+    checkpoint: bool,
+) -> Attached:
     notes = []
-    why = _why_it_stays(pid, environment) if checkpoint else ""
+    why = _why_it_stays(pid, found.environment) if checkpoint else ""
     if why and "hibernate_after_s" not in settings:
         settings = {**settings, "hibernate_after_s": None}
         notes.append(f"it dozes when idle, but is not hibernated by itself: {why}")
         notes.append("with --hibernate-after TIME it is, all the same")
     record = Record(
-        name=name,
-        owner_uid=owner,
+        name=found.name,
+        owner_uid=found.owner_uid,
         state=RUNNING,
         since_unix_s=agent.state.clock.now_s(),
         attached_unix_s=time.time(),
         pid=pid,
-        start_time=start,
+        start_time=found.start_time,
         boot_id=proc.boot_id(),
-        command=command,
-        image=own.image if own else "",
-        number=numbers[-1] if numbers else 0,
+        command=found.command,
+        image=found.image,
+        number=found.number,
         settings=settings,
     )
-    words = f"process {pid}: {command[:200]}"
+    words = f"process {pid}: {found.command[:200]}"
     return Attached(agent.add(record, words, uid, checkpoint=checkpoint), notes)
 
 
@@ -123,10 +167,12 @@ async def choose_name(agent: Agent, command: str, name: str | None, uid: int) ->
             if session and _makes_room(session.record, uid):
                 await agent.detach(session, uid)
                 session = None
-            if not session and not list_numbers(store, chosen) and not find_kept(chosen):
+            free = not session and not list_numbers(store, chosen) and not find_kept(chosen)
+            free = free and (name is not None or agent.promise(chosen))
+            if free and await claim(agent, chosen):
                 return chosen
             if name:
-                what = "a session" if session else "a terminal or an image of a session"
+                what = "a session" if session or free else "a terminal or an image of a session"
                 remedy = "choose another --name" + (f", or lzy detach {name}" if session else "")
                 raise Busy(f"there is {what} {name} already", remedy=remedy)
             number += 1
@@ -155,9 +201,9 @@ def guess_name(command: str, environment: dict[str, str]) -> str:
     return plain or "session"
 
 
-def _free_name(agent: Agent, store: Store, wished: str) -> str:
+def _free_name(agent: Agent, store: Store, wished: str, others: set[str]) -> str:
     number, name = 1, wished
-    while name in agent.sessions or list_numbers(store, name):
+    while name in agent.sessions or name in others or list_numbers(store, name):
         number += 1
         name = f"{wished}-{number}"
     return name

@@ -30,6 +30,8 @@ class Identity(NamedTuple):
     labels: dict[str, str] = {}  # noqa: RUF012 - never changed in place
     address: str = ""
     price_per_hour: float = 0.0
+    migrator: str = ""
+    """HOST:PORT of the fleet's migrator, who is asked for names; empty where there is none."""
 
 
 def check_node_name(name: str) -> str:

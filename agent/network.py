@@ -23,6 +23,8 @@ from .authority import fleet_folder
 
 NETWORK = "10.77.0"
 PORT = 7434
+FABRIC_ADDRESS = f"{NETWORK}.1:7433"
+"""Where the agents reach the migrator, which lives beside the bridge."""
 _COMES_WITHIN_S = 10.0
 
 

@@ -15,12 +15,11 @@ from .arguments import complete_pid, json_option
 from .durations import Duration
 from .layout import facts, paint, say, say_json
 from .limit import Limit
-from .sessions import choose, list_names, name_argument, note_lines
+from .sessions import choose, name_argument, note_lines
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
 
-    from ..agent.client import Client
     from ..checkpoint.errors import LzyError
 
 _STARTERS = ("nsenter", "setsid", "sudo", "env", "timeout", "nohup", "sh", "bash")
@@ -90,7 +89,7 @@ def attach(
     notes: list[str] = []
     takes = take_terminal or (take_terminal is None and _reads_terminal(pid, find_home(found)))
     if takes and "pid" in found:
-        _attach_there(Client(), found, name, given, take_terminal, as_json)
+        _attach_there(found, name, given, take_terminal, as_json)
     if takes:
         from ..checkpoint.errors import AccessDenied, Unsupported
         from .taking import attach_and_take
@@ -159,7 +158,6 @@ def _tell_what_stays(error: LzyError) -> list[str]:
 
 
 def _attach_there(
-    client: Client,
     found: dict[str, Any],
     name: str | None,
     given: dict[str, float | None],
@@ -167,11 +165,8 @@ def _attach_there(
     as_json: bool,
 ) -> NoReturn:
     """The same on its node of this machine: who shows it in its old terminal is beside it."""
-    from ..checkpoint.errors import Busy
     from .enter import run_on
 
-    if name and name in list_names(client):
-        raise Busy(f"there is a session {name} already", remedy="choose another --name")
     words = [str(found["pid"]), *(["--name", name] if name else [])]
     for option, seconds in given.items():
         if seconds is not None:

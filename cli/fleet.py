@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from urllib.parse import urlsplit
 
 import click
 
@@ -58,6 +59,7 @@ def agent(
         from ..migrator.join import join
 
         join(folder, invitation, own.name, own.address)
+        own = own._replace(migrator=urlsplit(invitation).netloc)
     write_identity(folder, own)
     click.echo(f"node {own.name} at {own.address}", err=True)
     os.execv(sys.executable, [sys.executable, "-P", "-m", "lzy.agent"])

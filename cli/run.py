@@ -16,7 +16,7 @@ from .arguments import json_option
 from .console import connect, detach_key_option, leave_word, name_key
 from .layout import facts, paint, say, say_json
 from .nodes import complete_node
-from .sessions import list_names, note_lines
+from .sessions import note_lines
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -60,7 +60,7 @@ def run(
     Its terminal is lzy's: it goes on when this one is closed, is hibernated and comes back with
     the program, and `lzy console` reaches it. With --json the session is printed, not connected to.
     """
-    from ..agent.client import Client, is_fleet, is_trial
+    from ..agent.client import Client, is_trial
     from ..agent.terminal.starting import start_keeper
     from ..checkpoint.errors import LzyError, NotFound
     from ..checkpoint.home import home
@@ -69,13 +69,9 @@ def run(
         place = _run_there(Client(), node, name, command, detach, as_json)
         _connect(place.name, detach_key, place.home)
     client = Client(fleet=False)
-    taken: set[str] = set()
-    if node or is_fleet(home()):
-        own = client.get("/v1/node")["name"]
-        if node not in (None, own):
-            raise LzyError(f"{node} is not this machine", remedy=f"ssh -t {node} lzy run -- …")
-        taken = list_names(Client(), own)
-    chosen = _choose_name(client, command, name, taken)
+    if node and node != client.get("/v1/node")["name"]:
+        raise LzyError(f"{node} is not this machine", remedy=f"ssh -t {node} lzy run -- …")
+    chosen = _choose_name(client, command, name)
     rows, columns = _window()
     started = start_keeper(
         chosen,
@@ -149,7 +145,7 @@ def _run_there(
     if node not in known:
         raise click.BadParameter(f"there is no node {node}, only {', '.join(known)}.")
     there = node_home(home(), node)
-    chosen = _choose_name(Client(there), command, name, list_names(fleet, node))
+    chosen = _choose_name(Client(there), command, name)
     words = ["--name", chosen, "--", *command]
     if detach or as_json:
         run_on(node, "run", "--detach", *["--json"] * as_json, *words)
@@ -159,24 +155,11 @@ def _run_there(
     return _Place(chosen, there)
 
 
-def _choose_name(
-    agent: Client, command: tuple[str, ...], wished: str | None, taken: set[str]
-) -> str:
+def _choose_name(agent: Client, command: tuple[str, ...], wished: str | None) -> str:
     """One that is free on the agent's node and on all others. Raises Busy."""
-    from ..checkpoint.errors import Busy
-
     asked: dict[str, Any] = {"command": " ".join(command)[:1000]}
     asked |= {"name": wished} if wished else {}
-    first = chosen = agent.post("/v1/names", asked, timeout_s=30)["name"]
-    number = 1
-    while chosen in taken:
-        if wished:
-            raise Busy(f"there is a session {wished} already", remedy="choose another --name")
-        number += 1
-        with contextlib.suppress(Busy):
-            asked["name"] = f"{first}-{number}"
-            chosen = agent.post("/v1/names", asked, timeout_s=30)["name"]
-    return str(chosen)
+    return str(agent.post("/v1/names", asked, timeout_s=30)["name"])
 
 
 def _window() -> tuple[int, int]:

@@ -66,12 +66,6 @@ def choose(client: Client, name: str | None) -> str:
     raise click.UsageError(f"Which session? There are: {names}.")
 
 
-def list_names(client: Client, besides: str = "") -> set[str]:
-    """What sessions are called, on all nodes but that one."""
-    found = client.get("/v1/sessions")["sessions"]
-    return {session["name"] for session in found if session["node"] != besides}
-
-
 def note_lines(notes: list[str]) -> list[str]:
     """Notes as lines for people."""
     return [f"{paint('note', 'yellow')}: {note}" for note in notes]

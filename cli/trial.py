@@ -93,7 +93,8 @@ def has_nodes(folder: Path, nodes: list[Identity]) -> bool:
     if not is_trial(folder) or read_trial(folder)["nodes"] != [node.name for node in nodes]:
         return False
     own = (read_identity(node_home(folder, node.name)) for node in nodes)
-    return all(was._replace(address="") == node for was, node in zip(own, nodes, strict=True))
+    bare = (was._replace(address="", migrator="") for was in own)
+    return all(was == node for was, node in zip(bare, nodes, strict=True))
 
 
 def prepare_trial(
@@ -106,7 +107,7 @@ def prepare_trial(
     """Make homes and certificates of nodes that are namespaces of this machine."""
     from ..agent import authority
     from ..agent.identity import write_identity
-    from ..agent.network import address_of, check_speed
+    from ..agent.network import FABRIC_ADDRESS, address_of, check_speed
     from ..agent.settings import Settings, check_settings
     from ..agent.state import State
     from ..agent.trial import node_home
@@ -126,7 +127,7 @@ def prepare_trial(
         for path in (own, own / "run", own / "agent"):
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
         address = address_of(number)
-        write_identity(own, node._replace(address=address))
+        write_identity(own, node._replace(address=address, migrator=FABRIC_ADDRESS))
         authority.issue(place, authority.fleet_folder(own), authority.node_subject(node.name))
         _give_store(own / "store", folder / "store", secret, own_stores)
         if settings:
@@ -178,7 +179,7 @@ def prepare_fleet(folder: Path, address: str) -> None:
 
     host, port = split_address(address)
     prepare_migrator(folder, address)
-    own = read_identity(folder)._replace(address=f"{host}:{port + 1}")
+    own = read_identity(folder)._replace(address=f"{host}:{port + 1}", migrator=address)
     place = authority.fleet_folder(folder)
     write_identity(folder, own)
     node = folder / "node"

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import re
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 from urllib.parse import urlencode
 
@@ -33,6 +34,7 @@ from .moves import (
     migrate_body,
     refuse,
 )
+from .names import Names
 
 _MIGRATE: Final = {
     "cpu": Field("number", "cores that it needs", 0, 4096),
@@ -50,6 +52,7 @@ _ATTACH: Final = {
     "settings": Field("object", "settings of the session"),
     "node": Field("string", "where it runs", 1, 32),
 }
+_CLAIM: Final = {"name": Field("string", "what a session is to be called", 1, 200, required=True)}
 _DRAIN: Final = {"draining": Field("boolean", "false: take sessions again", required=True)}
 _SESSION: Final = re.compile(r"/v1/sessions/([^/]+)(?:/([a-z]+))?")
 _DRAINED: Final = re.compile(r"/v1/nodes/([^/]+)/drain")
@@ -67,6 +70,9 @@ class Api:
     def __init__(self, fleet: Fleet, hurry: Callable[[], None]) -> None:
         self._fleet = fleet
         self._hurry = hurry
+        self._names = Names(fleet)
+        self._naming = ThreadPoolExecutor(1, "lzy-names")
+        """By itself: who waits in all the other threads may wait for a name."""
 
     async def answer(self, request: Request) -> Response:
         """Every error of lzy's becomes an answer, as an agent gives it."""
@@ -79,8 +85,10 @@ class Api:
         door = (request.method, request.path)
         if door == ("POST", "/v1/join"):
             return Response(document=await asyncio.to_thread(admit, self._fleet, request.body))
+        if door == ("POST", "/v1/names/claim"):
+            return Response(document=await self._claim(request))
         if request.peer and request.uid < 0:
-            raise AccessDenied(f"{request.peer} may only join")
+            raise AccessDenied(f"{request.peer} may only join, and ask for names")
         if door == ("GET", "/v1/nodes"):
             return Response(document={"nodes": await asyncio.to_thread(self._nodes)})
         if door == ("GET", "/v1/sessions"):
@@ -144,6 +152,16 @@ class Api:
         document = client.post("/v1/node/drain", body, timeout_s=30)
         self._hurry()
         return document
+
+    async def _claim(self, request: Request) -> dict[str, Any]:
+        """An agent asks whether it may call a session so."""
+        node = request.peer.removeprefix("node ")
+        if node == request.peer:
+            raise AccessDenied("only agents of the fleet do that", remedy="see lzy attach, lzy run")
+        name = parse(request.body, _CLAIM)["name"]
+        loop = asyncio.get_running_loop()
+        free = await loop.run_in_executor(self._naming, self._names.claim, name, node)
+        return {"free": free}
 
     # -- sessions --------------------------------------------------------------------------------
 

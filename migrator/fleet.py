@@ -93,6 +93,15 @@ class Fleet:
             self._last[member.name] = look
         return look
 
+    def names_besides(self, node: str) -> set[str]:
+        """What sessions of all other nodes are called; of a silent one those that it told last."""
+        names = set()
+        for look in self.look():
+            last = self._last.get(look.member.name) if look.failure else None
+            if look.member.name != node:
+                names |= {session["name"] for session in (last or look).sessions}
+        return names
+
     def find(self, name: str, uid: int = 0) -> Member:
         """The node that has a session of that name. Raises NotFound, also of silent nodes."""
         if len(members := self.members) == 1:

@@ -1,8 +1,8 @@
 """`python -m lzy.migrator.service`: the migrator of one home, in the foreground.
 
 It decides about all nodes, round after round (`loop`), and answers for all of them (`api`) at
-`LZY_HOME/run/migrator.sock` and, where it has a certificate, at the address in
-`fleet/migrator.json`. `lzy up` runs it under a supervisor.
+`LZY_HOME/run/migrator.sock` and, for other machines, at the address in `fleet/migrator.json`;
+where the nodes are of this machine, in their network. `lzy up` runs it under a supervisor.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ..agent.authority import fleet_folder, server_context
 from ..agent.http import Server
-from ..agent.network import enter_fabric, has_fabric
+from ..agent.network import FABRIC_ADDRESS, enter_fabric, has_fabric
 from ..agent.voice import speak_safely
 from ..checkpoint.errors import LzyError
 from ..checkpoint.home import home
@@ -63,7 +63,7 @@ async def _run(folder: Path) -> None:
     server = Server(api.answer)
     mode = 0o666 if os.environ.get("LZY_ALL_USERS") else 0o600
     await server.listen(folder / "run" / "migrator.sock", mode)
-    if address := migrator_address(folder):
+    if address := FABRIC_ADDRESS if has_fabric(folder) else migrator_address(folder):
         context = server_context(fleet_folder(folder), guests=True)
         await server.listen_to_nodes(address, context)
     rounds = asyncio.ensure_future(_go_rounds(Loop(fleet), Calls(fleet), hurried))

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from living import PATIENCE_S
-from pair import Pair
+from pair import Pair, free_port
 
 from lzy.agent import authority
 from lzy.agent.client import Client
 from lzy.agent.http import Request
+from lzy.agent.identity import read_identity, write_identity
 from lzy.checkpoint.errors import LzyError
 from lzy.migrator.api import Api
 from lzy.migrator.fleet import Fleet, Member, write_members
@@ -34,9 +35,19 @@ class Migrator:
         members = [Member(name, address) for name, address in pair.addresses.items()]
         write_members(self.home, members)
         self.client = Client(self.home)
+        self._pair = pair
         self._log = self.home / "migrator.out"
         self._api = Api(Fleet(self.home), lambda: None)
         self._process: subprocess.Popen[bytes] | None = None
+
+    def give_names(self) -> None:
+        """Have both agents, from their start on, ask it how a session may be called."""
+        address = f"127.0.0.1:{free_port()}"
+        place = authority.fleet_folder(self.home) / "migrator.json"
+        place.write_text(json.dumps({"address": address}))
+        for service in self._pair.services.values():
+            own = read_identity(service.home)
+            write_identity(service.home, own._replace(migrator=address))
 
     def begin(self, *, kill_at: str = "") -> Migrator:
         """Start it; it kills itself at that stage."""

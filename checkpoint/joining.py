@@ -26,7 +26,7 @@ from . import proc
 from .errors import Busy, LzyError, NotFound
 from .history import session_facts
 from .linux import namespaces, tmpfs
-from .named import FOLDER, MARK, find_holders, holds_same, identity_of, mark_of
+from .named import FOLDER, MARK, find_holders, holds_same, identity_of, key_of, mark_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -44,6 +44,8 @@ Described = dict[str, Any]
 class _Found(NamedTuple):
     how: str
     descriptor: int = -1
+    names: tuple[str, ...] = ()
+    """What it is to be called, too, where nobody else is."""
 
 
 class NamedMemory:
@@ -86,17 +88,31 @@ class NamedMemory:
 
     def _look_at(self, described: Described) -> _Found | None:
         path = described["path"]
+        names = (path, *described.get("names", ()))
         descriptor = _open_regular(path)
         if descriptor < 0:
-            return _Found(_MAKE)
+            descriptor = self._open_by_another_name(described)
+        if descriptor < 0:
+            return _Found(_MAKE, names=names)
         keep = False
         try:
             how = self._judge(described, descriptor)
             keep = bool(how)
-            return _Found(how, descriptor) if how else None
+            wanted = names if described["own"] and not described["others"] else ()
+            return _Found(how, descriptor, wanted) if how else None
         finally:
             if not keep:
                 os.close(descriptor)
+
+    def _open_by_another_name(self, described: Described) -> int:
+        """The very file, where one of its names is left: lzy was killed as it removed them."""
+        for path in described.get("names", ()) if self._same_boot else ():
+            with contextlib.suppress(Busy):
+                if (descriptor := _open_regular(path)) >= 0:
+                    if identity_of(descriptor) == described["file"]:
+                        return descriptor
+                    os.close(descriptor)
+        return -1
 
     def _judge(self, described: Described, descriptor: int) -> str:
         """How to go on with what is there; nothing if another life of the tree has it."""
@@ -143,6 +159,10 @@ class NamedMemory:
         found = self._found.pop(path)
         if found.how == _MAKE:
             return self._make(described)
+        if found.names:  # the tree's own, which it takes with it again when it is dumped
+            with contextlib.suppress(OSError):
+                os.setxattr(found.descriptor, MARK, self._session.encode())
+            self._name(described, found.descriptor, found.names)
         if found.how == _FILL:
             self._found[path] = _Found(_FILL, os.dup(found.descriptor))
         return found.descriptor
@@ -156,6 +176,7 @@ class NamedMemory:
                 self._fill(described, nameless)
                 self._made.append((path, os.fstat(nameless).st_ino))
                 tmpfs.give_name(nameless, path)
+                self._name(described, nameless, described.get("names", ()))
                 # By its name, or the kernel would call it ` (deleted)` wherever it is mapped.
                 return _open_same(path, nameless)
             finally:
@@ -168,6 +189,23 @@ class NamedMemory:
                 remedy=f"make room in {FOLDER} (`df -h {FOLDER}`), or restore elsewhere",
                 path=path,
             ) from error
+
+    def _name(self, described: Described, descriptor: int, names: Iterable[str]) -> None:
+        """Have a file called by all of its names that are nobody else's by now."""
+        for path in names:
+            _make_folders(os.path.dirname(path), described["owner"])
+            try:
+                tmpfs.give_name(descriptor, path)
+                self._made.append((path, os.fstat(descriptor).st_ino))
+            except FileExistsError:
+                status = os.lstat(path)
+                if (status.st_dev, status.st_ino) != key_of(descriptor):
+                    also = f"{described['path']}, shared memory of the process, was called {path}"
+                    self._notes.append(f"{also}, too: another file is by now")
+            except OSError as error:
+                if path == described["path"]:
+                    raise
+                self._notes.append(f"{path} could not be made again: {error.strerror}")
 
     def _fill(self, described: Described, descriptor: int) -> None:
         from .carried import write_content

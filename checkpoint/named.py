@@ -24,6 +24,7 @@ from .errors import LzyError
 from .linux import PAGE_BYTES, tmpfs
 from .linux.descriptors import birth_ns
 from .linux.namespaces import sees_all
+from .stages import reach
 
 if TYPE_CHECKING:
     from .image import Image
@@ -102,6 +103,21 @@ def describe_named(objects: Objects, began_ticks: int, tree: Iterable[int]) -> N
         described["file"] = identity
         described["own"] = identity[2] >= began_ns or mark_of(fd) is not None
         described["others"] = bool(holders[key_of(fd)])
+        if os.fstat(fd).st_nlink > 1:
+            described["names"] = _find_names(key_of(fd), described["path"])
+
+
+def _find_names(key: Key, besides: str) -> list[str]:
+    """The other names that a file has in /dev/shm, link(2)."""
+    found = []
+    for folder, _, names in os.walk(FOLDER):
+        for name in names:
+            path = os.path.join(folder, name)
+            with contextlib.suppress(OSError):
+                status = os.lstat(path)
+                if (status.st_dev, status.st_ino) == key and path != besides:
+                    found.append(path)
+    return sorted(found)
 
 
 def mark_of(fd: int) -> str | None:
@@ -182,10 +198,15 @@ def _remove(described: dict[str, Any], fd: int, image: Image, taken_down: bool) 
                 return False
             if not holds_same(image, described, fd):
                 return False
-            status = os.lstat(described["path"])
-            if (status.st_dev, status.st_ino) != key or (alone and tmpfs.is_asked_for(fd)):
+            names = [described["path"], *described.get("names", ())]
+            found = [os.lstat(name) for name in names]
+            if any((status.st_dev, status.st_ino) != key for status in found):
                 return False
-            os.unlink(described["path"])
+            if found[0].st_nlink != len(names) or (alone and tmpfs.is_asked_for(fd)):
+                return False
+            for name in names:
+                os.unlink(name)
+                reach("dump.nameless")
             return True
     except OSError:
         return False

@@ -26,6 +26,7 @@ STAGES: Final = (
     "dump.written",
     "dump.committed",
     "dump.ended",
+    "dump.nameless",
     "restore.checked",
     "restore.created",
     "restore.executed",

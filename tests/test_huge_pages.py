@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from living import PATIENCE_S, Case
+from living import PATIENCE_S, Case, unmount
 
 if TYPE_CHECKING:
     from living import CommandLine, Program
@@ -122,3 +123,48 @@ def test_no_huge_pages_are_lost(program: Program, lzy: CommandLine) -> None:
     program.end()
     await_free(12)
     assert not os.path.exists(f"/proc/{program.pid}")
+
+
+FILE = """
+import mmap, os, sys
+path, way = sys.argv[1:]
+file = os.open(path, os.O_RDWR | os.O_CREAT)
+os.ftruncate(file, 2 << 20)
+memory = mmap.mmap(file, 2 << 20)
+memory[:7] = b"content"
+if way == "deleted": os.unlink(path)
+print("ready", flush=True)
+for line in sys.stdin: print(memory[:7].decode(), flush=True)
+"""
+
+
+@pytest.mark.parametrize("way", ["named", "deleted"])
+def test_files_of_huge_pages(
+    pool: Callable[[int], None], start: Start, lzy: CommandLine, tmp_path: Path, way: str
+) -> None:
+    """One on a hugetlbfs is refused, with a way out, and the dry run says so; one without a name
+    any more comes back as a memory file of huge pages."""
+    pool(4)
+    place = tmp_path / "huge"
+    place.mkdir()
+    subprocess.run(["mount", "-t", "hugetlbfs", "none", place], check=True)
+    try:
+        words = [sys.executable, "-c", FILE, str(place / "file"), way]
+        program = start(command=words).await_ready()
+        if way == "named":
+            error = lzy.fail("dump", str(program.pid), "--store", str(lzy.store))
+            assert error["kind"] == "unsupported"
+            assert str(place / "file") in error["message"]
+            assert "memfd" in error["remedy"]
+            assert (
+                error["message"].encode() in lzy.run("dump", "--dry-run", str(program.pid)).stdout
+            )
+        else:
+            lzy.dump(program)
+            lzy.restore(program)
+            smaps = Path(f"/proc/{program.pid}/smaps").read_text().partition("memfd:file")[2]
+            assert "KernelPageSize:     2048 kB" in smaps.partition("VmFlags")[0]
+        assert program.ask("look") == "content"
+        program.end()
+    finally:
+        unmount(place)

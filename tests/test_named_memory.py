@@ -149,6 +149,55 @@ def test_names_go_with_their_tree_and_come_back(start: Start, lzy: CommandLine) 
     program.prove()
 
 
+@pytest.mark.shows("survives", "several names of one piece of shared memory")
+@pytest.mark.parametrize("killed", [False, True])
+def test_all_names_come_back(
+    start: Start, lzy: CommandLine, names: Callable[[str], Path], killed: bool
+) -> None:
+    """They lead to the same memory again, also where lzy was killed as it removed the first."""
+    path, other = names("one"), names("two")
+    program = hold(start, path)
+    other.hardlink_to(path)
+    assert program.ask("begun") == "\0" * 5
+    if killed:
+        lzy.run(
+            "dump",
+            str(program.pid),
+            "--store",
+            str(lzy.store),
+            "--name",
+            "image",
+            kill_at="dump.nameless",
+        )
+        program.await_end()
+    else:
+        lzy.dump(program)
+    assert (path.exists(), other.exists()) == (False, killed)
+    lzy.restore(program)
+    assert path.samefile(other)
+    assert program.ask("after") == "begun"
+    assert other.read_bytes()[:5] == b"after"
+    lzy.dump(program, "again")
+    assert not path.exists()
+    assert not other.exists()
+
+
+def test_a_name_that_another_file_has_by_now_is_left(
+    start: Start, lzy: CommandLine, names: Callable[[str], Path]
+) -> None:
+    """It is somebody's; the process has its memory under the other, and the restore says so."""
+    path, other = names("one"), names("two")
+    program = hold(start, path)
+    other.hardlink_to(path)
+    assert program.ask("begun") == "\0" * 5
+    lzy.dump(program)
+    other.write_bytes(b"another's")
+    report = lzy.restore(program)
+    assert any(str(other) in note and "another file" in note for note in report["notes"])
+    assert program.ask("after") == "begun"
+    assert other.read_bytes() == b"another's"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("namespace", ["host", "new"])
 def test_files_removed_meanwhile(start: Start, lzy: CommandLine, namespace: str) -> None:

@@ -16,7 +16,7 @@ from .away import Doze, NotAsItIs, find_doze
 from .capture import COPY_LIMIT_BYTES, Capture, DumpReport, Wishes
 from .content import intersect, join_ranges, own_page_ranges
 from .errors import Busy, LzyError, Unsupported
-from .fitness import Progress, refuse_unfit
+from .fitness import PASSES_WITHIN_S, PAUSE_S, Progress, refuse_unfit
 from .history import ASKED
 from .tree import refuse_ourselves
 from .unfinished import close_unfinished
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from .store import Store
 
 __all__ = ["DumpReport", "dump"]
-
-_PASSES_WITHIN_S, _PAUSE_S = 1.5, 0.013
 
 
 def dump(
@@ -96,7 +94,7 @@ def dump(
     )  # fmt: skip
 
     def write(doze: Doze | None) -> DumpReport:
-        tries_until, said = time.monotonic() + _PASSES_WITHIN_S, len(notes)
+        tries_until, said = time.monotonic() + PASSES_WITHIN_S, len(notes)
         while True:
             capture = Capture(pid, store, wishes, doze=doze, variables=variables, notes=notes)
             try:
@@ -105,7 +103,7 @@ def dump(
                 if not error.facts.get("passes") or time.monotonic() > tries_until:
                     raise
             del notes[said:]
-            time.sleep(_PAUSE_S)  # it runs meanwhile
+            time.sleep(PAUSE_S)  # it runs meanwhile
 
     doze = _find_fit_doze(pid, store, window_pages, leave_running and rouse)
     if doze and not proc.children(pid):

@@ -21,6 +21,8 @@ from .tracee import Tracee, traced_by
 Progress = Callable[[str, int, int], None]
 
 PAGER_NAME = "lzy-pager"  # as `pager` calls itself
+PASSES_WITHIN_S, PAUSE_S = 1.5, 0.013
+"""How long what goes by itself is waited for, and how often looked at; see `Opened.refusal`."""
 _BUSY_PAGER_LEAVES_S = 30.0  # more, while one is seen to live
 _PAGER_LEAVES_S = 2.0  # after the last page: the close it injects, and its detaching
 

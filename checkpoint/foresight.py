@@ -10,8 +10,8 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Iterator
-from typing import Any, Final, NamedTuple
+from collections.abc import Callable
+from typing import Final, NamedTuple
 
 from blake3 import blake3
 
@@ -19,20 +19,21 @@ from . import interrogate, mapping_flags, proc
 from .codec import Encoder
 from .content import ProcessPages, own_page_ranges, windows_of
 from .errors import KernelError, LzyError, NotFound, Unsupported
-from .fitness import refuse_separate_threads, refuse_unfit
+from .filters import describe_filters
+from .fitness import PASSES_WITHIN_S, PAUSE_S, refuse_separate_threads, refuse_unfit
 from .interrupts import Deferred
 from .linux import PAGE_BYTES
+from .losses import CHANGED, CUT, Loss, find_losses
 from .mapped import Mappings, find_refusals
 from .named import find_holders, key_of
 from .objects import Objects
 from .pages import page_runs
 from .resources.kind import Entry, all_kinds
 from .resources.survey import Holder, Survey
+from .sessions import Place, refuse_lost
 from .tracee import Tracee
 
 REFUSED: Final = "refused"  # a dump would fail
-CUT: Final = "cut"  # it ends for the process, as when a network or a neighbour fails
-CHANGED: Final = "changed"  # it comes back as something else
 
 _WINDOW_PAGES: Final = 64
 _SAMPLE_WINDOWS: Final = 64  # 16 MiB: a tenth of a second
@@ -93,9 +94,20 @@ def foresee(pid: int) -> Foresight:
 
     Raises NotFound, AccessDenied: nobody may look; Busy: a thread does not stop.
     """
+    looks_until = time.monotonic() + PASSES_WITHIN_S
+    while True:
+        found, passes = _foresee(pid)
+        if not passes or time.monotonic() > looks_until:
+            return found
+        time.sleep(PAUSE_S)  # they run meanwhile
+
+
+def _foresee(pid: int) -> tuple[Foresight, bool]:
+    """What is to be seen now; whether some of it goes by itself, which a dump waits for."""
     began = time.monotonic()
     findings: list[Finding] = []
-    note = _noting(findings)
+    passing: list[LzyError] = []
+    note = _noting(findings, passing)
     pids = _with_descendants(pid)
     if os.getpid() in pids:
         raise Unsupported(
@@ -114,8 +126,8 @@ def foresee(pid: int) -> Foresight:
     all_kinds()
     objects = Objects()
     try:
-        looks, entries, stopped_s = _look(pids, objects, note)
-        _judge(entries, findings)
+        looks, entries, losses, stopped_s = _look(pids, objects, note)
+        findings += [Finding(*loss, "") for loss in losses]
         _judge_names(objects, looks, findings)
         members: list[Member] = []
         mapped: set[str] = set()
@@ -135,7 +147,7 @@ def foresee(pid: int) -> Foresight:
         }
         sampled, kept = _sample(sizes)
         raw = sum(member.raw_bytes for member in members)
-        return Foresight(
+        foresight = Foresight(
             members,
             sorted(findings, key=lambda it: ((REFUSED, CUT, CHANGED).index(it.outcome), it.pid)),
             raw_bytes=raw,
@@ -148,6 +160,7 @@ def foresee(pid: int) -> Foresight:
             stopped_s=stopped_s,
             total_s=time.monotonic() - began,
         )
+        return foresight, bool(passing)
     finally:
         objects.close()
 
@@ -184,13 +197,15 @@ def _with_descendants(pid: int) -> list[int]:
     return found
 
 
-def _noting(findings: list[Finding]) -> Callable[[LzyError], None]:
+def _noting(findings: list[Finding], passing: list[LzyError]) -> Callable[[LzyError], None]:
     seen = set()
 
     def note(error: LzyError) -> None:
         if error.message in seen:
             return
         seen.add(error.message)
+        if error.facts.get("passes"):
+            passing.append(error)
         numbers = [error.facts["descriptor"]] if "descriptor" in error.facts else []
         pid = int(error.facts.get("pid", 0))
         findings.append(Finding(REFUSED, pid, numbers, error.message, error.remedy))
@@ -200,7 +215,7 @@ def _noting(findings: list[Finding]) -> Callable[[LzyError], None]:
 
 def _look(
     pids: list[int], objects: Objects, note: Callable[[LzyError], None]
-) -> tuple[dict[int, _Look], list[Entry], float]:
+) -> tuple[dict[int, _Look], list[Entry], list[Loss], float]:
     """All that has to be seen at one instant: what is mapped, what is open."""
     tracees: list[Tracee] = []
     pidfds: list[int] = []
@@ -221,16 +236,19 @@ def _look(
                     continue
                 tracees.append(tracee)
                 pidfds.append(proc.open_shared(pid))
-                for check in (interrogate.refuse_foreign_registers, refuse_separate_threads):
+                for check in (
+                    interrogate.refuse_foreign_registers, refuse_separate_threads, _read_filters
+                ):  # fmt: skip
                     try:
                         check(tracee)
                     except Unsupported as error:
                         note(error)
+            _judge_sessions(tracees, note)
             holders = [
                 Holder(tracee.pid, pidfd, number=at and tracee.pid, task=tracee.witness)
                 for at, (tracee, pidfd) in enumerate(zip(tracees, pidfds, strict=True))
             ]
-            entries = _describe(holders, objects, note) if holders else []
+            entries, losses = _describe(holders, objects, note) if holders else ([], [])
             for tracee in tracees:
                 vmas = mapping_flags.mappings(tracee.witness)
                 _judge_mappings(tracee.pid, tracee.witness, vmas, objects, note)
@@ -244,19 +262,39 @@ def _look(
                 tracee.let_go()
             for pidfd in pidfds:
                 os.close(pidfd)
-    return looks, entries, time.monotonic() - began
+    return looks, entries, losses, time.monotonic() - began
+
+
+def _read_filters(tracee: Tracee) -> None:
+    """Raise Unsupported for a filter that could not be put on again."""
+    for thread in tracee.threads.values():
+        describe_filters(tracee, thread)
+
+
+def _judge_sessions(tracees: list[Tracee], note: Callable[[LzyError], None]) -> None:
+    """Note processes of sessions that could not be made again; all of them stand still."""
+    places: list[Place] = []
+    ended: list[int] = []
+    known = {tracee.pid for tracee in tracees}
+    for tracee in tracees:
+        parent = int(proc.status(tracee.witness)["PPid"]) if places else 0
+        places.append(Place(tracee.pid, parent, os.getsid(tracee.pid)))
+        ended += [child for child in proc.children(tracee.pid) if child not in known]
+    with contextlib.suppress(KeyError):  # a parent of theirs is not looked at: it was refused
+        try:
+            refuse_lost(places, ended)
+        except Unsupported as error:
+            note(error)
 
 
 def _describe(
     holders: list[Holder], objects: Objects, note: Callable[[LzyError], None]
-) -> list[Entry]:
+) -> tuple[list[Entry], list[Loss]]:
     survey = _Collecting(holders, objects, note)
     try:
         survey.look()
         entries = survey.describe()
-        for entry, opened in zip(entries, survey.opened, strict=True):
-            entry["pid"], entry["numbers"] = opened.pid, opened.numbers
-        return entries
+        return entries, find_losses(entries, survey)
     except OSError as error:
         raise KernelError(
             f"cannot look at the descriptors of pid {survey.pid} ({error.filename or 'a call'})",
@@ -276,7 +314,7 @@ def _judge_mappings(
 ) -> None:
     refused = set()
     for error in find_refusals(witness, vmas):
-        refused.add(error.facts["address"])
+        refused.add(error.facts.get("address", 0))
         note(error)
     fit = [vma for vma in vmas if vma.start not in refused]
     mappings = Mappings(witness, fit)
@@ -292,52 +330,7 @@ def _judge_mappings(
                 note(error)
 
 
-# -- what becomes of descriptors -----------------------------------------------------------------
-
-
-def _judge(entries: list[Entry], findings: list[Finding]) -> None:
-    """Add what of the descriptors would be cut, or come back as something else."""
-    ends: dict[str, set[int]] = {}
-    for entry in entries:
-        if entry["kind"] == "pipe" and "pipe" in entry:
-            ends.setdefault(entry["pipe"], set()).add(entry["flags"] & os.O_ACCMODE)
-    for entry in entries:
-        for outcome, words in _becomes(entry, ends):
-            findings.append(Finding(outcome, entry["pid"], entry["numbers"], words, ""))
-
-
-def _becomes(entry: Entry, ends: dict[str, set[int]]) -> Iterator[tuple[str, str]]:
-    kind, form = entry["kind"], entry.get("form")
-    if kind == "tcp_socket" and form == "gone" and not entry.get("failed"):
-        peer = _spell(entry.get("peer_name"))
-        yield CUT, f"its connection to {peer} ends: what had arrived is read, then end of file"
-    elif kind == "tcp_socket" and form == "connecting":
-        yield CHANGED, f"it connects to {_spell(entry.get('peer_name'))} once more"
-    elif kind == "unix_socket" and form == "gone":
-        to = entry.get("peer_name")
-        whom = f"at {_spell(to)}" if to else "at its other end"
-        yield CUT, f"the process {whom} is not part of the image: end of file"
-    elif kind == "pipe" and "path" not in entry and "pipe" in entry:
-        modes = ends[entry["pipe"]]
-        if os.O_RDWR not in modes and len(modes) == 1:
-            standard = [number for number in entry["numbers"] if number in (1, 2)]
-            if os.O_RDONLY in modes:
-                yield CUT, "who writes into this pipe is not part of the image: end of file"
-            elif standard:
-                yield CHANGED, "who reads this pipe is not part of the image: it is /dev/null then"
-            else:
-                yield CUT, "who reads this pipe is not part of the image: EPIPE"
-    elif kind == "terminal" and form == "outside":
-        yield CHANGED, f"{entry.get('path')} is the terminal of whoever restores it, or /dev/null"
-    elif kind == "file" and form == "unlinked":
-        yield CHANGED, f"{entry['path']} was deleted: its content comes back as a memory file"
-
-
-def _spell(address: Any) -> str:
-    if isinstance(address, (list, tuple)) and len(address) >= 2:
-        host, port = address[0], address[1]
-        return f"[{host}]:{port}" if ":" in str(host) else f"{host}:{port}"
-    return str(address or "somewhere")
+# -- memory with names -----------------------------------------------------------------------------
 
 
 def _judge_names(objects: Objects, looks: dict[int, _Look], findings: list[Finding]) -> None:

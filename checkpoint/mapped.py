@@ -36,16 +36,16 @@ def find_refusals(pid: int, vmas: list[Vma]) -> Iterator[Unsupported]:
     if any(vma.kind == "segment" for vma in vmas):
         yield from segments.find_refusals(pid, vmas)
     if rings := {vma.inode for vma in vmas if vma.kind == "ring"}:
-        _refuse_closed_rings(pid, rings)
+        yield from _find_closed_rings(pid, rings)
 
 
-def _refuse_closed_rings(pid: int, inodes: set[int]) -> None:
-    """Raise Unsupported for a mapped io_uring whose descriptor was closed: nothing tells of it."""
+def _find_closed_rings(pid: int, inodes: set[int]) -> Iterator[Unsupported]:
+    """A mapped io_uring whose descriptor was closed: nothing tells of it."""
     for number in os.listdir(f"/proc/{pid}/fd"):
         with contextlib.suppress(OSError):
             inodes.discard(os.stat(f"/proc/{pid}/fd/{number}").st_ino)
     if inodes:
-        raise Unsupported(
+        yield Unsupported(
             f"pid {pid} has mapped an io_uring whose descriptor it has closed",
             remedy="have the program unmap it, or keep the descriptor",
             pid=pid,

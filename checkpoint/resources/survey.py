@@ -55,6 +55,8 @@ class Opened:
         self.places = places
         self.holder = survey.holders[places[0][0]]
         self.pid, self.witness = self.holder.pid, self.holder.witness
+        self.travels = False
+        """No process has it open: it is under way (SCM_RIGHTS), and seen in a duplicate of ours."""
         self.numbers = [number for at, number in places if at == places[0][0]]
         number = self.numbers[0]
         self.number = number
@@ -106,6 +108,8 @@ class Opened:
         return self.flags & os.O_ACCMODE in (os.O_WRONLY, os.O_RDWR)
 
     def __str__(self) -> str:
+        if self.travels:
+            return f"what is under way in a unix socket of process {self.pid} ({self.link})"
         names = ", ".join(map(str, self.numbers))
         return f"descriptor {names} of process {self.pid} ({self.link})"
 
@@ -182,6 +186,7 @@ class Survey:
         with open(f"/proc/self/fdinfo/{fd}", encoding="ascii") as file:
             self.links[place], self.information[place] = link, file.read()
         opened = Opened(self, len(self.opened), [place])
+        opened.travels = True
         try:
             kind = _kind_of(opened)
         except Unsupported:

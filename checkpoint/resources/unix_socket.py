@@ -106,7 +106,9 @@ class UnixSocket(Kind):
             with _at_folder(listener):
                 sock.connect(state.address_from_json(listener["name"]))
             assembly.adopt(index, sock.detach())
-        elif form == "gone" and entry["type"] != socket.SOCK_DGRAM:
+        elif form == "gone" and (
+            entry["type"] != socket.SOCK_DGRAM or _is_stand_in(index, entry, assembly)
+        ):
             _make_gone(index, entry, assembly)
         else:
             _make_datagram(index, entry, assembly)

@@ -4,7 +4,8 @@
                                             └─ veth NAME ─── eth0 10.77.0.3/24
 
 Nothing of it is reachable from outside, and there is no way out. A process holds the namespace and
-the kernel removes all of it with that process. Links are made with `ip`, their speed set by `tc`.
+the kernel removes all of it with that process. Links are made with `ip`, their speed set by `tc`;
+where that cannot delay, a process of ours does (`delay`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from ..checkpoint import proc
 from ..checkpoint.errors import LzyError, NotFound, Unsupported
 from ..checkpoint.linux.namespaces import CLONE_NEWNET, enter
 from .authority import fleet_folder
+from .delay import start_relay
 
 NETWORK = "10.77.0"
 PORT = 7434
@@ -85,19 +87,36 @@ def make_bridge() -> None:
     run("ip", "link", "set", "lzy0", "up")
 
 
-def link(fabric: int, node: int, name: str, number: int, speed: dict[str, Any]) -> None:
-    """Join the namespace of process `node` to the bridge; `speed`: bits_per_s, delay_s, or none."""
-    outer = f"v{number}"
+def link(fabric: int, node: int, number: int, speed: dict[str, Any]) -> int:
+    """Join the namespace of process `node` to the bridge; `speed`: bits_per_s, delay_s, or none.
+
+    A child of ours that keeps the link (`delay`), or 0 where the kernel does all of it.
+    """
+    outer, delay_s, keeper = f"v{number}", float(speed.get("delay_s") or 0), 0
     inside, outside = ["nsenter", "-t", str(node), "-n"], ["nsenter", "-t", str(fabric), "-n"]
-    run(*outside, "ip", "link", "add", outer, "type", "veth", "peer", "name", "eth0",
-        "netns", str(node))  # fmt: skip
+    if delay_s and not can_delay():
+        keeper = start_relay(fabric, outer, node, "eth0", delay_s)
+        speed = {**speed, "delay_s": 0}
+    else:
+        run(*outside, "ip", "link", "add", outer, "type", "veth", "peer", "name", "eth0",
+            "netns", str(node))  # fmt: skip
     run(*outside, "ip", "link", "set", outer, "master", "lzy0", "up")
     run(*inside, "ip", "link", "set", "lo", "up")
+    run(*inside, "ip", "link", "set", "eth0", "address", f"02:00:00:4d:00:{number + 2:02x}")
     run(*inside, "ip", "addr", "add", f"{NETWORK}.{number + 2}/24", "dev", "eth0")
     run(*inside, "ip", "link", "set", "eth0", "up")
-    if speed:
-        shape(inside, "eth0", speed)
-        shape(outside, outer, speed)
+    shape(inside, "eth0", speed)
+    shape(outside, outer, speed)
+    return keeper
+
+
+def can_delay() -> bool:
+    """Whether this kernel has a queue that delays (sch_netem)."""
+    try:
+        shape(["unshare", "-n"], "lo", {"delay_s": 0.001})
+    except Unsupported:
+        return False
+    return True
 
 
 def shape(where: list[str], device: str, speed: dict[str, Any]) -> None:
@@ -120,8 +139,10 @@ def shape(where: list[str], device: str, speed: dict[str, Any]) -> None:
 
 def check_speed(speed: dict[str, Any]) -> None:
     """Raise Unsupported if this kernel cannot give links that speed; tried where nobody is."""
-    if speed:
-        shape(["unshare", "-n"], "lo", speed)
+    if speed.get("bits_per_s"):
+        shape(["unshare", "-n"], "lo", {"bits_per_s": speed["bits_per_s"]})
+    if speed.get("delay_s") and not can_delay() and not os.path.exists("/dev/net/tun"):
+        shape(["unshare", "-n"], "lo", {"delay_s": speed["delay_s"]})
 
 
 def set_link(fabric: int, number: int, *, up: bool) -> None:

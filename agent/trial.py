@@ -80,17 +80,24 @@ def hold_node(folder: Path, name: str) -> None:
     group = Cgroup.make(folder, name)
     group.limit(cpus=limits["cpus"], memory_bytes=limits["memory_bytes"])
     group.add(first)
-    linked = 0
+    linked = keeper = 0
     try:
         while not select.select([pidfd], [], [], 0)[0]:
             fabric = await_fabric(folder)
             if fabric != linked:
+                if keeper:
+                    os.kill(keeper, signal.SIGKILL)
+                    os.waitpid(keeper, 0)
+                    keeper = 0
                 try:
-                    link(fabric, first, name, number, trial["link"])
+                    keeper = link(fabric, first, number, trial["link"])
                 except LzyError as error:
                     if "File exists" not in error.message:
                         raise
                 linked = fabric
+            if keeper and os.waitpid(keeper, os.WNOHANG)[0]:
+                keeper = linked = 0  # again, at once
+                continue
             if signal.sigtimedwait(_SIGNALS, _LOOKS_EVERY_S):
                 break
     finally:

@@ -21,6 +21,7 @@ from service import Service
 
 from lzy.agent.cgroups import Cgroup
 from lzy.agent.client import Client
+from lzy.agent.network import PORT as AGENT_PORT
 from lzy.agent.network import fabric_path, read_holder, set_link
 from lzy.agent.trial import holder_path
 from lzy.checkpoint.errors import LzyError
@@ -445,10 +446,24 @@ def test_moved_to_and_fro_under_use(trial: Trial, tmp_path: Path, what: str) -> 
     trial.stop(client)
 
 
+ROUND_TRIP = f"""
+import socket, time
+began_s = time.monotonic()
+socket.create_connection(("{WHERE[1]}", {AGENT_PORT})).close()
+print(time.monotonic() - began_s)
+"""
+
+
 @pytest.mark.slow
-def test_link_cut_while_the_image_goes_ahead(trial: Trial) -> None:
-    """A slow link breaks off in the middle: the session runs on, and moves when it is healed."""
-    trial.up("--own-stores", "--link", "30mbit")
+@pytest.mark.parametrize(("speed", "round_trip_s"), [("30mbit", 0.0), ("160mbit,12.5ms", 0.05)])
+def test_link_cut_while_the_image_goes_ahead(trial: Trial, speed: str, round_trip_s: float) -> None:
+    """A slow link breaks off in the middle: the session runs on, and moves when it is healed.
+
+    Slow for its rate, or for its delay: there are two links between two nodes, each way.
+    """
+    trial.up("--own-stores", "--link", speed)
+    took = trial.lzy.run("enter", "one", "--", sys.executable, "-c", ROUND_TRIP)
+    assert float(took.stdout) > round_trip_s, took.stderr
     trial.ledger()
     client = trial.use()
     fabric = read_holder(fabric_path(trial.home))
@@ -470,11 +485,14 @@ STEPS = ("offered", "prepared", "stopping", "stopped", "asked", "accepting", "ac
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("lasts", ["shortly", "until it fails"])
-def test_link_cut_at_each_step(trial: Trial, lasts: str) -> None:
+@pytest.mark.parametrize(
+    ("lasts", "speed"),
+    [("shortly", "10gbit"), ("until it fails", "10gbit"), ("shortly", "160mbit,12.5ms")],
+)
+def test_link_cut_at_each_step(trial: Trial, lasts: str, speed: str) -> None:
     """Cut when source or target has come to a step, and healed: the session is in one place, with
     one process, and its client has lost nothing; a short cut delays the move, and no more."""
-    trial.up("--own-stores")
+    trial.up("--own-stores", "--link", speed)
     trial.ledger()
     client = trial.use()
     fabric = read_holder(fabric_path(trial.home))

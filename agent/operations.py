@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from ..checkpoint import doze as dozing
 from ..checkpoint import proc
+from ..checkpoint.copies import enter_copy
 from ..checkpoint.dump import dump
 from ..checkpoint.errors import Busy, Incompatible, KernelError, LzyError, NotFound
-from ..checkpoint.fork import enter_copy
 from ..checkpoint.history import list_numbers, require_image
 from ..checkpoint.host import check_host
 from ..checkpoint.journal import is_held, journal_path

@@ -16,12 +16,13 @@ from contextlib import contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any
 
 from . import proc
+from .copies import init_of
 from .errors import AccessDenied, Busy, LzyError, NotFound, Unsupported
 from .history import check_free, check_session_name, free_session_name, split_name
 from .home import home, run_directory
 from .joining import has_named, own_folder
 from .linux import sockets
-from .linux.network import enter_apart, join_apart
+from .linux.network import enter_apart
 from .restore import Progress, RestoreReport, restore
 from .unprivileged import SAID, enter_if_needed
 
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from .store import Store
 
 _NAMED_AT_MOST = 3
-_INIT = "/memfd:lzy-init (deleted)"  # what `birth` makes the first process of a namespace of
 _RANDOM = (
     "all lives of this image go on with the same random numbers (random, numpy, OpenSSL, keys made "
     "from them): --reseed gives this one others"
@@ -113,46 +113,6 @@ def fork(
     return name, report._replace(notes=[*notes, *(_reseed(report) if reseed else [_RANDOM])])
 
 
-def enter_copy(pid: int) -> bool:
-    """If lzy made namespaces for `pid` enter them, since only from there it can be dumped.
-
-    Those are the network of a copy that lives apart, its /dev/shm, and the users of what was
-    restored without root. Whether there are any. The calling thread's namespaces change; of
-    containers and the like nothing is entered. Precondition: the process has one thread.
-    """
-    try:
-        first = _init_of(pid)
-        if not first or os.readlink(f"/proc/{first}/exe") != _INIT:
-            return False
-        other = [name for name in ("user", "net", "ipc") if not _is_ours(pid, name)]
-        if "user" in other and os.stat(f"/proc/{pid}").st_uid != os.geteuid():
-            return False
-        join_apart(pid, other)
-        # Not that of a node that has its own /proc: there the numbers would be other ones.
-        same_proc = os.stat(f"/proc/{first}/root/proc").st_dev == os.stat("/proc").st_dev
-        if same_proc and not _is_ours(first, "mnt"):
-            here = os.getcwd()
-            join_apart(first, ["mnt"])
-            os.chdir(here)
-            return True
-        return bool(other)
-    except (NotFound, FileNotFoundError, ProcessLookupError, PermissionError):
-        return False  # it has gone, or is nobody's whom we may enter: the dump tells
-
-
-def _is_ours(pid: int, namespace: str) -> bool:
-    path = f"/proc/self/ns/{namespace}"
-    return os.stat(f"/proc/{pid}/ns/{namespace}").st_ino == os.stat(path).st_ino
-
-
-def _init_of(pid: int) -> int:
-    """The first process of its PID namespace, as we see it; 0 if we do not."""
-    above = pid
-    while above and int(proc.status(above)["NSpid"].split()[-1]) != 1:
-        above = int(proc.stat(above)[3])
-    return above
-
-
 def _enter_apart() -> None:
     try:
         enter_apart()
@@ -182,7 +142,7 @@ def _reseed(report: RestoreReport) -> list[str]:
             said += words if pid == report.pid else [f"pid {pid}: {line}" for line in words]
     except BaseException as error:
         with suppress(ProcessLookupError, NotFound):
-            os.kill(_init_of(report.pid) or report.pid, signal.SIGKILL)
+            os.kill(init_of(report.pid) or report.pid, signal.SIGKILL)
         if not isinstance(error, LzyError):
             raise
         raise type(error)(

@@ -81,7 +81,7 @@ def doze(
     session that is looked after is held to that by its agent from then on, as by lzy limit.
     """
     from ..checkpoint import doze as engine
-    from ..checkpoint.fork import enter_copy
+    from ..checkpoint.copies import enter_copy
     from .progress import ProgressLine
 
     if once and limit is None:

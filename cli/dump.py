@@ -97,7 +97,7 @@ def dump(
 
     gc.disable()  # a dump makes no cycles to speak of, and looking for them took 10 ms of 70
     from ..checkpoint import dump as engine
-    from ..checkpoint.fork import enter_copy
+    from ..checkpoint.copies import enter_copy
     from .progress import ProgressLine
 
     began = _start_time(pid)

@@ -444,6 +444,8 @@ class Capture:
     def _let_go(self) -> None:
         for subject in self.tree:
             subject.let_go()
+        for subject in self.tree:
+            subject.disclaim()
         self.runs_on = True
         self.freeze_s = time.monotonic() - self.frozen_at
         reach("dump.resumed")

@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from . import mapping_flags, proc, tracking
 from .away import NotAsItIs, end_pager, find_doze, hold_pager, is_unroused, read_away, read_moved
+from .claim import Claim
 from .content import intersect, join_ranges, own_page_ranges, subtract, windows_of
 from .dump import dump
 from .errors import AccessDenied, Busy, KernelError, LzyError, NotFound, Unsupported
@@ -117,7 +118,7 @@ def doze(
             pid=pid,
         )
     reach("doze.taken")
-    with store.load(taken.image) as image:
+    with store.load(taken.image) as image, Claim(pid):
         plan, freeze_s = _prepare(pid, account, image, choose or partial(leave_warm, pid))
         if plan is None:
             return _report(taken, before, 0, freeze_s, began, None)

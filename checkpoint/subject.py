@@ -11,6 +11,7 @@ from typing import Any
 
 from . import interrogate, machine, mapping_flags, proc
 from .beside import Beside
+from .claim import Claim
 from .content import (
     ProcessPages,
     behind_file,
@@ -50,6 +51,7 @@ class Subject:
         self.tracee = Tracee(pid)
         with _ended_is_not_found(pid):
             self.pidfd = os.pidfd_open(pid)
+        self._claim = Claim(pid)
         self.places = b""
         self.vmas: list[Vma] = []
         self.snapshot = 0
@@ -95,9 +97,11 @@ class Subject:
     def look(self, progress: Progress | None, *, dozes: bool = False) -> None:
         """Before the stop: its mappings; a lazy restore's pager is waited for unless it dozes.
 
-        Raises NotFound, Unsupported, Busy.
+        From now until `disclaim` no other lzy relies on its account. Raises NotFound, Unsupported,
+        Busy.
         """
         with _ended_is_not_found(self.pid):
+            self._claim.take(progress)
             look = mapping_flags.look(self.pid) if dozes else wait_for_pager(self.pid, progress)
             self.places, self.vmas = look
             refuse_mappings(proc.witness(self.pid), self.vmas)
@@ -105,6 +109,7 @@ class Subject:
     def stop(self) -> None:
         """Stop all its threads. Raises NotFound, Unsupported, Busy, AccessDenied."""
         with _ended_is_not_found(self.pid):
+            self._claim.take(patience_s=0)  # of one that was born since the look
             self.tracee.seize()
             if self.witness != self.pid:
                 os.close(self.pidfd)
@@ -283,6 +288,10 @@ class Subject:
         """Have the stopped process wait for its child of that number, which has ended."""
         _wait_inside(self.tracee, number)
 
+    def disclaim(self) -> None:
+        """Others may look after it: what was written until now is known."""
+        self._claim.let_go()
+
     def close(self) -> None:
         """Let it go if it is stopped, and end its snapshot; it is as it was."""
         if self._frames:
@@ -297,6 +306,7 @@ class Subject:
         if self.pidfd >= 0:
             os.close(self.pidfd)
             self.pidfd = -1
+        self.disclaim()
 
 
 @contextlib.contextmanager

@@ -1,9 +1,10 @@
-"""What of a first checkpoint is read before anything stands still.
+"""What of a checkpoint is read before anything stands still.
 
-The process comes under account (see `tracking`), and then its memory is read while it runs and
-writes. Of that draft the checkpoint keeps what was not written since: the process stands still no
-longer than for any later checkpoint, however large it is. A draft by itself is of no moment at all,
-and nothing but the checkpoint that it was made for ever sees it.
+Where there is no image before, the process comes under account (see `tracking`), and then its
+memory is read while it runs and writes; where there is one, and much was written since, that is. Of
+that draft the checkpoint keeps what was not written since: the process stands still no longer,
+however large it is, and however much it wrote. A draft by itself is of no moment at all, and
+nothing but the checkpoint that it was made for ever sees it.
 
 *Guarantee.* A page is protected before it is read, so whatever is written to it from then on makes
 it count as written; and what is mapped meanwhile is not under account, so that counts as well.
@@ -14,53 +15,97 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from . import mapping_flags, proc, tracking
-from .content import own_page_ranges, windows_of
-from .draft import Draft
+from .content import join_ranges, own_page_ranges, subtract, windows_of
+from .increment import plan_checkpoint
 from .inheritance import length_bytes
 from .linux import PAGE_BYTES, memory
 from .working_set import order_windows
 
 if TYPE_CHECKING:
+    from .draft import Draft
+    from .image import Image
     from .writer import ImageWriter
+
+Range = tuple[int, int]
 
 LEAST_BYTES = 64 << 20
 """Of less memory the stop is as short without."""
 
+_LITTLE_BYTES = 16 << 20  # so much is soon copied during the stop
 _MOST_ROUNDS = 3
-_LITTLE_BYTES = 16 << 20  # written meanwhile: it is soon copied during the stop
 _PART = 8  # or more windows than that of those just read: a round gains little, and is stored too
+_SPARE_PIECES = 1  # of a window, for what is written of it until the stop
 
 
-def read_ahead(pid: int, number: int, writer: ImageWriter, order: Sequence[int]) -> Draft:
+def is_much(written: Sequence[Range]) -> bool:
+    """Whether to copy what was written would take longer than a stop should."""
+    return length_bytes(written) > _LITTLE_BYTES
+
+
+class Ahead(NamedTuple):
+    """What was read ahead, and what it was read for."""
+
+    draft: Draft
+    written: list[Range]
+    """What was written between the image before and this, ascending."""
+    dense: list[Range]
+    """Of that: what was written densely; see `tracking.Begun`."""
+    windows: list[tuple[int, int]]
+    """What was read, (address, mask of pages) each; of some windows a second time."""
+
+
+def read_ahead(
+    pid: int,
+    number: int,
+    writer: ImageWriter,
+    order: Sequence[int],
+    *,
+    base: Image | None = None,
+    left_out: Sequence[Range] = (),
+) -> Ahead:
     """Read the memory of a running process, under the account with its descriptor `number`.
 
-    Again what it has written meanwhile, until that is little, or grows. `order`: which windows are
-    to be stored first. Raises NotFound when it ends, OSError, and what the writer raises.
+    With `base`, which the account began with, only what was written since, but for what is left out
+    of it; that is on no record any more then. Again what it has written meanwhile, until that is
+    little, or grows. `order`: which windows are to be stored first. Raises NotFound when it ends,
+    OSError, and what the writer raises.
     """
     source, counted = RunningPages(pid), writer.counted
-    rows: dict[int, tuple[int, int]] = {}
+    draft: Draft | None = None
+    changed: list[Range] = []
+    dense: list[Range] = []
+    read: list[tuple[int, int]] = []
     try:
         for _ in range(_MOST_ROUNDS):
             vmas = mapping_flags.mappings(pid)
-            written = tracking.protect_running(pid, number, vmas)
-            pages = dict(windows_of(own_page_ranges(pid, vmas), writer.window_pages))
-            touched = [address for address, _ in windows_of(written, writer.window_pages)]
-            windows = [(address, pages[address]) for address in touched if address in pages]
+            begun = tracking.protect_running(pid, number, vmas, left_out)
+            changed += begun.written
+            dense += begun.dense
+            pages = own_page_ranges(pid, vmas)
+            if held := draft or base:
+                kept, windows = plan_checkpoint(held, pages, begun.written, spare=_SPARE_PIECES)
+            else:
+                windows = windows_of(pages, writer.window_pages)
             writer.add_space(source, order_windows(windows, order), space=0)
-            for address, _ in windows:  # what is all zeros now has no row
-                rows.pop(address, None)
-            rows |= writer.set_aside()
+            if draft:
+                writer.keep_draft(draft, kept, 0)
+            elif base:
+                writer.keep([(0, base, kept)])
+            draft = writer.set_aside()
+            read += windows
             written = tracking.written_ranges(pid, mapping_flags.mappings(pid))
+            written = subtract(written, left_out)
             again = len(windows_of(written, writer.window_pages))
-            if length_bytes(written) <= _LITTLE_BYTES or again > len(windows) // _PART:
+            if not is_much(written) or again > len(windows) // _PART:
                 break
     finally:
         source.close()
         writer.count_as(counted)
-    return Draft(rows, writer.chunk_count, writer.window_pages)
+    assert draft  # of the first round, at least
+    return Ahead(draft, join_ranges(changed), join_ranges(dense), read)
 
 
 class RunningPages:

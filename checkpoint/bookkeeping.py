@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from . import proc, tracking
-from .ahead import read_ahead
-from .content import intersect, join_ranges, subtract, windows_of
+from .ahead import Ahead, is_much, read_ahead
+from .content import intersect, join_ranges, own_page_ranges, subtract, windows_of
 from .dense import without
 from .errors import KernelError, LzyError
 from .huge import gather_huge_pages
@@ -23,7 +23,7 @@ from .recheck import recheck
 from .urgency import Urgent
 
 if TYPE_CHECKING:
-    from .draft import Draft
+    from .composed import ComposedPages
     from .image import Image
     from .store import Store
     from .subject import Subject
@@ -36,38 +36,36 @@ Range = tuple[int, int]
 class Book:
     """The account of one process in one dump.
 
-    Its steps in order: perhaps `open_ahead` and `read_ahead` or `protect_ahead`; `ask`, then
-    `begin`, `look` or `read`, `compare`, `plan`; at the end of a dump that failed, `give_up`.
+    Its steps in order: perhaps `open_ahead` or `take_up_ahead`, and then `read_ahead` or
+    `protect_ahead`; `ask`, then `begin`, `look` or `read`, `compare`, `plan`; at the end of a dump
+    that failed, `give_up`.
     """
 
     def __init__(
         self, subject: Subject, account: tracking.Account | None, notes: list[str]
     ) -> None:
+        self.subject = subject
         self.account = account
         """The account that stands, as far as it can be relied on."""
         self.begun: tracking.Begun | None = None
         """The account that began anew."""
         self.before: Image | None = None
         """What the image before has of this process by itself."""
-        self.draft: Draft | None = None
-        """What was read ahead of this very image, there being none before (see `ahead`)."""
+        self.ahead: Ahead | None = None
+        """What was read ahead of this very image, `before` or not (see `ahead`)."""
         self.written: list[Range] | None = None
-        """What may have been written since then; None: any of it."""
+        """What may have been written since the one or the other; None: any of it."""
         self.kept: Kept | None = None
-        """What is taken from `before`; None if nothing is."""
+        """What is taken from `before`, or from what was read ahead; None if nothing is."""
         self.fresh: list[tuple[int, int]] = []
         """The windows that are to be read."""
+        self.left_out: Sequence[Range] = account.left_out if account else ()
+        """What the account that stands does not cover, and so counts as written."""
         self._left_out: Sequence[Range] = ()
-        self._subject = subject
         self._notes = notes
         self._number = -1  # of the account's descriptor, in the process
         self._inode = 0
         self._is_ahead = False  # the account began before the process was stopped
-
-    @property
-    def left_out(self) -> Sequence[Range]:
-        """What the account that stands does not cover, and so counts as written."""
-        return self.account.left_out if self.account else ()
 
     @property
     def is_open(self) -> bool:
@@ -76,7 +74,7 @@ class Book:
 
     def open_ahead(self) -> bool:
         """Stop it for a moment, to open an account before its dump; whether there is one."""
-        subject = self._subject
+        subject = self.subject
         with Deferred(), Urgent():
             try:
                 subject.stop()
@@ -86,13 +84,42 @@ class Book:
                 subject.let_go()
         return self.is_open
 
+    def take_up_ahead(self, before: Image | None) -> bool:
+        """Go on with the account that stands, from that image; whether reading ahead is of use.
+
+        What was left out of it has to be read during the stop anyway.
+        """
+        account, self.before = self.account, before
+        if not (account and before) or is_much(self.left_out) or self.inherited_before:
+            return False
+        self._number, self._inode = account.number, account.inode
+        return True
+
+    def has_written_much(self) -> bool:
+        """Whether so much was written since the image before that it is better read ahead."""
+        pid, vmas = self.subject.pid, self.subject.vmas
+        written = subtract(tracking.written_ranges(pid, vmas), self.left_out)
+        # New mappings count whole, whatever there is in them.
+        return is_much(written) and is_much(intersect(written, own_page_ranges(pid, vmas)))
+
     def read_ahead(self, writer: ImageWriter, order: Sequence[int]) -> None:
-        """Read its memory while it runs; what was not written since need not be read again."""
-        self.draft = read_ahead(self._subject.pid, self._number, writer, order)
+        """Read its memory while it runs; what was not written since need not be read again.
+
+        Of one with an account, what was written; precondition: its record is withdrawn.
+        """
+        self.account = None
+        self.ahead = read_ahead(
+            self.subject.pid,
+            self._number,
+            writer,
+            order,
+            base=self.before,
+            left_out=self.left_out,
+        )
 
     def protect_ahead(self) -> None:
         """Have its account begin while it runs: there is less to do during the stop."""
-        tracking.protect_running(self._subject.pid, self._number, self._subject.vmas)
+        tracking.protect_running(self.subject.pid, self._number, self.subject.vmas)
 
     def ask(self, *, opens: bool) -> None:
         """Now that the process stands still: `opens` an account if there is none.
@@ -100,27 +127,27 @@ class Book:
         A note is left if none can be kept: it costs time only.
         """
         if self.is_open:
-            self._is_ahead = tracking.find_inode(self._subject.pid, self._number) == self._inode
+            self._is_ahead = tracking.find_inode(self.subject.pid, self._number) == self._inode
         if not self._is_ahead:
             self._number = self.account.number if self.account else -1
             if opens and not self.account:
-                self._open(self._subject.tracee)
+                self._open(self.subject.tracee)
             else:
-                self._inode = tracking.find_inode(self._subject.pid, self._number)
+                self._inode = tracking.find_inode(self.subject.pid, self._number)
 
     def _open(self, tracee: Tracee) -> None:
         try:
             self._number = tracking.open_account(tracee)
         except KernelError as error:
             self._note(f"the next checkpoint reads all of the memory: {error}")
-        self._inode = tracking.find_inode(self._subject.pid, self._number)
+        self._inode = tracking.find_inode(self.subject.pid, self._number)
 
     def begin(self) -> None:
         """Begin it anew, and see what was `written` until now.
 
         Precondition: the record of the tree is withdrawn.
         """
-        subject = self._subject
+        subject = self.subject
         try:
             self.begun = tracking.begin_account(subject.tracee, self._number, subject.vmas)
         except OSError as error:
@@ -130,18 +157,28 @@ class Book:
 
     def look(self) -> list[Range]:
         """See what was `written`, and the pages that there are. Precondition: an account stands."""
-        pages, self.written = tracking.look_at_all(self._subject.pid, self._subject.vmas)
+        pages, self.written = tracking.look_at_all(self.subject.pid, self.subject.vmas)
         return pages
 
     def read(self) -> None:
         """See what was `written`, if there is an account."""
         if self.account:
-            self.written = tracking.written_ranges(self._subject.pid, self._subject.vmas)
+            self.written = tracking.written_ranges(self.subject.pid, self.subject.vmas)
 
     @property
     def knows_before(self) -> bool:
         """Whether there is something to hold the process against, and what was written since."""
-        return bool(self.before or self.draft) and self.written is not None
+        return bool(self.before or self.ahead) and self.written is not None
+
+    @property
+    def changed(self) -> list[Range]:
+        """What was written since the image before. Precondition: `knows_before`."""
+        return join_ranges([*(self.written or ()), *(self.ahead.written if self.ahead else ())])
+
+    @property
+    def ahead_windows(self) -> list[tuple[int, int]]:
+        """Those that were read ahead because they had been written, if there is an image before."""
+        return self.ahead.windows if self.ahead and self.before and self.kept else []
 
     @property
     def to_read(self) -> list[Range]:
@@ -154,29 +191,35 @@ class Book:
         found = self.before.document.get("inherited", ()) if self.before else ()
         return [(start, end) for start, end in found]
 
-    def compare(self, writer: ImageWriter, *, leaves_out: bool) -> None:
+    def compare(
+        self, writer: ImageWriter, copied: ComposedPages | None, *, leaves_out: bool
+    ) -> None:
         """See what of the memory that was left out of the account has really been written.
 
-        `leaves_out`: what was written densely is left out from now on. Precondition: what is read
-        stands still, or is a snapshot.
+        `copied`: what was copied of it while it stood still; else it still does, or there is a
+        snapshot. `leaves_out`: what was written densely is left out from now on.
         """
-        base, subject = self.before, self._subject
+        base, subject = self.before, self.subject
         if base is None or self.written is None:
             return
         written = join_ranges(self.written)
         left_out = intersect(subject.fresh, intersect(written, list(self.left_out)))
         still_dense: Sequence[Range] = ()
         if left_out:
-            pages = subject.open_pages()
+            pages = copied or subject.open_pages()
             try:
                 checked = recheck(base, pages, windows_of(left_out, base.window_pages))
             finally:
-                pages.close()
+                if pages is not copied:
+                    pages.close()
             written = subtract(written, checked.same)
             still_dense = checked.dense
             writer.expect(base, (at for at, _ in windows_of(still_dense, base.window_pages)))
         if leaves_out and self.begun:
-            self._left_out = join_ranges([*without(self.begun.dense, self.left_out), *still_dense])
+            dense = self.begun.dense
+            if self.ahead:
+                dense = join_ranges([*dense, *self.ahead.dense])
+            self._left_out = join_ranges([*without(dense, self.left_out), *still_dense])
             tracking.leave_out(subject.pid, self._number, self._left_out)
         self.written = written
 
@@ -186,10 +229,11 @@ class Book:
         What it shared with its parent the image before has there, and not with this process: what
         it has for itself by now is read. Raises TooScattered.
         """
-        own = self._subject.fresh
-        if self.draft and self.written is not None:
+        own = self.subject.fresh
+        if self.ahead and self.written is not None:
+            draft = self.ahead.draft
             unwritten = subtract(own, self.written)  # of which nothing has to be read again
-            self.kept, self.fresh = plan_checkpoint(self.draft, own, self.written, unwritten)
+            self.kept, self.fresh = plan_checkpoint(draft, own, self.written, unwritten)
             return
         if self.before is None or self.written is None:
             self.fresh = windows_of(own, window_pages)
@@ -199,8 +243,8 @@ class Book:
     def describe(self, store: Store, image: str, space: int) -> tracking.Account:
         """The account that began with that image, of which that space is the process."""
         return tracking.Account(
-            pid=self._subject.pid,
-            start_time=self._subject.start_time,
+            pid=self.subject.pid,
+            start_time=self.subject.start_time,
             boot_id=proc.boot_id(),
             number=self._number,
             inode=self._inode,
@@ -214,7 +258,7 @@ class Book:
         """Take a descriptor that was opened out of the process again."""
         if not self.is_open or self.account:
             return
-        subject = self._subject
+        subject = self.subject
         subject.let_go()
         with contextlib.suppress(LzyError, OSError):
             if tracking.find_inode(subject.pid, self._number) == self._inode:
@@ -223,7 +267,7 @@ class Book:
     def gather(self) -> None:
         """Have the kernel put huge pages together again where it was left out."""
         if self._left_out:
-            subject = self._subject
+            subject = self.subject
             gather_huge_pages(subject.pid, self._left_out, subject.mappings.vmas)
 
     def _note(self, note: str) -> None:
@@ -241,6 +285,7 @@ class Books:
         self._base: Image | None = None
         self._books: dict[Subject, Book] = {}
         self._tied = False
+        self._is_withdrawn = False
 
     def __getitem__(self, subject: Subject) -> Book:
         return self._books[subject]
@@ -270,23 +315,38 @@ class Books:
         book = self._books[subject] = Book(subject, None, self._notes)
         return book if book.open_ahead() else None
 
+    def take_up_ahead(self, subject: Subject) -> Book | None:
+        """Go on with the account of a process that runs; None where that is of no use."""
+        account = self._accounts.get(subject.pid)
+        before = self._base.in_space(account.space) if self._base and account else None
+        book = Book(subject, account, self._notes)
+        return book if book.take_up_ahead(before) else None
+
+    def read_ahead(self, book: Book, writer: ImageWriter, order: Sequence[int]) -> None:
+        """Have one that was taken up read ahead, after which the record holds no more."""
+        self.withdraw()
+        self._books[book.subject] = book
+        book.read_ahead(writer, order)
+
     def compare(self) -> None:
         """Now that all stand still: are they the same accounts? Another dump may have come between.
 
         To be called before `ask`.
         """
-        if self._accounts:
+        if self._is_withdrawn:
+            now = {pid: known for pid, known in self._accounts.items() if tracking.stands(known)}
+        else:
             now = tracking.find_accounts(self._root.pid)
-            self._accounts = {
-                pid: known for pid, known in self._accounts.items() if now.get(pid) == known
-            }
+        self._accounts = {
+            pid: known for pid, known in self._accounts.items() if now.get(pid) == known
+        }
 
     def ask(self, subject: Subject, *, opens: bool) -> None:
         """Take up the account of a process that stands still; see `Book.ask`."""
         account = self._accounts.get(subject.pid)
         book = self._books.get(subject) or Book(subject, account, self._notes)
         self._books[subject] = book
-        if self._base and (account or subject is self._root):
+        if not book.ahead and self._base and (account or subject is self._root):
             book.before = self._base.in_space(account.space if account else 0)
         book.ask(opens=opens)
 
@@ -300,12 +360,13 @@ class Books:
             return []
         if book.before.document["process"]["parent"] != parent.before.document["pid"]:
             return []  # another one, who had ended
-        changed = join_ranges([*book.written, *parent.written])
+        changed = join_ranges([*book.changed, *parent.changed])
         return subtract(book.inherited_before, changed)
 
     def withdraw(self) -> None:
         """Rely no more on what is recorded: to be called before the first account begins anew."""
         tracking.withdraw(self._root.pid)
+        self._is_withdrawn = True
 
     @property
     def takes_from_base(self) -> bool:

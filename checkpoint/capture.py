@@ -256,11 +256,11 @@ class Capture:
             self.store.verify(self.base.name, wishes.progress, known=wishes.verified)
 
     def _go_ahead(self, writer: ImageWriter) -> None:
-        """Before a first checkpoint: accounts begin, and large memory is read, while they run.
+        """Before the stop: accounts begin, and memory of which much is to be read is, as they run.
 
         Of a descendant that may end, or is no fit subject, the dump tells if it matters.
         """
-        if not self._is_to_keep_account or self.base or self.doze:
+        if not self._is_to_keep_account or self.doze:
             return
         for subject in self.seen.values():
             with contextlib.suppress(NotFound, Unsupported, KernelError, OSError):
@@ -269,18 +269,24 @@ class Capture:
         reach("dump.ahead")
 
     def _go_ahead_of(self, subject: Subject, writer: ImageWriter) -> None:
-        book = self.books.open_ahead(subject)
+        resident = int(proc.read_bytes(proc.witness(subject.pid), "statm").split()[1]) * PAGE_BYTES
+        is_forked = subject is not self.root and proc.shares_with_parent(subject.pid)
+        is_worth_it = resident >= LEAST_AHEAD_BYTES and not is_forked and not self.obstacle
+        if not self.base:
+            book = self.books.open_ahead(subject)
+        elif is_worth_it:
+            book = self.books.take_up_ahead(subject)
+        else:
+            return
         if book is None:
             return
-        resident = int(proc.read_bytes(subject.witness, "statm").split()[1]) * PAGE_BYTES
-        is_forked = subject is not self.root and proc.shares_with_parent(subject.pid)
-        if resident < LEAST_AHEAD_BYTES or is_forked or self.obstacle:
+        if not is_worth_it:
             book.protect_ahead()
-            return
-        parent = self.session["parent"] if subject is self.root else None
-        order = read_order(self.store.path, parent) if parent else ()
-        with reporting(self.wishes.progress, "writing", writer, resident):
-            book.read_ahead(writer, order)
+        elif not self.base or book.has_written_much():
+            parent = self.session["parent"] if subject is self.root else None
+            order = read_order(self.store.path, parent) if parent and not self.base else ()
+            with reporting(self.wishes.progress, "writing", writer, resident):
+                self.books.read_ahead(book, writer, order)
 
     # -- while they stand still --------------------------------------------------------------------
 
@@ -396,8 +402,6 @@ class Capture:
         copied_bytes = 0
         for subject in self.tree:
             book, is_child = self.books[subject], subject is not self.root
-            if book.left_out:
-                return False
             if is_child and not book.before and proc.shares_with_parent(subject.pid):
                 return False  # what it shares is yet to be found out
             began = time.monotonic()
@@ -486,10 +490,11 @@ class Capture:
         self._plan(writer)
         self.written_bytes = sum(_pages_bytes(self.books[subject].fresh) for subject in self.tree)
         for book in (self.books[subject] for subject in self.tree):
-            if book.draft and book.kept:
+            self.written_bytes += _pages_bytes(book.ahead_windows)
+            if book.ahead and book.kept and not book.before:
                 self.written_bytes += book.kept.page_count * PAGE_BYTES
         fresh = self.books[root].fresh
-        self.refreshed = [address for address, _ in fresh]
+        self.refreshed = [address for address, _ in (*fresh, *self.books[root].ahead_windows)]
         source = self._open_pages(fresh)
         try:
             if not base and (parent := self.session["parent"]):  # as the next wake may need it
@@ -512,14 +517,14 @@ class Capture:
         leaves_out = self.wishes.why != TO_DOZE and not self.doze
         for subject, space in self.spaces.items():
             book = self.books[subject]
-            book.compare(writer, leaves_out=leaves_out)
+            book.compare(writer, self.composed.get(subject), leaves_out=leaves_out)
             away = self.away.missing if subject is self.root else ()
             try:
                 book.plan(self.wishes.window_pages, away)
             except TooScattered:
                 raise NotAsItIs from None
-            if book.draft and book.kept:
-                writer.keep_draft(book.draft, book.kept, space)
+            if book.ahead and book.kept:
+                writer.keep_draft(book.ahead.draft, book.kept, space)
             elif book.before and book.kept:
                 kept.append((space, book.before, book.kept))
         if kept:

@@ -373,7 +373,9 @@ def intersect(ranges: list[tuple[int, int]], part: list[tuple[int, int]]) -> lis
     return found
 
 
-def subtract(ranges: list[tuple[int, int]], part: list[tuple[int, int]]) -> list[tuple[int, int]]:
+def subtract(
+    ranges: Iterable[tuple[int, int]], part: Sequence[tuple[int, int]]
+) -> list[tuple[int, int]]:
     """What of ascending `ranges` does not lie in ascending `part`; each without overlaps."""
     found: list[tuple[int, int]] = []
     at = 0

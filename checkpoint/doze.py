@@ -118,7 +118,7 @@ def doze(
             pid=pid,
         )
     reach("doze.taken")
-    with store.load(taken.image) as image, Claim(pid):
+    with store.load(taken.image) as image:
         plan, freeze_s = _prepare(pid, account, image, choose or partial(leave_warm, pid))
         if plan is None:
             return _report(taken, before, 0, freeze_s, began, None)
@@ -227,6 +227,8 @@ def _prepare(
     places, vmas = mapping_flags.look(pid)
     frozen_at = time.monotonic()
     with contextlib.ExitStack() as held:
+        if not _claim(pid, held):
+            raise _overtaken(pid)
         tracee = held.enter_context(stopped(pid))
         if tracking.find_account(pid) != account:
             raise _overtaken(pid)
@@ -276,6 +278,15 @@ def _prepare(
                 resume_pager(pid)
             raise
     return _Dropping(ranges, fit, heard_of, number, pager), time.monotonic() - frozen_at
+
+
+def _claim(pid: int, held: contextlib.ExitStack) -> bool:
+    """Whether nobody else is at work on it, nor will be until `held` is closed."""
+    claim = Claim(pid)
+    held.callback(claim.let_go)
+    with contextlib.suppress(Busy):
+        claim.take(patience_s=0)
+    return claim.is_held
 
 
 def _overtaken(pid: int) -> Busy:
@@ -414,6 +425,8 @@ def _drop(
     frozen_at = time.monotonic()
     number = plan.number
     with contextlib.ExitStack() as held:
+        if not _claim(pid, held):  # who has it begins the account anew
+            raise _LayoutChanged
         tracee = held.enter_context(stopped(pid))
         if tracking.find_account(pid) != account:  # what is unwritten is so since another image
             raise _LayoutChanged

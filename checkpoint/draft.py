@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Mapping
+from collections.abc import Sequence
 
 from .patchwork import Piece
 
@@ -11,17 +11,23 @@ from .patchwork import Piece
 class Draft:
     """What `ahead` has read into an image that is being written; planned with like an image."""
 
-    patchwork_count = 0
-
     def __init__(
-        self, rows: Mapping[int, tuple[int, int]], chunk_count: int, window_pages: int
+        self,
+        runs: array[int],
+        patchworks: Sequence[list[Piece]],
+        chunk_count: int,
+        window_pages: int,
     ) -> None:
-        """`rows`: {window address: (mask of pages, number of their chunk)}."""
-        self.runs = array("Q")
-        for address, (mask, chunk) in sorted(rows.items()):
-            self.runs.extend((address, mask, chunk))
+        """`runs`, `patchworks`: as `ImageTables.set_aside` has them, with so many chunks."""
+        self.runs = runs
         self.chunk_count = chunk_count
         self.window_pages = window_pages
+        self._patchworks = patchworks
+
+    @property
+    def patchwork_count(self) -> int:
+        """How many windows are of several chunks."""
+        return len(self._patchworks)
 
     def space_extent(self, space: int) -> tuple[int, int]:
         """[first, last) of the rows of a space: all are of the process itself."""
@@ -29,4 +35,6 @@ class Draft:
 
     def pieces(self, chunk: int, mask: int) -> list[Piece]:
         """What makes up the pages `mask` that a row finds in `chunk`."""
-        return [Piece(mask, mask, chunk)]
+        if chunk < self.chunk_count:
+            return [Piece(mask, mask, chunk)]
+        return self._patchworks[chunk - self.chunk_count]

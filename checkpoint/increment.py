@@ -75,6 +75,8 @@ def plan_checkpoint(
     present: Sequence[Range],
     written: Sequence[Range],
     away: Sequence[Range] = (),
+    *,
+    spare: int = 0,
 ) -> Increment:
     """How to make a checkpoint of the pages `present`, of which `written` may differ from `base`.
 
@@ -82,7 +84,8 @@ def plan_checkpoint(
 
     A window of which too little is left in the chunks of `base` is stored anew, whole
     (`lzy.checkpoint.patchwork.is_worth_it`), but for those of its pages that are `away`: these
-    cannot be read now, and have not been written. Raises TooScattered.
+    cannot be read now, and have not been written. Raises TooScattered. In every window there is
+    room for `spare` pieces more.
     """
     runs = base.runs[: 3 * base.space_extent(0)[1]]
     addresses = runs[0::3].tolist()
@@ -108,7 +111,7 @@ def plan_checkpoint(
                 rows.append((at, at + 1))
             continue
         pieces = renew(base.pieces(chunk, stored), mask & ~fresh_mask) if stored else []
-        if pieces and not is_worth_it(pieces, fresh_mask):
+        if pieces and not is_worth_it(pieces, fresh_mask, spare):
             if unreadable is None:
                 unreadable = dict(windows_of(away, base.window_pages))
             kept_mask = unreadable.get(address, 0) & mask & ~fresh_mask

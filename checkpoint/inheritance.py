@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from .content import holds_own_pages, intersect, join_ranges, subtract
 from .linux import memory
@@ -90,6 +90,6 @@ def _together(ranges: list[Range]) -> Iterator[Range]:
     yield start, end
 
 
-def length_bytes(ranges: list[Range]) -> int:
+def length_bytes(ranges: Iterable[Range]) -> int:
     """How much that is."""
     return sum(end - start for start, end in ranges)

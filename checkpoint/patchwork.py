@@ -82,8 +82,10 @@ def renew(pieces: list[Piece], kept: int) -> list[Piece]:
     return [Piece(held, taken & kept, chunk) for held, taken, chunk in pieces if taken & kept]
 
 
-def is_worth_it(kept: list[Piece], fresh: int) -> bool:
+def is_worth_it(kept: list[Piece], fresh: int, spare: int = 0) -> bool:
     """Whether to keep these pieces and add one of the pages `fresh`, not store the window anew.
+
+    Room for `spare` pieces more is to be left.
 
     Bounds both what a reader has to read (pieces) and what the store keeps for nothing: pages that
     chunks hold and nobody takes are never more than those that are taken.
@@ -92,4 +94,4 @@ def is_worth_it(kept: list[Piece], fresh: int) -> bool:
         return False
     taken = fresh.bit_count() + sum(piece.taken.bit_count() for piece in kept)
     held = fresh.bit_count() + sum(piece.held.bit_count() for piece in kept)
-    return len(kept) + bool(fresh) <= MOST_PIECES and held <= 2 * taken
+    return len(kept) + bool(fresh) + spare <= MOST_PIECES and held <= 2 * taken

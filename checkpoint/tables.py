@@ -142,13 +142,14 @@ class ImageTables:
         taken = sorted(chunks)
         with self._lock:
             here: dict[int, int] = {}
-            if self._numbers:
+            if self._numbers or self._adopted:
                 ids = _ids(_copy_records(base, _stretches(taken)))
-                here = {
-                    number: self._numbers[content_id]
-                    for number, content_id in zip(taken, ids, strict=True)
-                    if content_id in self._numbers
-                }
+                for number, content_id in zip(taken, ids, strict=True):
+                    ours = self._numbers.get(content_id)
+                    if ours is None:
+                        ours = self._find_adopted(content_id)
+                    if ours is not None:
+                        here[number] = ours
                 taken = [number for number in taken if number not in here]
             stretches = _stretches(taken)
             records = _copy_records(base, stretches)
@@ -191,19 +192,25 @@ class ImageTables:
         """
         self._kept[space] = runs, patchworks
 
-    def set_aside(self) -> dict[int, tuple[int, int]]:
-        """Take out what was recorded of space 0: {window address: (mask, chunk)}.
+    def set_aside(self) -> tuple[array[int], list[list[Piece]]]:
+        """Take out what was recorded and kept of space 0: (records by address, patchworks).
 
-        The chunks stay, and so do the counts until `count_as`: what is used is to be kept.
+        A window of several chunks has as its chunk's number that of its patchwork, the first of
+        which is behind all chunks there are. The chunks stay, and so do the counts until
+        `count_as`: what is used is to be kept.
         """
-        windows: dict[int, tuple[int, int]] = {}
+        fresh: dict[int, tuple[int, int]] = {}
+        joined = array("Q")
+        patchworks: list[list[Piece]] = []
         with self._lock:
             for number, records in list(self._runs.items()):  # a batch is of one space
                 rows = list(struct.iter_unpack("<QQQ", records))
                 if rows and rows[0][2] >> 32 == 0:
-                    windows.update((address, (mask, chunk)) for address, mask, chunk in rows)
+                    fresh.update((address, (mask, chunk)) for address, mask, chunk in rows)
                     del self._runs[number]
-        return windows
+            self._join_space(0, fresh, joined, patchworks)
+            self._kept.pop(0, None)
+        return joined, patchworks
 
     @property
     def counted(self) -> tuple[int, int, int]:

@@ -34,6 +34,7 @@ from .content import (
     join_ranges,
     neighbourhoods,
     places,
+    subtract,
 )
 from .dense import find_dense
 from .errors import LzyError
@@ -83,12 +84,12 @@ class Begun(NamedTuple):
 
 def find_account(pid: int) -> Account | None:
     """The account of process `pid`, as the first of its tree, if there is one to be relied on."""
-    return next((known for known in _read_record(pid)[:1] if _stands(known)), None)
+    return next((known for known in _read_record(pid)[:1] if stands(known)), None)
 
 
 def find_accounts(pid: int) -> dict[int, Account]:
     """As `find_account`, of all that were dumped with `pid`, by their pids."""
-    return {known.pid: known for known in _read_record(pid) if _stands(known)}
+    return {known.pid: known for known in _read_record(pid) if stands(known)}
 
 
 def _read_record(pid: int) -> list[Account]:
@@ -104,7 +105,7 @@ def _read_record(pid: int) -> list[Account]:
         return []
 
 
-def _stands(account: Account) -> bool:
+def stands(account: Account) -> bool:
     """Whether that process lives and still has that descriptor."""
     try:
         alive = proc.start_time(account.pid) == account.start_time
@@ -324,8 +325,10 @@ def begin_account(tracee: Tracee, number: int, vmas: Sequence[Vma]) -> Begun:
     return Begun(join_ranges(written), dense, bool(strangers))
 
 
-def protect_running(pid: int, number: int, vmas: Sequence[Vma]) -> list[Range]:
-    """As `begin_account`, of a process that may run; what was written until then, ascending.
+def protect_running(
+    pid: int, number: int, vmas: Sequence[Vma], left_out: Sequence[Range] = ()
+) -> Begun:
+    """As `begin_account`, of a process that may run, but for what is `left_out`, which stays so.
 
     Whatever it writes once this returns counts as written. What cannot come under account, or is
     mapped meanwhile, counts at the next look, too. In steps, so that it never waits long to map.
@@ -333,17 +336,20 @@ def protect_running(pid: int, number: int, vmas: Sequence[Vma]) -> list[Range]:
     own = list(filter(holds_own_pages, vmas))
     with _own_duplicate(pid, number) as ours, _page_map(pid) as pagemap:
         strangers = _find_strangers(pagemap, own)
-        written = [(vma.start, vma.end) for vma in strangers]
         for vma in strangers:
             if "ht" not in vma.flags:
                 with contextlib.suppress(OSError):  # it is gone, or somebody else's
                     uffd.register(ours, vma.start, vma.length, uffd.REGISTER_MODE_WP)
+        written: list[Range] = []
         for start, end, may_be_files in places(own):
-            for at in range(start, end, _STEP_BYTES):
-                stop = min(at + _STEP_BYTES, end)
-                written += _find_written(pagemap, at, stop, may_be_files, protect=True)
-        written += _find_dropped(pagemap, own)
-    return join_ranges(written)
+            for low, high in subtract([(start, end)], left_out):
+                for at in range(low, high, _STEP_BYTES):
+                    stop = min(at + _STEP_BYTES, high)
+                    written += _find_written(pagemap, at, stop, may_be_files, protect=True)
+        new = [(vma.start, vma.end) for vma in strangers]
+        dense = find_dense(subtract(written, join_ranges(new)))
+        written += [*new, *_find_dropped(pagemap, own)]
+    return Begun(join_ranges(written), dense, bool(strangers))
 
 
 def leave_out(pid: int, number: int, ranges: Iterable[Range]) -> None:

@@ -25,6 +25,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .beside import Beside
+from .draft import Draft
 from .errors import Busy, Damaged, LzyError
 from .image import (
     CHUNK_MASK,
@@ -47,7 +48,6 @@ from .unavailable import unavailable
 from .worker import Batch, PageSource, Shared, Worker
 
 if TYPE_CHECKING:
-    from .draft import Draft
     from .increment import Kept
     from .store import ImageSummary, Store
 
@@ -175,17 +175,10 @@ class ImageWriter:
         )
         self._batches += 1
 
-    @property
-    def chunk_count(self) -> int:
-        """How many contents are stored or taken from the store so far."""
-        return self._tables.chunk_count
-
-    def set_aside(self) -> dict[int, tuple[int, int]]:
-        """Take out what was written so far of space 0: {window: (mask, chunk)}.
-
-        It makes a draft; `keep_draft` takes what holds of that.
-        """
-        return self._tables.set_aside()
+    def set_aside(self) -> Draft:
+        """Take out what was written and kept so far of space 0; `keep_draft` takes what holds."""
+        runs, patchworks = self._tables.set_aside()
+        return Draft(runs, patchworks, self._tables.chunk_count, self.window_pages)
 
     @property
     def counted(self) -> tuple[int, int, int]:
@@ -199,7 +192,7 @@ class ImageWriter:
     def keep_draft(self, draft: Draft, kept: Kept, space: int) -> None:
         """Take these pages of a space as the draft has them, of all that was set aside."""
         runs = array("Q")
-        for first, last in kept.rows:
+        for first, last in kept.rows:  # of one chunk each: numbered as they are here
             runs.extend(draft.runs[3 * first : 3 * last])
         if space:
             runs[2::3] = array("Q", [space << 32 | chunk for chunk in runs[2::3]])

@@ -70,15 +70,20 @@ def read_all(pid: int) -> dict[int, bytes]:
     return found
 
 
+@pytest.mark.parametrize("further", [False, True])
 @pytest.mark.parametrize("restless", [1, 2], indirect=True)
 def test_what_is_written_meanwhile_is_as_it_was_at_the_stop(
-    restless: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    restless: int, further: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every page of the image is that of the moment at which the process stood still."""
+    """Every page of the image is that of the moment at which the process stood still.
+
+    `further`: each after the first is held against the one before.
+    """
     monkeypatch.setenv("LZY_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(capture, "LEAST_AHEAD_BYTES", 0)
     monkeypatch.setattr(ahead, "_PART", 1)
     monkeypatch.setattr(mapping_flags, "LARGE_BYTES", 0)
+    monkeypatch.setattr(tracking, "find_dense", lambda written: [])  # or it would be left out
     pick, drafts = random.Random(restless), 0
     with Store.open(tmp_path / "store", create=True) as store:
         for number in range(ROUNDS):
@@ -92,7 +97,7 @@ def test_what_is_written_meanwhile_is_as_it_was_at_the_stop(
 
             monkeypatch.setattr(capture, "reach", look)
             report = dump(restless, store, name=f"it{number}", leave_running=True)
-            assert report.base is None
+            assert report.base == (f"it{number - 1}" if further and number else None)
             with store.load(report.image) as image:
                 stored = stored_pages(image)
             place = range(BASE, BASE + 2 * PAGES * PAGE_BYTES)
@@ -101,7 +106,8 @@ def test_what_is_written_meanwhile_is_as_it_was_at_the_stop(
                 if page in at_the_stop or page in place:
                     assert content == at_the_stop.get(page, untouched(page)), f"{page:#x} differs"
             drafts += report.written_bytes > 0
-            tracking.withdraw(restless)
+            if not further:
+                tracking.withdraw(restless)
     assert drafts == ROUNDS
 
 
@@ -185,11 +191,11 @@ def test_a_draft_that_cannot_be_made_costs_only_that(
         assert child.stdout
         assert child.stdout.readline() == b"\n"
 
-        def end(pid: int, number: int, vmas: object) -> list[tuple[int, int]]:
-            written = protect(pid, number, vmas)  # type: ignore[arg-type]  # as it was
+        def end(*given: Any) -> tracking.Begun:
+            begun = protect(*given)
             child.kill()
             child.wait()
-            return written
+            return begun
 
         protect = tracking.protect_running
         monkeypatch.setattr(tracking, "protect_running", end)

@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -100,12 +101,12 @@ def test_nobody_else_dumps_or_dozes_what_is_read_ahead(
     refused = []
     with Store.open(tmp_path / "store", create=True) as store:
 
-        def interrupt(*given: object) -> list[tuple[int, int]]:
+        def interrupt(*given: Any) -> tracking.Begun:
             for other in (dump, doze):
                 with pytest.raises(Busy, match="another lzy"):
                     other(sleeper.pid, store, name="other")
                 refused.append(other)
-            return protect(*given)  # type: ignore[arg-type]  # as it was called
+            return protect(*given)
 
         monkeypatch.setattr(tracking, "protect_running", interrupt)
         dump(sleeper.pid, store, name="it", leave_running=True)

@@ -1248,11 +1248,11 @@ def test_a_change_of_layout_waits_for_a_pager(
     process.away(True)
     process.page()
     process.kill("both", resume=False)
-    process.away(False)
     process.channel.say()
     assert process.channel.silent(0.02)
     resume_pager(process.pid, open_image=open_file_image)
-    process.kill(victim)
+    process.kill(victim)  # before there is anything to serve, or it might have left
+    process.away(False)
     process.expect_done()
 
 

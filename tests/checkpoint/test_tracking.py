@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from deeds import BASE, DEEDS, HUGE_PAGES, PAGES, rewrite, rewrite_all, write
 from oracle import compare_memory, stored_pages
 
+from lzy.checkpoint import ahead as reading_ahead
 from lzy.checkpoint import capture, mapping_flags, proc, tracking
 from lzy.checkpoint import doze as engine
 from lzy.checkpoint.content import (
@@ -31,6 +32,7 @@ from lzy.checkpoint.content import (
     look_at_pages,
     own_page_ranges,
 )
+from lzy.checkpoint.dense import find_dense
 from lzy.checkpoint.dump import DumpReport, dump
 from lzy.checkpoint.errors import Busy
 from lzy.checkpoint.image import Image
@@ -116,23 +118,33 @@ plans = st.lists(
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
-@given(plan=plans, dozed=st.booleans(), copied=st.booleans(), ahead=st.booleans())
+@given(
+    plan=plans,
+    dozed=st.booleans(),
+    copied=st.booleans(),
+    ahead=st.sampled_from(["nothing", "first", "most", "all"]),
+)
 def test_every_checkpoint_equals_the_memory(
     tmp_path_factory: pytest.TempPathFactory,
     monkeypatch: pytest.MonkeyPatch,
     plan: list[tuple[int, int, bool]],
     dozed: bool,
     copied: bool,
-    ahead: bool,
+    ahead: str,
 ) -> None:
     """Whatever a process does to its memory between checkpoints, none of it is missed.
 
-    `copied`: what it wrote is copied while it stands still, however much that is; `ahead`: the
-    first image is read ahead.
+    `copied`: what it wrote is copied while it stands still, however much that is; `ahead`: which
+    images are read ahead (`all`: nothing is ever left out of an account, so that every one is).
     """
     monkeypatch.setattr(capture, "_CLONE_LOOKS", math.inf if copied else 0)
     monkeypatch.setattr(mapping_flags, "LARGE_BYTES", 0 if copied else 128 << 20)
-    monkeypatch.setattr(capture, "LEAST_AHEAD_BYTES", 0 if ahead else math.inf)
+    monkeypatch.setattr(capture, "LEAST_AHEAD_BYTES", math.inf if ahead == "nothing" else 0)
+    monkeypatch.setattr(reading_ahead, "_LITTLE_BYTES", 1 << 40 if ahead == "first" else 0)
+    if ahead == "all":
+        monkeypatch.setattr(tracking, "find_dense", lambda written: [])
+    else:
+        monkeypatch.setattr(tracking, "find_dense", find_dense)
     folder = tmp_path_factory.mktemp("subject")
     monkeypatch.setenv("LZY_HOME", str(folder / "home"))
     subject = Subject(folder)

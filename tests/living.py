@@ -87,6 +87,22 @@ def end_descendants(pid: int, pidfd: int) -> list[int]:
             os.close(descriptor)
 
 
+def kill_lzy(pid: int) -> bool:
+    """kill -9 process `pid` if it is one of lzy's daemons; whether it was.
+
+    The number that a journal or a report tells may be anybody's by the time it is used.
+    """
+    with contextlib.suppress(ProcessLookupError, FileNotFoundError):
+        pidfd = os.pidfd_open(pid)
+        try:
+            if Path(f"/proc/{pid}/comm").read_text().startswith("lzy-"):
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+                return True
+        finally:
+            os.close(pidfd)
+    return False
+
+
 def await_end(pid: int, timeout_s: float = PATIENCE_S) -> None:
     """Wait until the process `pid`, which may be gone already, has ended."""
     try:

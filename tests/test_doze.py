@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from living import PATIENCE_S, wait_readable
+from living import PATIENCE_S, kill_lzy, wait_readable
 
 from lzy.checkpoint.journal import read_status
 from lzy.checkpoint.stages import STAGES
@@ -183,7 +183,7 @@ def test_pagers_killed_while_it_dozes(
             status = read_status(journal)[1]
             for pid in pick.sample([status.pager_pid, status.keeper_pid], pick.choice([1, 2])):
                 if pid:
-                    os.kill(pid, signal.SIGKILL)
+                    kill_lzy(pid)
             lzy.run("pager", "--resume", str(program.pid))
     lzy.run("pager", "--resume", str(program.pid))
     assert program.hear().startswith("{")

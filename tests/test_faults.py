@@ -26,6 +26,7 @@ from living import (
     Holds,
     await_end,
     find_failures,
+    kill_lzy,
     list_children,
     unmount,
     wait_readable,
@@ -244,7 +245,7 @@ def test_pager_killed_is_replaced(start: Start, lzy: CommandLine) -> None:
     lzy.dump(program)
     report = lzy.restore(program, "image")
     with contextlib.suppress(ProcessLookupError):
-        os.kill(report["pager_pid"], signal.SIGKILL)
+        kill_lzy(report["pager_pid"])
     program.prove()
 
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import random
-import signal
 import sys
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from living import list_children
+from living import kill_lzy, list_children
 from pair import adopt
 
 from lzy.checkpoint.doze import resident_bytes
@@ -277,10 +276,9 @@ def test_whoever_is_killed_no_byte_is_wrong(
         assert service.agent
         victims += [service.agent.pid, *list_children(service.agent.pid, descend=False)]
         victim = chance.choice(list(filter(None, victims)))
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(victim, signal.SIGKILL)
-            killed += victim != service.agent.pid
-        if victim == service.agent.pid:
+        if victim != service.agent.pid:
+            killed += kill_lzy(victim)
+        else:
             service.kill()
             service.begin()
         program.prove()

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from living import PATIENCE_S, wait_readable
+from living import PATIENCE_S, kill_lzy, wait_readable
 from pair import Pair, adopt, count_copies
 
 from lzy.agent import authority
@@ -129,7 +128,7 @@ def test_killed_while_memory_follows(apart: Pair, start: Start, who: str) -> Non
     pid = apart.follow()["pid"]
     if who == "pager":
         journal = journal_path(apart.target.home / "run", pid)
-        os.kill(read_status(journal)[1].pager_pid, signal.SIGKILL)
+        kill_lzy(read_status(journal)[1].pager_pid)
     else:
         apart.services[who].kill()
         adopt(program, pid)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import random
-import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from living import PATIENCE_S, wait_readable
+from living import PATIENCE_S, kill_lzy, wait_readable
 
 from lzy.checkpoint.errors import LzyError
 from lzy.checkpoint.journal import read_status
@@ -83,7 +82,7 @@ class Session:
             status = read_status(journal)[1]
             victims = [pid for pid in (status.pager_pid, status.keeper_pid) if pid]
             for pid in self.chance.sample(victims, self.chance.randint(1, len(victims))):
-                os.kill(pid, signal.SIGKILL)
+                kill_lzy(pid)
 
     def collect_garbage(self) -> None:
         self.run("gc")

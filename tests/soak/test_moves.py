@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import os
 import random
-import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from living import PATIENCE_S, wait_readable
+from living import PATIENCE_S, kill_lzy, wait_readable
 
 if TYPE_CHECKING:
     from living import CommandLine, Program
@@ -141,7 +140,7 @@ def test_pager_killed_at_random(start: Start, lzy: CommandLine) -> None:
         program.say("prove")
         wait_readable([program.pidfd], chance.uniform(0.0, 0.05))
         with contextlib.suppress(ProcessLookupError):
-            os.kill(report["pager_pid"], signal.SIGKILL)
+            kill_lzy(report["pager_pid"])
         proof = program.hear(2 * PATIENCE_S)
         assert "false" not in proof, f"round {number}, seed {seed}: {proof}"
         program.end()

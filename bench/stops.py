@@ -1,8 +1,9 @@
-"""How long a program stands still, by its size: `python bench/stops.py [--workers N] MEBIBYTES…`.
+"""How long a program stands still, by its size: `python bench/stops.py [OPTION…] MEBIBYTES…`.
 
 The program has so much random memory in pages of 4 KiB, and writes to some 200 of them a second,
-all over; so does each of its workers, which are programs of their own. Of a first checkpoint and of
-three further ones it prints how long the stop took, what was written meanwhile, and the longest
+all over; so does each of its `--workers N`, which are programs of their own. Before each further
+checkpoint it fills `--loaded N` MiB anew, as one does who reads data. Of a first checkpoint and of
+three further ones this prints how long the stop took, what was written meanwhile, and the longest
 pause that the program itself saw. Everything is ended.
 """
 
@@ -41,9 +42,12 @@ def write():
         longest = max(longest, time.monotonic() - began - 0.005)
 threading.Thread(target=write, daemon=True).start()
 print(flush=True)
+loaded = {}
 for line in sys.stdin:
-    print(longest, flush=True)
-    longest = 0.0
+    seen, longest = longest, 0.0
+    for at in range(int(line)):
+        loaded.setdefault(at, bytearray(1 << 20))[:] = block[at:] + block[:at]
+    print(seen, flush=True)
 """
 REST_S = 1.0
 
@@ -52,14 +56,15 @@ def main() -> None:
     """Measure, and print a block for each size."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("sizes", type=int, nargs="+", metavar="MEBIBYTES")
-    parser.add_argument("--workers", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=0, metavar="N")
+    parser.add_argument("--loaded", type=int, default=0, metavar="MEBIBYTES")
     asked = parser.parse_args()
     for size in asked.sizes:
         print(f"\n{size} MiB" + (f", and {asked.workers} workers of as much" * bool(asked.workers)))
-        measure(size, asked.workers)
+        measure(size, asked.workers, asked.loaded)
 
 
-def measure(mebibytes: int, workers: int) -> None:
+def measure(mebibytes: int, workers: int, loaded: int) -> None:
     """Print a line for each of four checkpoints of one program."""
     folder = Path(tempfile.mkdtemp(prefix="lzy-bench-"))
     program = subprocess.Popen(
@@ -70,15 +75,15 @@ def measure(mebibytes: int, workers: int) -> None:
     assert asked
     assert answers
 
-    def ask() -> float:
-        print(file=asked, flush=True)
+    def ask(load: int = 0) -> float:
+        print(load, file=asked, flush=True)
         return float(answers.readline())
 
     try:
         answers.readline()
         for what in ("first", "further", "further", "further"):
             time.sleep(REST_S)
-            ask()
+            ask(loaded if what == "further" else 0)
             words = ("dump", str(program.pid), "--leave-running", "--name", "it", "--json")
             command = [str(Path(sys.executable).with_name("lzy")), *words]
             store = ("--store", str(folder / "store"))

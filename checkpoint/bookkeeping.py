@@ -66,6 +66,7 @@ class Book:
         self._number = -1  # of the account's descriptor, in the process
         self._inode = 0
         self._is_ahead = False  # the account began before the process was stopped
+        self._is_lost = False  # since when it was begun anew is unknown
 
     @property
     def is_open(self) -> bool:
@@ -108,6 +109,7 @@ class Book:
         Of one with an account, what was written; precondition: its record is withdrawn.
         """
         self.account = None
+        self._is_lost = self.before is not None  # what was written since, if this fails
         self.ahead = read_ahead(
             self.subject.pid,
             self._number,
@@ -116,6 +118,7 @@ class Book:
             base=self.before,
             left_out=self.left_out,
         )
+        self._is_lost = False
 
     def protect_ahead(self) -> None:
         """Have its account begin while it runs: there is less to do during the stop."""
@@ -152,7 +155,7 @@ class Book:
             self.begun = tracking.begin_account(subject.tracee, self._number, subject.vmas)
         except OSError as error:
             self._note(f"the next checkpoint reads more of the memory than was written: {error}")
-        knows = self.account or self._is_ahead
+        knows = (self.account or self._is_ahead) and not self._is_lost
         self.written = self.begun.written if self.begun and knows else None
 
     def look(self) -> list[Range]:

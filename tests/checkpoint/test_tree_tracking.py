@@ -6,6 +6,7 @@ Processes fork, exec and end between checkpoints, and all of them write, move an
 from __future__ import annotations
 
 import contextlib
+import errno
 import math
 import os
 import signal
@@ -34,7 +35,7 @@ from oracle import compare_memory, stored_pages
 from subjects import in_child
 
 from lzy.checkpoint import ahead as reading_ahead
-from lzy.checkpoint import capture, mapping_flags, proc, tracking
+from lzy.checkpoint import bookkeeping, capture, mapping_flags, proc, tracking
 from lzy.checkpoint.compare import compare_images
 from lzy.checkpoint.dense import find_dense
 from lzy.checkpoint.dump import DumpReport, dump
@@ -269,6 +270,36 @@ def test_what_little_a_tree_wrote_is_copied(
         if seed:
             family.do(other, write, seed + 6)
         assert family.checkpoint().base is not None
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_who_could_not_be_read_ahead_is_read_whole(
+    family: Family, copied: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it wrote does not count as unwritten because its account had begun anew by then."""
+    monkeypatch.setattr(capture, "_CLONE_LOOKS", math.inf if copied else 0)
+    monkeypatch.setattr(mapping_flags, "LARGE_BYTES", 0 if copied else 128 << 20)
+    monkeypatch.setattr(capture, "LEAST_AHEAD_BYTES", 0)
+    monkeypatch.setattr(reading_ahead, "_LITTLE_BYTES", 0)
+    monkeypatch.setattr(tracking, "find_dense", lambda written: [])
+    child = family.bear(())
+    family.do(child, begin_anew)
+    family.checkpoint()
+    read_ahead, failed = bookkeeping.read_ahead, []
+
+    def fail(pid: int, number: int, *given: Any, **named: Any) -> reading_ahead.Ahead:
+        if pid == family.pid:
+            return read_ahead(pid, number, *given, **named)
+        tracking.protect_running(pid, number, mapping_flags.mappings(pid))
+        failed.append(pid)
+        raise OSError(errno.EIO, "as if")
+
+    monkeypatch.setattr(bookkeeping, "read_ahead", fail)
+    for seed in range(3):
+        family.do(child, write, seed)
+        family.do((), write, seed)
+        family.checkpoint()
+    assert len(failed) == 3
 
 
 def test_an_idle_tree_has_nothing_to_store(family: Family) -> None:

@@ -67,7 +67,7 @@ def describe_progress(stage: str, done_bytes: int, total_bytes: int, rate: float
     if total_bytes:
         parts.append(f"▕{bar(done_bytes, total_bytes)}▏{100 * done_bytes / total_bytes:3.0f} %")
         parts.append(f"{size(done_bytes)} of {size(total_bytes)}")
-    else:
+    elif done_bytes:
         parts.append(size(done_bytes))
     if rate > 0:
         parts.append(f"{size(rate)}/s")

@@ -55,6 +55,7 @@ def test_long_work_shows_rate_and_remaining_time(
     assert "25 %" in drawn
     assert "512 MiB/s" in progress.describe_progress("writing", 1 << 30, 4 << 30, 512 << 20)
     assert "6 s left" in progress.describe_progress("writing", 1 << 30, 4 << 30, 512 << 20)
+    assert progress.describe_progress("waiting", 0, 0, 0.0).strip() == "waiting"
     assert len(drawn.removeprefix("\r").removesuffix("\033[K")) <= 79, "a line must not wrap"
     assert terminal.getvalue().endswith("\r\033[K")
 

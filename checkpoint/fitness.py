@@ -31,6 +31,12 @@ def refuse_unfit(pid: int) -> None:
     """Raise for a process that lzy cannot dump, from /proc alone."""
     if pid == os.getpid():
         raise Unsupported("lzy cannot dump itself", remedy="dump it from another process", pid=pid)
+    if pid == 1:
+        raise Unsupported(
+            "pid 1 is the first process of this system or container, with which all others end",
+            remedy="choose a program; of a container, run lzy outside of it",
+            pid=pid,
+        )
     witness = proc.witness(pid)
     status = proc.status(witness)
     if int(status["Tgid"]) != pid:

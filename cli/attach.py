@@ -89,7 +89,7 @@ def attach(
     notes: list[str] = []
     takes = take_terminal or (take_terminal is None and _reads_terminal(pid, find_home(found)))
     if takes and "pid" in found:
-        _attach_there(found, name, given, take_terminal, as_json)
+        _attach_there(found, name, settings, take_terminal, as_json)
     if takes:
         from ..checkpoint.errors import AccessDenied, Unsupported
         from .taking import attach_and_take
@@ -160,7 +160,7 @@ def _tell_what_stays(error: LzyError) -> list[str]:
 def _attach_there(
     found: dict[str, Any],
     name: str | None,
-    given: dict[str, float | None],
+    settings: dict[str, float | None],
     take_terminal: bool | None,
     as_json: bool,
 ) -> NoReturn:
@@ -168,10 +168,11 @@ def _attach_there(
     from .enter import run_on
 
     words = [str(found["pid"]), *(["--name", name] if name else [])]
-    for option, seconds in given.items():
-        if seconds is not None:
-            shown = "never" if seconds == float("inf") else f"{seconds}s"
-            words += [f"--{option.removesuffix('_s').replace('_', '-')}", shown]
+    for setting, value in settings.items():
+        option, _, unit = setting.rpartition("_")
+        shown = {"s": f"{value}s", "bytes": str(value)}[unit]
+        none = {"s": "never", "bytes": "none"}[unit]
+        words += [f"--{option.replace('_', '-')}", none if value is None else shown]
     words += ["--take-terminal"] * bool(take_terminal) + ["--json"] * as_json
     run_on(found["node"], "attach", *words)
 
@@ -244,7 +245,10 @@ def _kernel_name(asked: str) -> Any:
         pattern = rf"(^|\0)JPY_SESSION_NAME=[^\0]*{re.escape(path.name)}(\0|$)"
         return lambda pid: re.search(pattern, _read(pid, "environ"))
     if path.suffix != ".json" or not _is_connection_file(path):
-        raise click.UsageError(f"{asked} is no pid, connection file (.json) or notebook (.ipynb).")
+        way = f" pgrep -f {asked} may tell its pid." if path.exists() else ""
+        raise click.UsageError(
+            f"{asked} is no pid, connection file (.json) or notebook (.ipynb).{way}"
+        )
 
     def is_kernel(pid: int) -> bool:
         words = _read(pid, "cmdline").split("\0")

@@ -229,5 +229,7 @@ def test_refusals_of_the_engine_are_told(start: Start, running: Service) -> None
         running.client.post("/v1/sessions", {"pid": running.agent.pid})  # type: ignore[union-attr]  # it runs
     with pytest.raises(LzyError, match="kernel thread"):
         running.client.post("/v1/sessions", {"pid": 2})
+    with pytest.raises(LzyError, match="first process of this system"):
+        running.client.post("/v1/sessions", {"pid": 1})
     with pytest.raises(LzyError, match="checkpoints"):
         running.client.post("/v1/sessions", {"pid": program.pid, "name": "x@3"})

@@ -333,11 +333,9 @@ def test_console_reaches_it_when_it_could_not_return(pair: Pair, stage: str) -> 
             person.types(f"{words}\r")
             person.sees(f"heard {words}")
             person.leaves()
-            pair.source.end()
-            pair.source.begin()
-        pair.move("source")
-        assert pair.await_settled()[0] == "source"
-        here.await_screen("heard two")
+            if words == "one":
+                pair.source.end()
+                pair.source.begin()
     finally:
         pair.close()
         for each in terminals.values():

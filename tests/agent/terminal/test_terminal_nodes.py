@@ -95,7 +95,12 @@ def test_shell_of_a_node_and_a_program_taken_from_it(trial: Trial, tmp_path: Pat
         person.sendline("import os; print('at', os.getpid(), *os.get_terminal_size())")
         person.expect(r"at (\d+) 91 30")
         pid = find_process(lzy.home / "nodes" / "one", sys.executable, "-q")
-        lzy.succeed("attach", str(pid), "--name", "calm")
+        own = ("--limit", "900M", "--doze-after", "90s", "--hibernate-after", "never")
+        lzy.succeed("attach", str(pid), "--name", "calm", *own)
+        found = trial.client.get("/v1/sessions/calm")
+        held = found["settings"]
+        assert found["limit"]["limit_bytes"] == 900 << 20
+        assert (held["doze_after_s"], held["hibernate_after_s"]) == (90, None)
         trial.wait_until(lambda: trial.client.get("/v1/sessions/calm")["image"])
         lzy.succeed("migrate", "calm")
         person.sendline("print('still', os.getpid())")

@@ -48,6 +48,7 @@ from .interrupts import Deferred
 from .ipc import describe_ipc
 from .lineage import forget_lineage
 from .linux import PAGE_BYTES, process
+from .mapped import Statuses
 from .named import describe_named, remove_own
 from .objects import Objects
 from .reporting import reporting
@@ -355,8 +356,9 @@ class Capture:
             known = root.ranges if book.written is None else book.written
             book.written = [*known, *self.away.moved]
         find_names(self.tree)
+        statuses: Statuses = {}
         for subject in self.tree:
-            subject.map(self.objects)
+            subject.map(self.objects, statuses)
         is_as_before = places[self.root] == self.root.places
         self._is_as_seen = bool(self.doze) and self.wishes.leave_running and is_as_before
 

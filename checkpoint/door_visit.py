@@ -132,16 +132,16 @@ class Visited(Tracee):
         try:
             self._launch(thread, OUR_CODE + door_machine.BORROW, context, {"rbx": mailbox})
             reach("door.borrowed")
-            after = self._await_notice(thread)
+            result = self._await_notice(thread)
             self._put_back(thread)
-            return machine.signed(after["r12"])
+            return result
         except TimeoutError:
             self.deadline_s = float("inf")  # it stops as soon as it is asked to
             if not self._leave_to_itself(thread):
                 raise
             there = ptrace.read_register_set(thread.tid, ptrace.NT_PRSTATUS)
             self._put_back(thread)
-            return machine.signed(machine.unpack_registers(there)["r12"])
+            return machine.place_and_result(there)[1]
         finally:
             self.deadline_s = float("inf")
             self.code = engine

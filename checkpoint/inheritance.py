@@ -69,6 +69,8 @@ def _is_part(vma: Vma, other: Vma) -> bool:
         return False
     if "ht" in vma.flags:  # its pages cannot be given back in part
         return False
+    if vma == other:
+        return True
     if vma.kind != other.kind or vma.flags & AS_MAPPED != other.flags & AS_MAPPED:
         return False
     return vma.kind == "anonymous" or (

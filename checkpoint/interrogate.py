@@ -9,16 +9,18 @@ from __future__ import annotations
 import base64
 import os
 from collections.abc import Sequence
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 from . import machine, mapping_flags, proc
+from .batch import Batch
 from .errors import Unsupported
 from .filters import describe_filters
 from .linux import layouts, memory, process, ptrace
 from .linux.process import SYS_PRCTL
 from .tracee import Thread, Tracee
 
-_UNCHANGEABLE = {9, 19}  # SIGKILL, SIGSTOP
+_CHANGEABLE = [n for n in process.SIGNALS if n not in (9, 19)]  # SIGKILL, SIGSTOP
 _EXIT_CODE = 51  # proc_pid_stat(5), from 0
 _STATUS_KEYS = ("Uid", "Gid", "Groups", "CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")
 
@@ -58,33 +60,58 @@ def _ask_threads(tracee: Tracee, order: list[int]) -> dict[int, dict[str, Any]]:
     for first in range(0, len(order), slots):
         asked = []
         for slot, tid in enumerate(order[first : first + slots]):
-            batch = tracee.batch(slot, slots)
-            stack, number, death = batch.room(layouts.STACK_BYTES), batch.room(8), batch.room(4)
-            policy, nodes = batch.room(4), batch.room(layouts.NODEMASK_BITS // 8)
-            batch.call(process.SYS_SIGALTSTACK, 0, stack)
-            batch.call(SYS_PRCTL, process.PR_GET_TID_ADDRESS, number, tolerate=True)
-            batch.call(SYS_PRCTL, process.PR_GET_PDEATHSIG, death)
-            bits = batch.call(SYS_PRCTL, process.PR_GET_SECUREBITS)
-            slack = batch.call(SYS_PRCTL, process.PR_GET_TIMERSLACK)
-            numa = batch.call(
-                process.SYS_GET_MEMPOLICY, policy, nodes, layouts.NODEMASK_BITS, 0, 0, tolerate=True
-            )  # fmt: skip
+            room = tracee.batch(slot, slots)
+            questions = _ask_thread(room.base, room.capacity_bytes)
+            batch = questions.batch.again()
             tracee.start(tracee.threads[tid], batch)
-            asked.append((tid, batch, stack, number, death, policy, nodes, bits, slack, numa))
-        for tid, batch, stack, number, death, policy, nodes, bits, slack, numa in asked:
+            asked.append((tid, batch, questions))
+        for tid, batch, questions in asked:
             tracee.finish(tracee.threads[tid], batch)
-            mode = layouts.unpack_s32(batch.read(policy, 4))
+            mode = layouts.unpack_s32(batch.read(questions.policy, 4))
+            stack = batch.read(questions.stack, layouts.STACK_BYTES)
+            nodes = batch.read(questions.nodes, layouts.NODEMASK_BITS // 8)
             answers[tid] = {
-                "alternate_stack": layouts.unpack_stack(batch.read(stack, layouts.STACK_BYTES)),
-                "clear_tid_address": layouts.unpack_u64(batch.read(number, 8)),
-                "death_signal": layouts.unpack_s32(batch.read(death, 4)),
-                "securebits": batch.results[bits],
-                "timer_slack_ns": batch.results[slack],
-                "memory_policy": [mode, encode(batch.read(nodes, 128))]
-                if batch.results[numa] == 0 and mode
+                "alternate_stack": layouts.unpack_stack(stack),
+                "clear_tid_address": layouts.unpack_u64(batch.read(questions.number, 8)),
+                "death_signal": layouts.unpack_s32(batch.read(questions.death, 4)),
+                "securebits": batch.results[questions.bits],
+                "timer_slack_ns": batch.results[questions.slack],
+                "memory_policy": [mode, encode(nodes)]
+                if batch.results[questions.numa] == 0 and mode
                 else None,
             }
     return answers
+
+
+class _OfThread(NamedTuple):
+    """What a thread is asked: addresses of answers, and numbers of results."""
+
+    batch: Batch
+    stack: int
+    number: int
+    death: int
+    policy: int
+    nodes: int
+    bits: int
+    slack: int
+    numa: int
+
+
+@lru_cache(maxsize=64)
+def _ask_thread(base: int, capacity_bytes: int) -> _OfThread:
+    """The questions, not yet put. Of processes that were forked all have them at one address."""
+    batch = Batch(base, capacity_bytes)
+    stack, number, death = batch.room(layouts.STACK_BYTES), batch.room(8), batch.room(4)
+    policy, nodes = batch.room(4), batch.room(layouts.NODEMASK_BITS // 8)
+    batch.call(process.SYS_SIGALTSTACK, 0, stack)
+    batch.call(SYS_PRCTL, process.PR_GET_TID_ADDRESS, number, tolerate=True)
+    batch.call(SYS_PRCTL, process.PR_GET_PDEATHSIG, death)
+    bits = batch.call(SYS_PRCTL, process.PR_GET_SECUREBITS)
+    slack = batch.call(SYS_PRCTL, process.PR_GET_TIMERSLACK)
+    numa = batch.call(
+        process.SYS_GET_MEMPOLICY, policy, nodes, layouts.NODEMASK_BITS, 0, 0, tolerate=True
+    )
+    return _OfThread(batch, stack, number, death, policy, nodes, bits, slack, numa)
 
 
 def _describe_thread(tracee: Tracee, thread: Thread, inside: dict[str, Any]) -> dict[str, Any]:
@@ -141,18 +168,96 @@ def describe_process(tracee: Tracee, timers: list[proc.PosixTimer]) -> dict[str,
         from .cpu_clocks import name_thread_clocks
 
         timers = name_thread_clocks(tracee, timers)
-    batch = tracee.batch()
-    actions = {
-        n: batch.room(layouts.SIGACTION_BYTES) for n in process.SIGNALS if n not in _UNCHANGEABLE
+    room = tracee.batch()
+    asked = _ask_process(room.base, room.capacity_bytes, tuple(timer.number for timer in timers))
+    batch = asked.batch.again()
+    tracee.run(leader, batch)
+
+    status = tracee.status(leader)
+    return {
+        "signal_actions": {
+            str(number): encode(action)
+            for number, action in zip(_CHANGEABLE, _cut(batch, asked.actions), strict=True)
+            if action != _NO_ACTION
+        },
+        "interval_timers": [encode(interval) for interval in _cut(batch, asked.intervals)],
+        "posix_timers": [
+            {
+                "number": t.number,
+                "signal": t.signal,
+                "value": t.value,
+                "notify": t.notify,
+                "target": tracee.own_numbers(tracee.threads[t.target])[1]
+                if t.target in tracee.threads
+                else 0,
+                "clock": t.clock,
+                "setting": encode(setting),
+            }
+            for t, setting in zip(timers, _cut(batch, asked.posix), strict=True)
+        ],
+        "pending": [encode(i) for i in ptrace.pending_signals(witness, shared=True)],
+        "brk": batch.results[asked.end_of_heap],
+        "dumpable": batch.results[asked.dumpable],
+        "child_subreaper": layouts.unpack_s32(batch.read(asked.subreaper, 4)),
+        "no_huge_pages": max(0, batch.results[asked.no_huge]),
+        "deny_write_execute": max(0, batch.results[asked.no_exec_gain]),
+        "memory_merge": max(0, batch.results[asked.merge]),
+        "tile_permission": layouts.unpack_u64(batch.read(asked.permitted, 8))
+        if batch.results[asked.tiles] == 0
+        else 0,
+        "barriers": max(0, batch.results[asked.barriers]),
+        "future_locks": _future_locks(tracee),
+        "parent": _innermost_parent(status),
+        "group": proc.innermost(status["NSpgid"]),
+        "session": proc.innermost(status["NSsid"]),
+        "main_thread": describe_ended_leader(pid) if witness != pid else None,
+        "stopped": leader.in_group_stop,
+        "umask": int(status["Umask"], 8),
+        "cwd": os.readlink(f"/proc/{witness}/cwd"),
+        "root": os.readlink(f"/proc/{witness}/root"),
     }
-    for number, address in actions.items():
-        batch.call(process.SYS_RT_SIGACTION, number, 0, address, 8)
-    intervals = [batch.room(layouts.ITIMERVAL_BYTES) for _ in range(3)]
-    for which, address in enumerate(intervals):
-        batch.call(process.SYS_GETITIMER, which, address)
-    posix = [batch.room(layouts.ITIMERVAL_BYTES) for _ in timers]
-    for timer, address in zip(timers, posix, strict=True):
-        batch.call(process.SYS_TIMER_GETTIME, timer.number, address)
+
+
+class _OfProcess(NamedTuple):
+    """What a process is asked: places of answers (address, count), and numbers of results."""
+
+    batch: Batch
+    actions: tuple[int, int]
+    intervals: tuple[int, int]
+    posix: tuple[int, int]
+    subreaper: int
+    permitted: int
+    end_of_heap: int
+    dumpable: int
+    no_huge: int
+    no_exec_gain: int
+    merge: int
+    tiles: int
+    barriers: int
+
+
+_ANSWER_BYTES = layouts.SIGACTION_BYTES
+assert _ANSWER_BYTES == layouts.ITIMERVAL_BYTES
+_NO_ACTION = bytes(_ANSWER_BYTES)
+
+
+@lru_cache(maxsize=8)
+def _ask_process(base: int, capacity_bytes: int, timers: tuple[int, ...]) -> _OfProcess:
+    """As `_ask_thread`; `timers`: numbers of POSIX timers."""
+    batch = Batch(base, capacity_bytes)
+
+    def ask(
+        call: int, *arguments: tuple[int, ...], behind: tuple[int, ...] = ()
+    ) -> tuple[int, int]:
+        """The same call with each of these arguments, and where its answer goes."""
+        first = batch.room(_ANSWER_BYTES * len(arguments))
+        for at, one in enumerate(arguments):
+            batch.call(call, *one, first + _ANSWER_BYTES * at, *behind)
+        return first, len(arguments)
+
+    actions = ask(process.SYS_RT_SIGACTION, *[(n, 0) for n in _CHANGEABLE], behind=(8,))
+    intervals = ask(process.SYS_GETITIMER, (0,), (1,), (2,))
+    posix = ask(process.SYS_TIMER_GETTIME, *[(number,) for number in timers])
     subreaper, permitted = batch.room(4), batch.room(8)
     end_of_heap = batch.call(process.SYS_BRK, 0)
     dumpable = batch.call(SYS_PRCTL, process.PR_GET_DUMPABLE)
@@ -166,51 +271,27 @@ def describe_process(tracee: Tracee, timers: list[proc.PosixTimer]) -> dict[str,
     barriers = batch.call(
         process.SYS_MEMBARRIER, layouts.MEMBARRIER_GET_REGISTRATIONS, 0, 0, tolerate=True
     )  # fmt: skip
-    tracee.run(leader, batch)
+    return _OfProcess(
+        batch,
+        actions,
+        intervals,
+        posix,
+        subreaper,
+        permitted,
+        end_of_heap,
+        dumpable,
+        no_huge,
+        no_exec_gain,
+        merge,
+        tiles,
+        barriers,
+    )
 
-    status = tracee.status(leader)
-    return {
-        "signal_actions": {
-            str(n): encode(batch.read(a, layouts.SIGACTION_BYTES))
-            for n, a in actions.items()
-            if any(batch.read(a, layouts.SIGACTION_BYTES))
-        },
-        "interval_timers": [encode(batch.read(a, layouts.ITIMERVAL_BYTES)) for a in intervals],
-        "posix_timers": [
-            {
-                "number": t.number,
-                "signal": t.signal,
-                "value": t.value,
-                "notify": t.notify,
-                "target": tracee.own_numbers(tracee.threads[t.target])[1]
-                if t.target in tracee.threads
-                else 0,
-                "clock": t.clock,
-                "setting": encode(batch.read(a, layouts.ITIMERVAL_BYTES)),
-            }
-            for t, a in zip(timers, posix, strict=True)
-        ],
-        "pending": [encode(i) for i in ptrace.pending_signals(witness, shared=True)],
-        "brk": batch.results[end_of_heap],
-        "dumpable": batch.results[dumpable],
-        "child_subreaper": layouts.unpack_s32(batch.read(subreaper, 4)),
-        "no_huge_pages": max(0, batch.results[no_huge]),
-        "deny_write_execute": max(0, batch.results[no_exec_gain]),
-        "memory_merge": max(0, batch.results[merge]),
-        "tile_permission": layouts.unpack_u64(batch.read(permitted, 8))
-        if batch.results[tiles] == 0
-        else 0,
-        "barriers": max(0, batch.results[barriers]),
-        "future_locks": _future_locks(tracee),
-        "parent": _innermost_parent(pid, int(status["PPid"])),
-        "group": proc.innermost(status["NSpgid"]),
-        "session": proc.innermost(status["NSsid"]),
-        "main_thread": describe_ended_leader(pid) if witness != pid else None,
-        "stopped": leader.in_group_stop,
-        "umask": int(status["Umask"], 8),
-        "cwd": os.readlink(f"/proc/{witness}/cwd"),
-        "root": os.readlink(f"/proc/{witness}/root"),
-    }
+
+def _cut(batch: Batch, place: tuple[int, int]) -> list[bytes]:
+    """The answers at a place of `_OfProcess`."""
+    content = batch.read(place[0], _ANSWER_BYTES * place[1])
+    return [content[at : at + _ANSWER_BYTES] for at in range(0, len(content), _ANSWER_BYTES)]
 
 
 def describe_ended_leader(pid: int) -> dict[str, Any]:
@@ -232,7 +313,7 @@ def _future_locks(tracee: Tracee) -> int:
 
     No call tells; but the arena, which was mapped just now, is locked then.
     """
-    if proc.status(tracee.witness)["VmLck"].split()[0] == "0":
+    if b"\nVmLck:\t       0 kB" in proc.read_bytes(tracee.witness, "status"):
         return 0
     for vma in mapping_flags.mappings(tracee.witness):
         if vma.start <= tracee.arena < vma.end and "lo" in vma.flags:
@@ -284,10 +365,12 @@ def describe_inherited(pid: int) -> dict[str, Any]:
     }
 
 
-def _innermost_parent(pid: int, parent: int) -> int:
+def _innermost_parent(status: dict[str, str]) -> int:
     """The parent's pid as the process sees it: 0 when it lies outside its pid namespace."""
+    parent, ours = int(status["PPid"]), len(status["NSpid"].split())
+    if ours == 1:  # its namespace is that of our /proc
+        return parent
     try:
-        ours = len(proc.status(pid)["NSpid"].split())
         numbers = proc.status(parent)["NSpid"].split()
     except LookupError:
         return parent

@@ -35,6 +35,7 @@ Sources: System V ABI AMD64 (red zone), Intel SDM vol. 2, syscall(2), signal(7).
 from __future__ import annotations
 
 import struct
+from operator import itemgetter
 from typing import Final, NamedTuple
 
 from .linux.process import SYS_RESTART_SYSCALL
@@ -76,6 +77,8 @@ REGISTER_NAMES: Final = (
     "es", "fs", "gs",
 )  # fmt: skip
 _LAYOUT = struct.Struct("<27Q")
+_in_order = itemgetter(*REGISTER_NAMES)
+_RIP, _R12 = (struct.Struct(f"<{8 * REGISTER_NAMES.index(name)}xQ") for name in ("rip", "r12"))
 USER_CS_64: Final = 0x33
 
 _U64 = 0xFFFFFFFFFFFFFFFF
@@ -132,7 +135,15 @@ def unpack_registers(content: bytes) -> dict[str, int]:
 
 def pack_registers(registers: dict[str, int]) -> bytes:
     """The bytes NT_PRSTATUS wants."""
-    return _LAYOUT.pack(*[registers[name] & _U64 for name in REGISTER_NAMES])
+    try:
+        return _LAYOUT.pack(*_in_order(registers))
+    except struct.error:  # negative numbers, two's complement
+        return _LAYOUT.pack(*[value & _U64 for value in _in_order(registers)])
+
+
+def place_and_result(content: bytes) -> tuple[int, int]:
+    """Of NT_PRSTATUS bytes: where the thread is, and what the one call it has made gave."""
+    return _RIP.unpack_from(content)[0], signed(_R12.unpack_from(content)[0])
 
 
 SYSCALL_BYTES: Final = 2  # of the instruction

@@ -75,10 +75,20 @@ def _obstacle(vma: Vma) -> tuple[str, str] | None:
     return None
 
 
+Statuses = dict[tuple[str, int, int], dict[str, os.stat_result]]
+"""Of files by their paths, for each mount namespace and root directory."""
+
+
+def _find_view(pid: int) -> tuple[str, int, int]:
+    root = os.stat(f"/proc/{pid}/root")
+    return os.readlink(f"/proc/{pid}/ns/mnt"), root.st_dev, root.st_ino
+
+
 class Mappings:
     """The mappings of a stopped process, with the contents that live in no directory taken."""
 
-    def __init__(self, pid: int, vmas: list[Vma]) -> None:
+    def __init__(self, pid: int, vmas: list[Vma], statuses: Statuses | None = None) -> None:
+        """`statuses`: what was found of files for other processes that stand still with it."""
         self.pid = pid
         self.reader = pid
         """Whose root is looked at: that of its snapshot as soon as there is one; it may end."""
@@ -86,8 +96,8 @@ class Mappings:
         self._objects: dict[Vma, int] = {}
         self._paths: dict[str, str] = {}
         """Of memory with a name: what the kernel calls it to what it is called in /dev/shm."""
-        self._statuses: dict[str, os.stat_result] = {}
-        for path in {vma.path for vma in vmas if vma.kind == "file"}:
+        self._statuses = {} if statuses is None else statuses.setdefault(_find_view(pid), {})
+        for path in {vma.path for vma in vmas if vma.kind == "file"} - self._statuses.keys():
             with contextlib.suppress(OSError):  # `describe` tells what is wrong with it
                 self._statuses[path] = os.stat(f"/proc/{pid}/root{path}")
         self._files: dict[tuple[int, str], dict[str, Any]] = {}

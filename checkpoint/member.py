@@ -13,7 +13,7 @@ import fcntl
 import os
 import signal
 import sys
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from . import birth, machine, proc, reinstate, resources
@@ -26,7 +26,7 @@ from .linux import PAGE_BYTES, layouts, memory, process, ptrace, uffd
 from .linux.detached import take_descriptor
 from .linux.process import SYS_PRCTL
 from .machine import Call
-from .member_memory import CODE_OFFSET, HOLE_BYTES, Brought, MemberMemory, Progress
+from .member_memory import CODE_OFFSET, HOLE_BYTES, Brought, Filling, MemberMemory, Progress
 from .rarities import make_rarities
 from .stages import reach
 from .tracee import Thread, Tracee
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 _ARENA_BYTES = 4 << 20
 _ARENA_OFFSET = 16 << 20
+_FEW_WINDOWS = 256  # 64 MiB: more are filled in by two threads
 _LAZY_CHILD_BYTES = 32 << 20  # below, a pager of its own costs a child more than it gains
 
 
@@ -82,8 +83,12 @@ class Member(MemberMemory):
         self.pid = pid
         self._enter(pid)
 
-    def grow(self, progress: Progress | None) -> None:
-        """Its memory and its children, with theirs."""
+    def grow(self, progress: Progress | None) -> list[Member]:
+        """Its memory and its children, with theirs; `protect` follows.
+
+        Of those below it the ones that are born and have no memory yet: `begin_filling` is for
+        them, when nobody is forked any more.
+        """
         apart = [child for child in self.children if self._is_apart(child)]
         early = [] if apart else [child for child in self.children if not child.inherited]
         for child in early:
@@ -105,9 +110,22 @@ class Member(MemberMemory):
                     self._fork(child)
         for child in apart:
             self._fork_apart(child)
-        self.protect()
+        small = [child for child in self.children if child.is_small]
         for child in self.children:
-            child.grow(progress)
+            if child not in small:
+                small += child.grow(progress)
+        return small
+
+    @property
+    def is_small(self) -> bool:
+        """Whether it is filled beside what is done with others: no children, and little memory."""
+        return not self.children and not self.lazy and len(self.windows) <= _FEW_WINDOWS
+
+    def begin_filling(self, filling: Filling) -> None:
+        """The memory of one that `grow` has left out."""
+        self.clear_addresses()
+        self.map()
+        filling.begin(partial(self.fill, [], [], None, alone=True))
 
     def _fork(self, child: Member) -> None:
         """Make a child: with its number, in its session, with its directory and descriptors."""
@@ -479,7 +497,7 @@ class Member(MemberMemory):
         ptrace.write_register_set(leader.tid, ptrace.NT_PRSTATUS, machine.pack_registers(registers))
         ptrace.write_signal_mask(leader.tid, (1 << 64) - 1)
         ptrace.single_step(leader.tid)
-        _, status = os.waitpid(leader.tid, ptrace.WALL)
+        status = ptrace.wait(leader.tid)
         if not os.WIFSTOPPED(status) or os.WSTOPSIG(status) != signal.SIGTRAP:
             raise LzyError(f"the process did not take our code out (status {status:#x})")
         _end_step(leader.tid)
@@ -542,7 +560,7 @@ def _end_step(tid: int) -> None:
 def _await_first_stop(tid: int) -> None:
     """Wait until a newborn thread or process, ours from birth, stands before its first step."""
     while True:
-        _, status = os.waitpid(tid, ptrace.WALL)
+        status = ptrace.wait(tid)
         if not os.WIFSTOPPED(status):
             raise LzyError(f"{tid} ended before it began")
         if status >> 16 == ptrace.PTRACE_EVENT_STOP:

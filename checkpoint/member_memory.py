@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from _queue import SimpleQueue
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable
 from functools import cached_property
@@ -27,6 +29,7 @@ HOLE_BYTES = 64 << 20
 CODE_OFFSET = 8 << 20
 _PARK_OFFSET = 32 << 20
 _LAZY_FROM_BYTES = 256 << 10
+_MANY = 24  # windows, from which on they are filled in by two threads
 _ADVICE = {
     "dc": memory.MADV_DONTFORK,
     "wf": memory.MADV_WIPEONFORK,
@@ -286,8 +289,12 @@ class MemberMemory:
         lazy: list[dict[str, Any]],
         shared: list[tuple[int, int]],
         progress: Progress | None,
+        *,
+        alone: bool = False,
     ) -> None:
         """Write in what must be there from the start; `left` windows are left to the pager.
+
+        `alone`: by the thread that calls.
 
         A window is left when all of it lies in one lazy mapping: those at the ends of a mapping
         may hold pages of its neighbours too.
@@ -303,7 +310,7 @@ class MemberMemory:
             indexes += range(position, part.start)
             position = part.stop
         indexes += range(position, len(self.windows))
-        Filler(self.image, self.pid, progress).fill(indexes)
+        Filler(self.image, self.pid, progress).fill(indexes, alone=alone)
         self._fill_zeros(self.pid)
 
     def find_later(self, lazy: list[dict[str, Any]]) -> list[range]:
@@ -404,6 +411,51 @@ class MemberMemory:
         return bytes(found)
 
 
+class Filling:
+    """Fills one process after the other in a thread of its own, while others are mapped.
+
+    We must not fork meanwhile: what that thread holds would be held in the child for ever.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._failure: BaseException | None = None
+        self._is_given_up = False
+
+    def begin(self, fill: Callable[[], None]) -> None:
+        """Have that done once all that was begun before is."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work)
+            self._thread.start()
+        self._waiting.put(fill)
+
+    def _work(self) -> None:
+        while fill := self._waiting.get():
+            try:
+                if not self._failure and not self._is_given_up:
+                    fill()
+            except BaseException as error:
+                self._failure = error
+
+    def finish(self) -> None:
+        """Wait until all is done; raises what was raised first."""
+        self._end()
+        if self._failure:
+            raise self._failure
+
+    def close(self) -> None:
+        """Begin nothing more, if it was not finished."""
+        self._is_given_up = True
+        self._end()
+
+    def _end(self) -> None:
+        if self._thread:
+            self._waiting.put(None)
+            self._thread.join()
+            self._thread = None
+
+
 class Filler:
     """Writes windows of an image into a stopped process, with two threads when there is much."""
 
@@ -412,13 +464,14 @@ class Filler:
         self._failure: BaseException | None = None
         self._done = 0
 
-    def fill(self, indexes: list[int] | range) -> None:
-        """Write the windows of these run records; raises Damaged or StoreUnavailable."""
-        if len(indexes) < 24:
+    def fill(self, indexes: list[int] | range, *, alone: bool) -> None:
+        """Write the windows of these run records; raises Damaged or StoreUnavailable.
+
+        `alone`: in this thread only.
+        """
+        if len(indexes) < _MANY or alone:
             self._fill_part(indexes)
         else:
-            import threading
-
             helper = threading.Thread(target=self._fill_part, args=(indexes[1::2],))
             helper.start()
             self._fill_part(indexes[0::2])

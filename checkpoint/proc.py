@@ -23,6 +23,7 @@ _PAGE_SIZE = re.compile(rb"\nKernelPageSize: +(\d+) kB")
 _HUGE_PAGES = b"/anon_hugepage (deleted)"  # what the kernel calls memory by MAP_HUGETLB
 _PIECE_BYTES = 512  # less than smaps says of any mapping
 _PIECES = 512
+_PIECES_BYTES = 1 << 14
 _PF_EXITING, _PF_IO_WORKER, _PF_FORKNOEXEC = 0x4, 0x10, 0x40  # linux/sched.h
 _SPECIAL = {
     b"[vdso]": "vdso",
@@ -152,8 +153,14 @@ def _behind(name: bytes, inode: bytes, major: bytes, minor: bytes) -> tuple[str,
 
 def read_file(path: str) -> bytes:
     """The whole content of a file of /proc or /sys."""
-    with open(path, "rb", buffering=0) as file:
-        return file.read()
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        found = os.read(descriptor, _PIECES_BYTES)
+        while piece := os.read(descriptor, _PIECES_BYTES):
+            found += piece
+        return found
+    finally:
+        os.close(descriptor)
 
 
 def read_at_once(path: str) -> bytes:
@@ -239,7 +246,7 @@ def status(pid: int, tid: int | None = None) -> dict[str, str]:
     text = read_bytes(pid, f"task/{tid}/status" if tid else "status").decode(
         "utf-8", "surrogateescape"
     )
-    return dict(line.split(":\t", 1) for line in text.splitlines() if ":\t" in line)
+    return dict([line.split(":\t", 1) for line in text.split("\n") if ":\t" in line])
 
 
 def is_ending(pid: int) -> bool:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import gc
 import os
 import signal
 import time
@@ -30,7 +31,7 @@ from .image import MEMBER_MARK, Image
 from .interrupts import Deferred
 from .linux import process, ptrace
 from .member import Member
-from .member_memory import HOLE_BYTES, Brought, is_readonly
+from .member_memory import HOLE_BYTES, Brought, Filling, is_readonly
 from .needed import Needs
 from .stages import reach
 from .vdso import bridge
@@ -148,6 +149,15 @@ class Restorer:
 
     def restore(self, pid_namespace: str, options: resources.RestoreOptions) -> RestoreReport:
         """All steps; see the module."""
+        collects = gc.isenabled()
+        gc.disable()  # of a tree the document alone is half a million of objects to be looked at
+        try:
+            return self._restore(pid_namespace, options)
+        finally:
+            if collects:
+                gc.enable()
+
+    def _restore(self, pid_namespace: str, options: resources.RestoreOptions) -> RestoreReport:
         try:
             return self._make(pid_namespace, options)
         except Busy as error:
@@ -195,7 +205,13 @@ class Restorer:
             born = self._give_birth(wanted, new_namespace)
             root.be_born(born.pid)
             # 4. Its memory, and its children with theirs.
-            root.grow(self.progress)
+            small = root.grow(self.progress)
+            with contextlib.closing(Filling()) as filling:
+                for member in small:
+                    member.begin_filling(filling)
+                filling.finish()
+            for member in self.members:
+                member.protect()
             if len(self.members) > 1 or self.document.get("zombies"):
                 settle_family(self.members, self.document.get("zombies", ()))
             if self.segments:

@@ -25,7 +25,7 @@ from .fitness import Progress, refuse_separate_threads, wait_for_pager
 from .inheritance import Places, find_inherited, open_frames
 from .linux import memory, process, ptrace
 from .machine import Call
-from .mapped import Mappings, refuse_mappings
+from .mapped import Mappings, Statuses, refuse_mappings
 from .mapping_flags import Flags
 from .objects import Objects
 from .proc import Vma
@@ -136,9 +136,9 @@ class Subject:
             refuse_mappings(self.witness, self.vmas)
         return now
 
-    def map(self, objects: Objects) -> None:
+    def map(self, objects: Objects, statuses: Statuses) -> None:
         """What lies behind its mappings and has no path goes to `objects`."""
-        self.mappings = Mappings(self.witness, self.vmas)
+        self.mappings = Mappings(self.witness, self.vmas, statuses)
         self.mappings.take_objects(objects)
         self.own["exe_object"] = _take_deleted_executable(self.witness, objects)
 
@@ -318,8 +318,13 @@ def _ended_is_not_found(pid: int) -> Iterator[None]:
         raise NotFound(f"process {pid} ended", pid=pid) from error
 
 
+_LACKED = {"dc", "ht", "wf"}
+
+
 def why_no_snapshot(vmas: list[Vma]) -> str:
     """What a clone of the process would lack, in words; empty if it lacks nothing."""
+    if all(_LACKED.isdisjoint(flags) for flags in {vma.flags for vma in vmas}):
+        return ""
     for vma in vmas:
         if vma.kind in ("vdso", "vvar", "vsyscall"):
             continue
@@ -346,8 +351,7 @@ def _split(tracee: Tracee) -> tuple[int, str]:
         ptrace.set_options(leader.tid, 0)
     if result < 0 or not born:
         return 0, f"the process cannot be cloned ({os.strerror(-result)})"
-    _, status = os.waitpid(born[0], ptrace.WALL)
-    if not os.WIFSTOPPED(status):
+    if not os.WIFSTOPPED(ptrace.wait(born[0])):
         return 0, "its clone was killed"
     ptrace.set_options(born[0], ptrace.PTRACE_O_EXITKILL)
     return born[0], ""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import os
 import signal
 import time
@@ -41,8 +42,8 @@ class Thread:
         self.registers = machine.unpack_registers(ptrace.read_register_set(tid, ptrace.NT_PRSTATUS))
         self.mask = ptrace.read_signal_mask(tid)
         self.status: dict[str, str] = {}  # /proc status, read at the first need
+        self.context = b""  # that leads it back, see `machine`, from its first call on
         self.in_group_stop = False
-        self.left_sequence = False  # registers are those after any restartable sequence
         self.runs = False  # our code, and is to be waited for
         self.disturbed = False  # registers or mask differ from what was found
 
@@ -212,8 +213,7 @@ class Tracee:
         deadline = time.monotonic() + timeout_s
         pause_s = 0.0
         while True:
-            waited, status = os.waitpid(tid, ptrace.WALL | os.WNOHANG)
-            if waited:
+            if status := ptrace.wait_briefly(tid):
                 return status
             if tid == self.pid and pause_s and proc.stat(tid, tid)[2] == "Z":
                 self._dead.add(tid)
@@ -235,11 +235,10 @@ class Tracee:
         only we can wait for them: a blocking wait would be for ever.
         """
         if tid != self.pid or len(self.threads) == 1:
-            return os.waitpid(tid, ptrace.WALL)[1]
+            return ptrace.wait(tid)
         pause_s = 0.0
         while True:
-            waited, status = os.waitpid(tid, ptrace.WALL | os.WNOHANG)
-            if waited:
+            if status := ptrace.wait_briefly(tid):
                 return status
             if tid == self.pid and pause_s and proc.stat(tid, tid)[2] in "ZX":
                 return 0
@@ -397,9 +396,8 @@ class Tracee:
         return place
 
     def _find_zeros(self, vmas: list[proc.Vma], wanted: int) -> int:
-        texts = [v for v in vmas if "x" in v.permissions]
-        texts = [v for v in texts if v.kind in ("vdso", "file") and not v.shared]
-        for vma in sorted(texts, key=lambda v: v.kind != "vdso"):
+        files = (v for v in vmas if v.kind == "file" and "x" in v.permissions and not v.shared)
+        for vma in itertools.chain([v for v in vmas if v.kind == "vdso"], files):
             place = vma.end - wanted
             try:
                 tail = os.pread(self.memory, wanted, place)
@@ -418,9 +416,9 @@ class Tracee:
         self._launch(
             thread, entry, context, dict(zip(names, arguments, strict=True)) | {"rax": call.number}
         )
-        after = self._await_notice(thread)
+        result = self._await_notice(thread)
         self._put_back(thread)
-        return machine.signed(after["r12"])
+        return result
 
     def exit(self, code: int) -> None:
         """Have the process end; its one thread does not come back."""
@@ -456,13 +454,15 @@ class Tracee:
         os.pwrite(self.memory, content, address)
 
     def _context(self, thread: Thread) -> bytes:
-        if not thread.left_sequence:
-            thread.left_sequence = True
+        if not thread.context:
             thread.registers = leave_sequence(self.witness, thread.tid, thread.registers)
-        tgid, tid = self.own_numbers(thread)
-        return machine.pack_context(
-            machine.rewind(thread.registers), thread.mask, tgid, tid, self._signal
-        )
+            thread.context = machine.pack_context(
+                machine.rewind(thread.registers),
+                thread.mask,
+                *self.own_numbers(thread),
+                self._signal,
+            )
+        return thread.context
 
     def own_numbers(self, thread: Thread) -> tuple[int, int]:
         """Process and thread id as the tracee itself sees them, in its pid namespace."""
@@ -520,8 +520,8 @@ class Tracee:
         ptrace.resume(thread.tid)
         thread.runs = True
 
-    def _await_notice(self, thread: Thread) -> dict[str, int]:
-        """Wait for the code's own signal; registers then."""
+    def _await_notice(self, thread: Thread) -> int:
+        """Wait for the code's own signal; the result of its call, if it is one."""
         while True:
             status = self._wait_for(thread.tid)
             if not os.WIFSTOPPED(status):
@@ -535,21 +535,20 @@ class Tracee:
                 ptrace.resume(thread.tid)
                 continue
             number = os.WSTOPSIG(status)
-            registers = machine.unpack_registers(
+            place, result = machine.place_and_result(
                 ptrace.read_register_set(thread.tid, ptrace.NT_PRSTATUS)
             )
             if number == self._signal:
-                inside = registers["rip"] - self.code
-                if machine.NOTIFY < inside < len(machine.CODE):
+                if machine.NOTIFY < place - self.code < len(machine.CODE):
                     thread.runs = False
-                    return registers
+                    return result
                 ptrace.resume(thread.tid)  # somebody else's; the process ignores it anyway
                 continue
             if number in (signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGTRAP):
                 thread.runs = False
                 raise LzyError(
                     f"injected code stopped with {signal.Signals(number).name} at "
-                    f"{registers['rip']:#x} in thread {thread.tid}",
+                    f"{place:#x} in thread {thread.tid}",
                     pid=self.pid,
                 )
             ptrace.resume(thread.tid, number)

@@ -395,7 +395,7 @@ def find_inode(pid: int, number: int) -> int:
         pid = proc.witness(pid)
         link = f"/proc/{pid}/fd/{number}"
         if os.readlink(link) == "anon_inode:[userfaultfd]" and uffd.keeps_account(
-            Path(f"/proc/{pid}/fdinfo/{number}").read_text()
+            proc.read_file(f"/proc/{pid}/fdinfo/{number}").decode()
         ):
             return os.stat(link).st_ino
     return 0

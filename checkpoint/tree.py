@@ -19,7 +19,7 @@ from .mapped import refuse_mappings
 from .sessions import Place, refuse_lost
 from .subject import Subject
 
-_EXIT_SIGNAL, _EXIT_CODE = 37, 51  # proc_pid_stat(5), from 0
+_START_TIME, _EXIT_SIGNAL, _EXIT_CODE = 21, 37, 51  # proc_pid_stat(5), from 0
 
 
 class Ended(NamedTuple):
@@ -123,7 +123,7 @@ def _stop_child(
             parent.left_behind.append(proc.innermost(proc.status(pid)["NSpid"]))
         return True
     subject = seen.pop(pid, None)
-    if subject is not None and subject.start_time != proc.start_time(pid):
+    if subject is not None and subject.start_time != int(stat[_START_TIME]):
         subject.close()
         subject = None
     if subject is None:

@@ -112,6 +112,10 @@ _fstatfs = _function("fstatfs", _I, _P)
 _EPOLL_EVENT = "=IQ" if os.uname().machine == "x86_64" else "=I4xQ"
 
 
+_kcmp = libc["syscall"]  # some thousand times for a tree: `linux.syscall` takes twice as long
+_kcmp.argtypes, _kcmp.restype = [ctypes.c_long] * 6, ctypes.c_long
+
+
 # --- copying and comparing ----------------------------------------------------------------------
 
 
@@ -128,7 +132,7 @@ def compare_descriptions(pid: int, one: int, other: int, other_pid: int = 0) -> 
 
     `one` is of process `pid`, `other` of `other_pid` (0: of the same). Source: kcmp(2), KCMP_FILE.
     """
-    answer = syscall(_KCMP, pid, other_pid or pid, _KCMP_FILE, one, other)
+    answer = _checked(_kcmp(_KCMP, pid, other_pid or pid, _KCMP_FILE, one, other))
     return {0: 0, 1: -1, 2: 1}.get(answer, 1)
 
 

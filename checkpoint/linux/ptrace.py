@@ -98,6 +98,27 @@ def is_at_call(status: int) -> bool:
     return os.WIFSTOPPED(status) and os.WSTOPSIG(status) == _CALL_STOP
 
 
+_LOOKS: Final = 80 if len(os.sched_getaffinity(0)) > 1 else 1
+
+
+def wait_briefly(tid: int) -> int:
+    """The status of a tracee by waitpid(2); 0 if none comes soon.
+
+    It takes a thread some 30 µs to do what is asked of it on another processor; to sleep until then
+    and be woken takes twice that. With one processor it is ours that the thread needs.
+    """
+    for _ in range(_LOOKS):
+        waited, status = os.waitpid(tid, WALL | os.WNOHANG)
+        if waited:
+            return status
+    return 0
+
+
+def wait(tid: int) -> int:
+    """The status of a tracee by waitpid(2), however long it takes."""
+    return wait_briefly(tid) or os.waitpid(tid, WALL)[1]
+
+
 def single_step(tid: int) -> None:
     """Let a stopped thread execute one instruction."""
     _call(PTRACE_SINGLESTEP, tid)
@@ -178,10 +199,16 @@ def event_message(tid: int) -> int:
 
 def read_register_set(tid: int, kind: int) -> bytes:
     """A register set (NT_PRSTATUS: 27 u64; NT_X86_XSTATE: size of this machine's XSAVE area)."""
-    buffer = ctypes.create_string_buffer(XSTATE_LIMIT_BYTES)
-    vector = _Iovec(ctypes.addressof(buffer), XSTATE_LIMIT_BYTES)
+    room = _register_bytes.get(kind, XSTATE_LIMIT_BYTES)
+    buffer = ctypes.create_string_buffer(room)
+    vector = _Iovec(ctypes.addressof(buffer), room)
     _call(PTRACE_GETREGSET, tid, kind, ctypes.addressof(vector))
+    if room == XSTATE_LIMIT_BYTES:
+        _register_bytes[kind] = vector.length
     return buffer.raw[: vector.length]
+
+
+_register_bytes = {NT_PRSTATUS: 27 * 8}  # of this machine's sets; what is not known yet is learnt
 
 
 def write_register_set(tid: int, kind: int, content: bytes) -> None:

@@ -27,7 +27,10 @@ def describe_locks(opened: Opened) -> dict[str, Any]:
     found: list[dict[str, Any]] = []
     for at, number in opened.first_places():
         holder = opened.survey.holders[at]
-        for lock in _locks_of(opened, opened.survey.information[at, number].splitlines()):
+        information = opened.survey.information[at, number]
+        if "lock:" not in information:
+            continue
+        for lock in _locks_of(opened, information.splitlines()):
             if lock["form"] == "POSIX" or holder is opened.holder:
                 found.append(lock | {"number": number})
                 if holder.number:

@@ -7,12 +7,13 @@ its kind, and let go.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import os
 import resource
 import stat
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from .. import proc
@@ -25,6 +26,7 @@ from .kind import Entry, Kind, ObjectSink, kinds_for
 T = TypeVar("T")
 
 _FEW = 4
+_FEW_BYTES = 1 << 12
 
 
 class Holder(NamedTuple):
@@ -222,23 +224,20 @@ class Survey:
 
     def _look_at(self, at: int, groups: dict[str, list[tuple[int, int]]]) -> None:
         holder = self.holders[at]
-        directory = f"/proc/{holder.witness}/fd"
-        numbers = sorted(set(map(int, os.listdir(directory))) - holder.left_out)
-        folder = os.open(
-            f"/proc/{holder.witness}/fdinfo", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-        )
-        try:
-            for number in numbers:
-                link = os.readlink(f"{directory}/{number}")
-                information = _read(folder, str(number))
+        with (
+            _folder(f"/proc/{holder.witness}/fd") as links,
+            _folder(f"/proc/{holder.witness}/fdinfo") as folder,
+        ):
+            for number in sorted(set(map(int, os.listdir(links))) - holder.left_out):
+                name = str(number)
+                link = os.readlink(name, dir_fd=links)
+                information = _read(folder, name)
                 if link == "anon_inode:[userfaultfd]" and keeps_account(information):
                     continue  # lzy's own (`lzy.checkpoint.tracking`), which no program knows of
                 self._places_of[at].append((at, number))
                 self.links[at, number] = link
                 self.information[at, number] = information
                 groups.setdefault(link, []).append((at, number))
-        finally:
-            os.close(folder)
 
     def _split_by_description(self, places: list[tuple[int, int]]) -> list[list[tuple[int, int]]]:
         """Divide descriptors that look alike into those that share a description."""
@@ -311,13 +310,22 @@ class Survey:
             os.close(self.duplicates.pop())
 
 
+@contextlib.contextmanager
+def _folder(path: str) -> Iterator[int]:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
 def _read(folder: int, name: str) -> str:
     fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=folder)
     try:
-        pieces = []
-        while piece := os.read(fd, 1 << 16):
-            pieces.append(piece)
-        return b"".join(pieces).decode("ascii")
+        found = piece = os.read(fd, _FEW_BYTES)
+        while len(piece) == _FEW_BYTES:  # as a rule it is less, and that is all of it
+            found += (piece := os.read(fd, _FEW_BYTES))
+        return found.decode("ascii")
     finally:
         os.close(fd)
 

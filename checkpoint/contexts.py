@@ -27,9 +27,10 @@ class Context:
 
     `order`: window addresses of the image in the order in which it is thought to need them.
     `moved`: where memory has been moved to; as in a map of what is missing, but without shifts.
+    `stalled`: pages that were asked for and could not be read, in the order in which they were.
     """
 
-    __slots__ = ("_messages", "course", "missing", "moved", "token", "uffd")
+    __slots__ = ("_messages", "course", "missing", "moved", "stalled", "token", "uffd")
 
     def __init__(
         self,
@@ -44,6 +45,7 @@ class Context:
         self.uffd = Userfaultfd(fd, keeps_account=keeps_account)
         self.missing = missing
         self.moved = MissingPages()
+        self.stalled: dict[int, None] = {}
         self.course = Course(missing, order)
         self._messages = select.poll()
         self._messages.register(fd, select.POLLIN)

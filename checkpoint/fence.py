@@ -1,6 +1,6 @@
 """Keeps readers from installing pages while it is read what their process did to its memory.
 
-What is to be installed where is decided by who reads the messages of the kernel (`faults.py`). A
+What is to be installed where is decided by who reads the messages of the kernel (`listening`). A
 reader that installs it may do so only as long as no event has been read since. So whoever reads
 holds the fence alone; and orders that were given before stand only if no event was among what it
 read. Who installs holds the fence with others, from before it looks whether its order still stands

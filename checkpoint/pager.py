@@ -24,8 +24,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from . import proc
-from .errors import AccessDenied, Busy, Damaged, LzyError, NotFound, Unsupported
+from . import ending, proc
+from .errors import Busy, Damaged, LzyError, NotFound
 from .faults import FaultServer
 from .harbour import Harbour
 from .home import run_directory
@@ -54,8 +54,6 @@ from .windows import ChunkSource
 from .working_set import read_order, write_order
 
 _LAST_RESPAWN_S = 5.0
-_CLOSE_DEADLINE_S = 30
-_CLOSE_AGAIN_S = 0.05
 _LOCK_PATIENCE_S = 2.0
 _MOST_LOG_BYTES = 1 << 20
 
@@ -393,37 +391,6 @@ def _open_image(store: str, image: str) -> ChunkSource:
         return opened.load_unchecked(image)
 
 
-def _close_descriptor(pid: int, number: int) -> int:
-    """Close it from a process of its own, with a deadline: the pager never waits for a tracee."""
-    child = os.fork()
-    if child == 0:
-        status = errno.EIO
-        try:
-            signal.alarm(_CLOSE_DEADLINE_S)
-            from .inject import close_descriptor
-
-            while status == errno.EIO:
-                if proc.has_ended(pid):
-                    raise NotFound(f"process {pid} ended", pid=pid)
-                kind = os.readlink(f"/proc/{proc.witness(pid)}/fd/{number}")
-                if not kind.startswith(("anon_inode:[userfaultfd]", "socket:")):
-                    os._exit(errno.EBADF)  # another program's by now
-                try:
-                    status = -close_descriptor(pid, number) & 0xFF
-                except (Busy, Unsupported):  # whoever restores it may not have let go of it yet
-                    time.sleep(_CLOSE_AGAIN_S)
-        except NotFound:
-            status = errno.ESRCH
-        except FileNotFoundError:
-            status = errno.EBADF
-        except AccessDenied:
-            status = errno.EPERM
-        finally:
-            os._exit(status)
-    status = os.waitpid(child, 0)[1]
-    return -errno.ETIMEDOUT if os.WIFSIGNALED(status) else -os.WEXITSTATUS(status)
-
-
 class _Seat(NamedTuple):
     """What pager and keeper share: descriptor numbers of their one table, and two ways."""
 
@@ -477,7 +444,7 @@ def _launch(
             pidfd,
             log,
             open_image or _open_image,
-            close_descriptor or _close_descriptor,
+            close_descriptor or ending.close_descriptor,
             tuple(harbour),
             tuple((children or {}).items()),
         )

@@ -31,7 +31,7 @@ from test_pager import (
     paged,
 )
 
-from lzy.checkpoint import faults, working_set
+from lzy.checkpoint import supply, working_set
 from lzy.checkpoint.course import Course
 from lzy.checkpoint.errors import StoreUnavailable
 from lzy.checkpoint.linux import PAGE_BYTES
@@ -367,7 +367,7 @@ def test_a_known_order_is_brought_in_first(
     paged: MakePaged, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before anything else, in that order but for what is held back; then all the rest."""
-    monkeypatch.setattr(faults, "_MOST_READERS", 1)  # two may be a ring of slots apart
+    monkeypatch.setattr(supply, "_MOST_READERS", 1)  # two may be a ring of slots apart
     numbers = list(range(256))
     random.Random(2).shuffle(numbers)
     order = numbers[:64]
@@ -473,7 +473,7 @@ def test_readers_may_die(
     paged: MakePaged, readers: int, killed: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However many there are and whichever is killed in the midst of reading: all bytes arrive."""
-    monkeypatch.setattr(faults, "_MOST_READERS", readers)
+    monkeypatch.setattr(supply, "_MOST_READERS", readers)
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
 
     def script(memory: Memory, channel: Channel) -> None:

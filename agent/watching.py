@@ -18,8 +18,9 @@ from ..checkpoint.doze import is_dozing
 from ..checkpoint.errors import Busy, LzyError, StoreUnavailable
 from ..checkpoint.home import run_directory
 from ..checkpoint.lineage import list_lineages
-from ..checkpoint.pager import list_pagers, resume_pager
+from ..checkpoint.pager import resume_pager
 from ..checkpoint.store import Store
+from ..checkpoint.waiting import list_pagers
 from .node import Agent
 from .operations import DOZE, HIBERNATE, ROUSE
 from .readings import look_around

@@ -18,6 +18,9 @@ from .linux import uffd as kernel
 from .listening import Listener
 from .supply import Supply
 
+CloseDescriptor = Callable[[int, int], int]
+"""Close descriptor `number` of process `pid` from within; 0 or -errno."""
+
 _CLOSE_DEADLINE_S = 30
 _CLOSE_AGAIN_S = 0.05
 
@@ -25,8 +28,7 @@ _CLOSE_AGAIN_S = 0.05
 class Ending:
     """Of one restored process; `left_something` when one of our descriptors had to stay in it.
 
-    `inside`: (number in the process, our duplicate) of the descriptors to be closed;
-    `close_descriptor(pid, number)` closes one inside the process, and answers 0 or -errno.
+    `inside`: (number in the process, our duplicate) of the descriptors to be closed.
     """
 
     def __init__(
@@ -38,7 +40,7 @@ class Ending:
         *,
         pidfd: int,
         inside: Sequence[tuple[int, int]],
-        close_descriptor: Callable[[int, int], int],
+        close_descriptor: CloseDescriptor,
         log: Callable[[str], None],
         reach: Callable[[str], None],
     ) -> None:

@@ -37,7 +37,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from .answering import PATIENCE_S, Answerer
-from .ending import Ending
+from .ending import CloseDescriptor, Ending
 from .errors import LzyError
 from .harbour import Harbour
 from .journal import MAIN, Journal
@@ -59,11 +59,11 @@ class FaultServer:
 
     `inside`: (number in the process, our duplicate) of the descriptors to be closed at the end.
     `uffd` and `pidfd` are our descriptors of the process's; `open_image` opens the image anew
-    (after it could not be read), `close_descriptor(pid, number)` closes one inside the process;
-    `harbour` is where forked children's userfaultfds are kept. `look_around` is called now and
-    then, its descriptor (or -1) is waited for as well; `reach` hears of each stage. `order` are
-    window addresses in the order in which the process is thought to need them; `keep_order` gets
-    the one that is known better by then, before anybody can see that all is in.
+    (after it could not be read); `harbour` is where forked children's userfaultfds are kept.
+    `look_around` is called now and then, its descriptor (or -1) is waited for as well; `reach`
+    hears of each stage. `order` are window addresses in the order in which the process is thought
+    to need them; `keep_order` gets the one that is known better by then, before anybody can see
+    that all is in.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class FaultServer:
         *,
         inside: Sequence[tuple[int, int]],
         open_image: Callable[[], ChunkSource],
-        close_descriptor: Callable[[int, int], int],
+        close_descriptor: CloseDescriptor,
         log: Callable[[str], None],
         harbour: Harbour | None = None,
         order: Sequence[int] = (),

@@ -84,6 +84,11 @@ def journal_path(directory: Path, pid: int) -> Path:
     return directory / f"{pid}.pager"
 
 
+def log_path(journal: Path) -> Path:
+    """The pager's log, beside its journal."""
+    return journal.with_suffix(".log")
+
+
 class Journal:
     """An open, locked journal. `address` is where the next messages are to be read to.
 

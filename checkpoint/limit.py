@@ -33,7 +33,7 @@ from .history import split_name
 from .huge import gather_huge_pages
 from .linux import PAGE_BYTES, memory
 from .log import read_log
-from .pager import who_waits
+from .waiting import who_waits
 
 if TYPE_CHECKING:
     from .doze import DozeReport

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from .pager import who_waits
+from .waiting import who_waits
 
 if TYPE_CHECKING:
     from datetime import tzinfo

@@ -247,7 +247,7 @@ class Store:
         Raises NotFound, Busy while it is in use: a pager serves from it, or a process waits for
         one to, its own having died.
         """
-        from .pager import who_waits  # most who open a store remove nothing
+        from .waiting import who_waits  # most who open a store remove nothing
         from .working_set import remove_order
 
         descriptor = self._open_manifest(check_name(name))

@@ -12,7 +12,7 @@ from .layout import bar, count, paint, say, say_json, share, size, table
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
 
-    from ..checkpoint.pager import PagerReport
+    from ..checkpoint.waiting import PagerReport
 
 _EVERY = "every"
 
@@ -21,7 +21,7 @@ def _complete_paged(_: click.Context, __: click.Parameter, typed: str) -> list[C
     """Pids of the processes whose pager has died."""
     from click.shell_completion import CompletionItem
 
-    from ..checkpoint.pager import list_pagers
+    from ..checkpoint.waiting import list_pagers
 
     return [
         CompletionItem(str(report.pid), help=report.image)
@@ -78,7 +78,7 @@ def _resume(resumed: str, as_json: bool) -> None:
 
 
 def _show_status(as_json: bool) -> None:
-    from ..checkpoint.pager import list_pagers
+    from ..checkpoint.waiting import list_pagers
 
     found = list_pagers()
     if as_json:

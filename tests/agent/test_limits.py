@@ -17,8 +17,8 @@ from pair import adopt
 from lzy.checkpoint.doze import resident_bytes
 from lzy.checkpoint.errors import LzyError
 from lzy.checkpoint.log import read_log
-from lzy.checkpoint.pager import list_pagers
 from lzy.checkpoint.store import Store
+from lzy.checkpoint.waiting import list_pagers
 
 if TYPE_CHECKING:
     from living import CommandLine, Program

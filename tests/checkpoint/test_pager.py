@@ -25,20 +25,14 @@ from lzy.checkpoint import proc, stages
 from lzy.checkpoint.errors import Busy, Damaged, NotFound, StoreUnavailable
 from lzy.checkpoint.harbour import Harbour
 from lzy.checkpoint.home import run_directory
-from lzy.checkpoint.journal import CLOSING, journal_path, read_status
+from lzy.checkpoint.journal import CLOSING, journal_path, log_path, read_status
 from lzy.checkpoint.linux import PAGE_BYTES, libc
 from lzy.checkpoint.linux import uffd as kernel
 from lzy.checkpoint.linux.detached import take_descriptor
-from lzy.checkpoint.pager import (
-    Plan,
-    begin_pager,
-    list_pagers,
-    log_path,
-    resume_pager,
-    start_pager,
-)
+from lzy.checkpoint.pager import Plan, begin_pager, resume_pager, start_pager
 from lzy.checkpoint.tracee import stopped
 from lzy.checkpoint.unfinished import close_unfinished
+from lzy.checkpoint.waiting import list_pagers
 
 BASE = 0x6000_0000_0000
 UFFD_NUMBER, HARBOUR_NUMBERS = 1000, (1001, 1002)

@@ -18,9 +18,10 @@ from lzy.checkpoint import doze as dozing
 from lzy.checkpoint.batch import Batch
 from lzy.checkpoint.doze import doze
 from lzy.checkpoint.errors import LzyError
-from lzy.checkpoint.pager import list_pagers, resume_pager
+from lzy.checkpoint.pager import resume_pager
 from lzy.checkpoint.store import Store
 from lzy.checkpoint.tracee import Thread, Tracee
+from lzy.checkpoint.waiting import list_pagers
 
 if TYPE_CHECKING:
     from living import Program

@@ -77,9 +77,13 @@ def test_a_session_is_held_to_its_limit(program: Program, service: Service) -> N
         program.prove()
         done = await_kept(service, done + 1)["rounds"]
     assert service.look()["state"] == "running"
-    with Store.open(service.home / "store") as store:
-        reasons = [checkpoint.why for checkpoint in read_log(store, "calm")]
-    assert reasons in (["limit", "limit", "attach"], ["limit", "attach"])
+
+    def are_two_left() -> bool:
+        with Store.open(service.home / "store") as store:
+            reasons = [checkpoint.why for checkpoint in read_log(store, "calm")]
+        return reasons in (["limit", "limit", "attach"], ["limit", "attach"])
+
+    service.wait_until(are_two_left, "two are left")  # a round that goes on may have one more
     assert service.kinds().count("limited") == 1
     service.do("settings", settings={"limit_bytes": None})
     program.prove()
@@ -264,13 +268,16 @@ def test_a_tree_is_held_by_bringing_it_in_first(start: Start, service: Service) 
 def test_whoever_is_killed_no_byte_is_wrong(
     program: Program, service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """For half a minute agents, operations and pagers are killed at random moments."""
+    """For half a minute agents, operations and pagers are killed at random moments.
+
+    For longer where the machine is so busy that it was agents alone until then.
+    """
     monkeypatch.setenv("LZY_HOME", str(service.home))
     service.begin().set()
     service.attach(program, limit_bytes=LIMIT)
     chance = random.Random(os.getpid())
     until_s, killed = time.monotonic() + 30, 0
-    while time.monotonic() < until_s:
+    while time.monotonic() < until_s or not killed:
         time.sleep(chance.uniform(0, 1))
         victims = [pager.status.pager_pid for pager in list_pagers() if pager.pid == program.pid]
         assert service.agent
@@ -282,7 +289,6 @@ def test_whoever_is_killed_no_byte_is_wrong(
             service.kill()
             service.begin()
         program.prove()
-    assert killed
     with contextlib.suppress(LzyError):
         service.do("checkpoint")
     await_kept(service)

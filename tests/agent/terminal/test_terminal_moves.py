@@ -41,23 +41,38 @@ def numbers(pane: Pane) -> list[int]:
     return [int(row) for row in pane.history() if row.isdecimal()]
 
 
+SHOWS_WINDOW = """
+import os, select, signal
+# A signal that comes just before read(2) is heard of only behind that: so it is waited for, too.
+woken, wakes = os.pipe()
+os.set_blocking(wakes, False)
+signal.set_wakeup_fd(wakes)
+signal.signal(signal.SIGINT, lambda *_: print('interrupted'))
+os.system('stty -echo')
+print('\\x1b[35mhere\\x1b[0m')
+while True:
+    if woken in select.select([0, woken], [], [])[0]:
+        os.read(woken, 100)
+        continue
+    line = input()
+    os.system('stty echo')
+    print('heard', line, *os.get_terminal_size())
+"""
+
+
 def test_terminal_moves_with_its_session(pair: Pair) -> None:
     """Screen, settings and window are in the image, and a console that is connected goes along.
 
     There it leads its session again: Ctrl-C reaches it. And back, with what it printed there. Half
     a line that the kernel holds comes, too, and is shown once, or not at all where nothing is.
     """
-    code = "import os, time; os.system('stty -echo'); print('\\x1b[35mhere\\x1b[0m')\n"
-    code += "while True:\n  try:\n    line = input(); os.system('stty echo')\n"
-    code += "    print('heard', line, *os.get_terminal_size())\n"
-    code += "  except KeyboardInterrupt: print('interrupted')\n"
     pair.begin()
     nodes = {
         name: Terminals(CommandLine(service.home), service)
         for name, service in pair.services.items()
     }
     try:
-        person = nodes["source"].run(code, rows=31, columns=77)
+        person = nodes["source"].run(SHOWS_WINDOW, rows=31, columns=77)
         person.sees("here")
         for to in ("target", "source"):
             person.types("half a line ")

@@ -29,6 +29,7 @@ from .journal import (
     Journal,
     is_held,
     journal_path,
+    lock_journal,
     read_status,
 )
 from .linux.uffd import EVENT_FORK
@@ -186,15 +187,18 @@ def _replay(doze: Doze) -> tuple[MissingPages, MissingPages, set[int]]:
     return missing, moved, children
 
 
-def end_pager(doze: Doze, held: tuple[Tracee, Tracee]) -> None:
-    """Kill a pager and its keeper, which are held, so that another can take over."""
+def end_pager(doze: Doze, held: tuple[Tracee, Tracee]) -> int:
+    """Kill a pager and its keeper, which are held; its journal's lock, to be closed.
+
+    Until the journal of the next one is in place, that keeps others from taking over from this one:
+    two would serve then, of which each knows but its own half. Raises Busy: a reader does not end
+    (they are killed with it, and hold the lock, too), or somebody has taken over.
+    """
     for tracee in held:
         os.kill(tracee.pid, signal.SIGKILL)
     for tracee in held:
         tracee.await_end()
-    deadline = time.monotonic() + _READERS_END_S
-    while is_held(doze.journal) and time.monotonic() < deadline:
-        time.sleep(0.0002)  # its readers, which are killed with it, hold the journal's lock too
+    return lock_journal(doze.journal, within_s=_READERS_END_S)
 
 
 def _is_served(journal: Path) -> bool:

@@ -260,10 +260,11 @@ def _prepare(
         ranges = choose(_unwritten(pid, vmas, away.moved))
         if not ranges:
             return None, time.monotonic() - frozen_at
-        end_pager(before, pagers)  # who looks for a page that is away now waits for the next one
-        reach("doze.replacing")
         number, harbour = before.uffd_number, before.harbour_numbers
         try:
+            lock = end_pager(before, pagers)  # who looks for a page now waits for the next one
+            held.callback(os.close, lock)
+            reach("doze.replacing")
             pager = _begin_pager(
                 account,
                 image,
@@ -271,6 +272,7 @@ def _prepare(
                 harbour,
                 join_ranges([*away.missing, *ranges]),
                 moved=away.moved,
+                lock=lock,
             )
         except BaseException:
             held.close()
@@ -306,8 +308,12 @@ def _begin_pager(
     *,
     moved: Sequence[Range] = (),
     is_new: bool = False,
+    lock: int = -1,
 ) -> PagerStart:
-    """A pager for these descriptors of the process, which are closed again if it fails and new."""
+    """A pager for these descriptors of the process, which are closed again if it fails and new.
+
+    `lock`: of the journal of the pager before, which has ended.
+    """
     pid = account.pid
     pidfd = os.pidfd_open(pid)
     ours = sharing = -1
@@ -328,7 +334,7 @@ def _begin_pager(
             keeps_account=True,
             moved=moved,
         )
-        return begin_pager(plan, ours, pidfd, image)
+        return begin_pager(plan, ours, pidfd, image, lock=lock)
     except BaseException:
         for opened in (number, *harbour) if is_new else ():
             with contextlib.suppress(LzyError, OSError):

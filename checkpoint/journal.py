@@ -54,6 +54,7 @@ _MOST_FACTS_BYTES = _STATUS_AT - _FACTS_AT
 _TEXT_AT = _STATUS_AT + 512
 _MOST_TEXT_BYTES = 2048
 _LEAVES_WITHIN_S = 5.0
+_LOOKS_EVERY_S = 0.0005
 _GROWTH_RECORDS = 4 * 1024
 _LEAST_GROWTH_RECORDS = 512
 _WORDS = MESSAGE_BYTES // 8
@@ -133,20 +134,29 @@ class Journal:
         facts: dict[str, Any],
         pieces: Iterable[tuple[int, int, int]],
         moved: Iterable[tuple[int, int]] = (),
+        *,
+        lock: int = -1,
     ) -> Journal:
         """A new journal, locked, saying that `pieces` (start, end, shift) are missing.
 
         `moved` are ranges whose content, missing or not, has come from elsewhere.
 
+        A stale one is replaced, and held until it is: else somebody could take over from it just
+        then, and two would serve. `lock`: who calls holds it already (`lock_journal`), and lets go.
         Raises Busy when a living pager holds the one that is there, and does not leave within
-        seconds; a stale one is replaced.
+        seconds.
         """
         text = json.dumps(facts, separators=(",", ":")).encode()
         if len(text) > _MOST_FACTS_BYTES:
             raise ValueError("the facts of a journal must fit into its header")
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with contextlib.suppress(NotFound):
-            os.close(_open_locked(path, within_s=_LEAVES_WITHIN_S))
+        if lock < 0:
+            with contextlib.suppress(NotFound):
+                lock = lock_journal(path, within_s=_LEAVES_WITHIN_S)
+                try:
+                    return cls.create(path, facts, pieces, moved, lock=lock)
+                finally:
+                    os.close(lock)
         records = [(PIECE, start, end, shift) for start, end, shift in pieces]
         records += [(MOVED, start, end, 0) for start, end in moved]
         capacity = _area_bytes(len(records))
@@ -172,7 +182,7 @@ class Journal:
     @classmethod
     def open(cls, path: Path) -> Journal:
         """The journal that is there, locked. Raises NotFound, Busy (a pager lives), Damaged."""
-        fd = _open_locked(path)
+        fd = lock_journal(path)
         try:
             return cls(fd, path)
         except BaseException:
@@ -369,7 +379,7 @@ def read_phase(fd: int) -> int:
 def is_held(path: Path) -> bool:
     """Whether a living pager or keeper holds the journal."""
     try:
-        os.close(_open_locked(path))
+        os.close(lock_journal(path))
     except Busy:
         return True
     return False
@@ -407,23 +417,45 @@ def _area_bytes(records: int) -> int:
     return (length + PAGE_BYTES - 1) // PAGE_BYTES * PAGE_BYTES
 
 
-def _open_locked(path: Path, within_s: float = 0.0) -> int:
+def lock_journal(path: Path, within_s: float = 0.0) -> int:
+    """The journal that is there, opened and locked: nobody else takes over until it is closed.
+
+    Raises NotFound, Busy (it is held, and for longer than `within_s`).
+    """
     deadline = time.monotonic() + within_s
-    try:
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    except FileNotFoundError as error:
-        raise NotFound(f"there is no journal {path}", path=str(path)) from error
+    while True:
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError as error:
+            raise NotFound(f"there is no journal {path}", path=str(path)) from error
+        try:
+            _await_lock(fd, path, deadline)
+            if _is_at(path, fd):
+                return fd
+        except BaseException:
+            os.close(fd)
+            raise
+        os.close(fd)  # another has taken its place before we had it
+
+
+def _await_lock(fd: int, path: Path, deadline_s: float) -> None:
     while True:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return fd
+            return
         except BlockingIOError as error:
-            if time.monotonic() < deadline:  # its pager is done, and has yet to end
-                time.sleep(0.005)
-                continue
-            os.close(fd)
-            raise Busy(
-                f"journal {path} is held by a living pager",
-                remedy="that pager serves the process; `lzy pager --status` shows how it does",
-                path=str(path),
-            ) from error
+            if time.monotonic() > deadline_s:
+                raise Busy(
+                    f"journal {path} is held by a living pager",
+                    remedy="that pager serves the process; `lzy pager --status` shows how it does",
+                    path=str(path),
+                ) from error
+            time.sleep(_LOOKS_EVERY_S)  # its pager is done, and has yet to end
+
+
+def _is_at(path: Path, fd: int) -> bool:
+    """Whether an open file is what the path leads to."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(fd))
+    except FileNotFoundError:
+        return False

@@ -111,10 +111,12 @@ def begin_pager(
     *,
     open_image: OpenImage | None = None,
     close_descriptor: CloseDescriptor | None = None,
+    lock: int = -1,
 ) -> PagerStart:
     """As `start_pager`, but comes back while the pager still gets ready, to save the time.
 
-    The journal stands when this returns: from then on `resume_pager` can take over.
+    The journal stands when this returns: from then on `resume_pager` can take over. `lock`: of the
+    journal that it replaces (`journal.lock_journal`), if the caller holds that.
     """
     missing = MissingPages()
     for start, end in plan.ranges:
@@ -134,7 +136,8 @@ def begin_pager(
         "image": plan.image,
         "began_unix_s": round(time.time(), 3),
     }
-    journal = Journal.create(journal_path(run_directory(), plan.pid), facts, missing, plan.moved)
+    path = journal_path(run_directory(), plan.pid)
+    journal = Journal.create(path, facts, missing, plan.moved, lock=lock)
     harbour: list[int] = []
     try:
         harbour += _take_harbour(journal)

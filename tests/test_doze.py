@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from living import PATIENCE_S, kill_lzy, wait_readable
+from living import PATIENCE_S, Holds, kill_lzy, wait_readable
 
 from lzy.checkpoint.journal import read_status
 from lzy.checkpoint.stages import STAGES
@@ -140,6 +140,36 @@ def test_killed_at_each_stage(
         lzy.succeed("pager", "--resume", str(program.pid))
     program.prove()
     doze(lzy, program)
+    program.prove()
+
+
+def test_nobody_else_takes_over(
+    start: Start, lzy: CommandLine, tmp_path: Path, nothing_left_behind: None
+) -> None:
+    """Between the end of one pager and the next an agent finds nobody who serves: it is refused.
+
+    Two would serve one memory otherwise, each of which knows but its own half.
+    """
+    program = start("memory_pattern", "16").await_ready()
+    doze(lzy, program, "--name", "session")
+    program.prove()
+    holds = Holds(tmp_path / "holds")
+    lzy.environment |= holds.environment
+    holds.hold("doze.replacing")
+    where = ("--store", str(lzy.store), "--name", "session")
+    command = lzy.start("doze", str(program.pid), *where)
+    try:
+        deadline = time.monotonic() + PATIENCE_S
+        while not holds.is_held("doze.replacing"):
+            assert time.monotonic() < deadline
+            assert command.poll() is None, command.communicate()
+            time.sleep(0.01)
+        assert lzy.fail("pager", "--resume", str(program.pid))["kind"] == "busy"
+        holds.let_go()
+        assert command.wait(PATIENCE_S) == 0
+    finally:
+        command.kill()
+        command.communicate()
     program.prove()
 
 

@@ -247,7 +247,7 @@ class Api:
 
     async def _follow(self, request: Request, after: int, session: str) -> AsyncIterator[Any]:
         listens = int(request.peer == MIGRATOR)
-        self._agent.listening_migrators += listens
+        self._agent.calls.listening_migrators += listens
         try:
             while not self._agent.is_stopping:
                 found = self._agent.state.events(after, session=session)
@@ -258,7 +258,7 @@ class Api:
                     if _may_see(request, event):
                         yield describe_event(event)
         finally:
-            self._agent.listening_migrators -= listens
+            self._agent.calls.listening_migrators -= listens
 
     async def _readings(self, request: Request, asked: dict[str, Any]) -> Response:
         found = self._agent.chronicle.readings(
@@ -334,7 +334,7 @@ class Api:
                 remedy=f"see lzy log {session.record.name}",
             )
         if asked.get("anywhere") and session.record.state == HIBERNATED:
-            self._agent.call(session, asked.get("reason") or "somebody wants it")
+            self._agent.calls.call(session, asked.get("reason") or "somebody wants it")
             return Response(202, {"session": describe_session(self._agent, session)})
         return await self._operate(WAKE, request, asked, session)
 
@@ -345,7 +345,7 @@ class Api:
         except LzyError as error:
             raise BadBody(error.message, remedy="give it as HOST:PORT") from None
         _check_bound(session, asked.get("requests", {}))
-        self._agent.call_off(session)
+        session.call_off()
 
         def work(progress: Callable[[dict[str, Any]], None] | None) -> Awaitable[dict[str, Any]]:
             return self._agent.departures.migrate(
@@ -381,8 +381,8 @@ class Api:
             if asked.get("if_idle"):
                 reason = asked.get("reason") or "it is idle"
                 return self._watcher.evict(session, verb, reason, request.uid, progress)
-            self._agent.call_off(session)
-            return self._agent.operate(
+            session.call_off()
+            return self._agent.turns.operate(
                 session,
                 verb,
                 why=asked.get("reason") or ("hibernate" if verb == HIBERNATE else "asked"),
@@ -443,7 +443,7 @@ class Api:
             request.uid,
             hold_until_unix_s=self._agent.state.clock.now_s() + for_s,
         )
-        self._agent.call_off(session)
+        session.call_off()
         return Response(document={"session": describe_session(self._agent, session)})
 
     async def _release(self, request: Request, asked: dict[str, Any], session: Session) -> Response:
@@ -453,9 +453,9 @@ class Api:
         return Response(document={"session": describe_session(self._agent, session)})
 
     async def _signal(self, request: Request, asked: dict[str, Any], session: Session) -> Response:
-        self._agent.call_off(session)
+        session.call_off()
         if session.record.state in ASLEEP:
-            await self._agent.operate(session, WAKE, actor_uid=request.uid)
+            await self._agent.turns.operate(session, WAKE, actor_uid=request.uid)
         async with session.lock:
             if session.pidfd < 0:
                 raise NotFound(

@@ -16,6 +16,7 @@ from ..checkpoint.errors import Busy, Incompatible, LzyError, NotFound
 from ..checkpoint.stages import reach
 from ..checkpoint.store import Store
 from .authority import node_subject
+from .children import report_of
 from .moving import CARRIED, LONGEST_PAUSE_S, PAUSE_S, OtherNode
 from .operations import FETCH, PREPARE, WAKE, Order
 from .session import Session
@@ -63,7 +64,7 @@ class Arrivals:
         arrival = self._expect(name, epoch)
         order = self._order(PREPARE, arrival, image)
         outcome = await self._agent.children.run(order, lambda _: None)
-        done = self._agent.unpack(outcome)
+        done = report_of(outcome)
         self._prepared[name, epoch] = image
         return done
 
@@ -80,7 +81,7 @@ class Arrivals:
         record = Record(
             arrival.name, arrival.document["owner_uid"], HIBERNATED, now, now, 0, 0, "", ""
         )
-        order = agent.order_of(record, verb, "arrives", image)
+        order = agent.turns.order(record, verb, "arrives", image)
         if not arrival.document["shared"]:
             order = order._replace(
                 peer_address=arrival.document["address"],
@@ -133,14 +134,14 @@ class Arrivals:
                 order = self._order(PREPARE, arrival, record.image)
                 at_once = int(agent.settings.move_at_once_bytes)
                 order = order._replace(most_bytes=at_once if asked["wake"] else None)
-                done = agent.unpack(await agent.children.run(order, lambda _: None))
+                done = report_of(await agent.children.run(order, lambda _: None))
                 arrival.document["follows"] = record.image
                 follows_bytes = done["left_bytes"]
                 agent.state.note_arrival(arrival)  # before anything can need what has not come
                 if follows_bytes:
                     more |= self.source_of(record.image)
             if asked["wake"]:
-                report = await agent.operate(
+                report = await agent.turns.operate(
                     session,
                     WAKE,
                     why=f"comes from {arrival.source}",
@@ -238,7 +239,7 @@ class Arrivals:
         try:
             while not agent.is_stopping:
                 try:
-                    agent.unpack(await agent.children.run(order, lambda _: None))
+                    report_of(await agent.children.run(order, lambda _: None))
                     reach("move.fetched")
                     await source.tell_complete()
                     break

@@ -22,6 +22,14 @@ _MOST_EXITS = 4096
 Told = Callable[[dict[str, Any]], None]
 
 
+def report_of(outcome: dict[str, Any]) -> dict[str, Any]:
+    """What an operation reports by its last word (`Children.run`), or its error raised."""
+    if "done" in outcome:
+        done: dict[str, Any] = outcome["done"]
+        return done
+    raise errors.revive(outcome["error"])
+
+
 class Children:
     """Who was forked and not yet waited for; `exits` tells how others of our children ended."""
 

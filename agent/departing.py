@@ -8,12 +8,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.errors import Busy, LzyError, NotFound
 from ..checkpoint.stages import reach
 from ..checkpoint.store import Store
+from .children import report_of
 from .moving import (
     ASKED,
     BACK,
@@ -27,6 +27,7 @@ from .operations import CHECKPOINT, MIGRATE, VERIFY, WAKE
 from .session import Session
 from .state import ACCEPTED, DOZING, HIBERNATED, REFUSED, RUNNING
 from .terminal.afar import take_terminal
+from .turns import Progress
 
 if TYPE_CHECKING:
     from ..checkpoint.image import Image
@@ -36,8 +37,6 @@ _SMALL_BYTES = 16 << 20
 _MOST_ROUNDS = 4
 _ASKS_AGAIN = 5
 _SWITCH_TIMEOUT_S = 120.0
-
-Progress = Callable[[dict[str, Any]], None]
 
 
 class Departures:
@@ -177,7 +176,7 @@ class Departures:
         """While it runs: checkpoint it and have the target fetch that, until little is left."""
         before = 0
         while report["rounds"] < _MOST_ROUNDS:
-            done = await self._agent.operate(
+            done = await self._agent.turns.operate(
                 session, CHECKPOINT, why="ahead of a move", actor_uid=actor_uid, progress=progress
             )
             ahead = target.prepare(done["image"], report)
@@ -194,9 +193,9 @@ class Departures:
 
     async def _verify(self, session: Session, target: OtherNode, image: str) -> None:
         """Read all of an image that the last dump will build upon, so that it need not."""
-        order = self._agent.order_of(session.record, VERIFY, "ahead of a move", image)
+        order = self._agent.turns.order(session.record, VERIFY, "ahead of a move", image)
         order = order._replace(lock=order.lock.with_suffix(".verify"))  # nothing is done to it
-        self._agent.unpack(await self._agent.children.run(order, lambda _: None))
+        report_of(await self._agent.children.run(order, lambda _: None))
         target.verified = image
 
     def _check_unchanged(self, session: Session, target: OtherNode) -> None:
@@ -225,9 +224,9 @@ class Departures:
         agent.update(session, moving={**moving, "step": STOPPING})
         reach("move.stopping")
         try:
-            order = agent.order(session, MIGRATE, f"migrate to {moving['node']}")
+            order = agent.turns.order(session.record, MIGRATE, f"migrate to {moving['node']}")
             order = order._replace(verified=target.verified)
-            done = await agent.carry_out(session, order, actor_uid, progress)
+            done = await agent.turns.carry_out(session, order, actor_uid, progress)
         except BaseException:
             if session.is_living:
                 agent.update(session, moving={})
@@ -306,7 +305,7 @@ class Departures:
             reach("move.back")
         if moving["was_living"] and session.record.state == HIBERNATED:
             try:
-                await agent.operate(session, WAKE, why="it did not move")
+                await agent.turns.operate(session, WAKE, why="it did not move")
             finally:
                 if session.record.moving:
                     agent.update(session, moving={})

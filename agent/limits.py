@@ -183,7 +183,7 @@ class Limits:
                 raise Busy(f"session {record.name} is to be left alone")
 
         try:
-            done = await self._agent.operate(
+            done = await self._agent.turns.operate(
                 session,
                 LIMIT,
                 why="its limit" if tells else "",

@@ -74,6 +74,13 @@ class Session:
             self.memory_bytes = process.resident_bytes
         return True
 
+    def call_off(self) -> bool:
+        """Have an eviction not happen of which only notice was given; whether there was one."""
+        if self.called_off is None:
+            return False
+        self.called_off.set()
+        return True
+
     def close_process(self) -> None:
         """Let go of the process, and forget what was seen of it."""
         if self.pidfd >= 0:

@@ -96,7 +96,7 @@ class Watcher:
             words = f"{why.probe}: {why.reason}"
             if not self._agent.limits.has_room(session):
                 words += "; what it touches comes back"
-            self._agent.spawn(self._agent.operate(session, ROUSE, why=words))
+            self._agent.spawn(self._agent.turns.operate(session, ROUSE, why=words))
 
     # -- evictions
 
@@ -125,7 +125,7 @@ class Watcher:
                     )
                 self._refuse_held(session)
 
-            return await self._agent.operate(
+            return await self._agent.turns.operate(
                 session,
                 verb,
                 why="idle" if verb == HIBERNATE else why,
@@ -200,7 +200,7 @@ class Watcher:
     async def _settle(self, session: Session) -> None:
         async with session.lock:
             if session.record.state in ASLEEP or _is_open(session):
-                self._agent.settle(session)
+                self._agent.lives.settle(session)
 
     def _mend_sessions(self) -> None:
         """Find out about those of which something was left open: the store was away, say."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import time
 
-from ..agent.node import CALLED
+from ..agent.calls import CALLED
 from ..checkpoint.errors import Busy, LzyError
 from ..checkpoint.stages import reach
 from .fleet import Fleet, Member

@@ -50,9 +50,12 @@ class _Life:
         self.rounds = 0
         self.last_unix_s: float | None = None
 
-    def pause(self) -> None:
-        """The next round is not worth while, or would fail, for longer and longer."""
-        self.in_vain += 1
+    def pause(self, *, passes: bool = False) -> None:
+        """The next round is not worth while, or would fail; for longer and longer.
+
+        Unless that `passes`: it has nothing to do with how often it was tried.
+        """
+        self.in_vain = 1 if passes else self.in_vain + 1
         pause_s = min(_FIRST_PAUSE_S * 2.0 ** min(self.in_vain - 1, 30), _LONGEST_PAUSE_S)
         self.due_s = time.monotonic() + pause_s
 
@@ -192,7 +195,7 @@ class Limits:
             )
         except LzyError as error:
             life.obstacle = error.message
-            life.pause()
+            life.pause(passes=isinstance(error, Busy))
             return
         if not done:
             return

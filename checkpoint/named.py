@@ -206,7 +206,7 @@ def _remove(described: dict[str, Any], fd: int, image: Image, taken_down: bool) 
                 return False
             for name in names:
                 os.unlink(name)
-                reach("dump.nameless")
+                reach("named.unlinked")
             return True
     except OSError:
         return False

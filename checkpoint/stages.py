@@ -26,7 +26,7 @@ STAGES: Final = (
     "dump.written",
     "dump.committed",
     "dump.ended",
-    "dump.nameless",
+    "named.unlinked",
     "restore.checked",
     "restore.created",
     "restore.executed",

@@ -144,7 +144,7 @@ client.send(b"x")
     ),
     "unread bytes of a terminal": (
         "unread",
-        "one, two = pty.openpty(); os.write(two, b'unread')",
+        "one, two = pty.openpty(); os.write(two, b'unread'); select.select([one], [], [])",
     ),
     "session led from elsewhere": (
         "whose leader is neither",

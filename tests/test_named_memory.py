@@ -167,7 +167,7 @@ def test_all_names_come_back(
             str(lzy.store),
             "--name",
             "image",
-            kill_at="dump.nameless",
+            kill_at="named.unlinked",
         )
         program.await_end()
     else:

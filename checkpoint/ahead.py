@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from . import mapping_flags, proc, tracking
 from .content import join_ranges, own_page_ranges, subtract, windows_of
 from .increment import plan_checkpoint
-from .inheritance import Places, find_inherited, length_bytes, open_frames
+from .inheritance import length_bytes
 from .linux import PAGE_BYTES, memory
 from .working_set import order_windows
 
@@ -106,64 +106,6 @@ def read_ahead(
         writer.count_as(counted)
     assert draft  # of the first round, at least
     return Ahead(draft, join_ranges(changed), join_ranges(dense), read)
-
-
-class Parents:
-    """The pages of running processes, and the frames behind them, looked at once for all children.
-
-    What one of them writes meanwhile is in its account.
-    """
-
-    def __init__(self) -> None:
-        self._known: dict[int, tuple[Places, memory.Frames]] = {}
-
-    def __getitem__(self, pid: int) -> tuple[Places, memory.Frames]:
-        if pid not in self._known:
-            vmas = mapping_flags.mappings(pid)
-            pages = own_page_ranges(pid, vmas)
-            self._known[pid] = (vmas, pages), open_frames(proc.witness(pid), keeps=True)
-        return self._known[pid]
-
-    def close(self) -> None:
-        for _, frames in self._known.values():
-            frames.close()
-        self._known.clear()
-
-
-class Apart(NamedTuple):
-    """Of a forked process: what has been read of it, and what it has from its parent."""
-
-    ahead: Ahead
-    own: list[Range]
-    """What the draft has, zeros included; ascending."""
-    shared: list[Range]
-    """What had the same frames in both; ascending."""
-
-
-def read_apart(pid: int, parent: tuple[Places, memory.Frames], writer: ImageWriter) -> Apart:
-    """Read what a running process, under account, does not share with its `parent`, of `Parents`.
-
-    A page that had its parent's frame has it still if neither has written it. Precondition: neither
-    account begins anew between here and the checkpoint. Raises what `read_ahead` does.
-    """
-    vmas = mapping_flags.mappings(pid)
-    pages = own_page_ranges(pid, vmas)
-    places, frames = parent
-    own_frames = open_frames(proc.witness(pid))
-    try:
-        shared = find_inherited((vmas, pages), places, [], (own_frames, frames))
-    finally:
-        own_frames.close()
-    own = subtract(pages, shared)
-    windows = windows_of(own, writer.window_pages)
-    source, counted = RunningPages(pid), writer.counted
-    try:
-        writer.add_space(source, windows, space=0)
-        draft = writer.set_aside()
-    finally:
-        source.close()
-        writer.count_as(counted)
-    return Apart(Ahead(draft, [], [], windows), own, shared)
 
 
 class RunningPages:

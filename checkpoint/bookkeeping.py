@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from . import proc, tracking
-from .ahead import Ahead, Apart, Parents, is_much, read_ahead, read_apart
+from .ahead import Ahead, is_much, read_ahead
 from .content import intersect, join_ranges, own_page_ranges, subtract, windows_of
 from .dense import without
 from .errors import KernelError, LzyError
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from .writer import ImageWriter
 
 Range = tuple[int, int]
-_ALL = [(0, 1 << 64)]
 
 
 class Book:
@@ -54,9 +53,6 @@ class Book:
         """What the image before has of this process by itself."""
         self.ahead: Ahead | None = None
         """What was read ahead of this very image, `before` or not (see `ahead`)."""
-        self.apart: Apart | None = None
-        """That, of a forked process, and what was its parent's then: `apart_from`."""
-        self.apart_from: Subject | None = None
         self.written: list[Range] | None = None
         """What may have been written since the one or the other; None: any of it."""
         self.kept: Kept | None = None
@@ -124,14 +120,6 @@ class Book:
         )
         self._is_lost = False
 
-    def read_apart(self, parent: Subject, parents: Parents, writer: ImageWriter) -> None:
-        """As `read_ahead`, of a forked process what it does not share with `parent`.
-
-        Precondition: the accounts of both have begun, and begin anew at the checkpoint only.
-        """
-        self.apart = read_apart(self.subject.pid, parents[parent.pid], writer)
-        self.ahead, self.apart_from = self.apart.ahead, parent
-
     def protect_ahead(self) -> None:
         """Have its account begin while it runs: there is less to do during the stop."""
         tracking.protect_running(self.subject.pid, self._number, self.subject.vmas)
@@ -197,9 +185,8 @@ class Book:
 
     @property
     def to_read(self) -> list[Range]:
-        """What may differ from what it is held against, or is not in that; ascending."""
-        not_there = subtract(_ALL, self.apart.own) if self.apart else ()
-        return join_ranges([*(self.written or ()), *self.inherited_before, *not_there])
+        """What may differ from what it is held against, ascending."""
+        return join_ranges([*(self.written or ()), *self.inherited_before])
 
     @property
     def inherited_before(self) -> list[Range]:
@@ -248,9 +235,8 @@ class Book:
         own = self.subject.fresh
         if self.ahead and self.written is not None:
             draft = self.ahead.draft
-            changed = intersect(own, self.to_read)
-            unwritten = subtract(own, changed)  # of which nothing has to be read again
-            self.kept, self.fresh = plan_checkpoint(draft, own, changed, unwritten)
+            unwritten = subtract(own, self.written)  # of which nothing has to be read again
+            self.kept, self.fresh = plan_checkpoint(draft, own, self.written, unwritten)
             return
         if self.before is None or self.written is None:
             self.fresh = windows_of(own, window_pages)
@@ -345,13 +331,6 @@ class Books:
         self._books[book.subject] = book
         book.read_ahead(writer, order)
 
-    def read_apart(self, subject: Subject, parents: Parents, writer: ImageWriter) -> None:
-        """See `Book.read_apart`; nothing is read where an account is missing, or was read of it."""
-        book = self._books.get(subject)
-        parent = self._books.get(subject.parent) if subject.parent else None
-        if book and book.is_open and not book.ahead and parent and parent.is_open:
-            book.read_apart(parent.subject, parents, writer)
-
     def compare(self) -> None:
         """Now that all stand still: are they the same accounts? Another dump may have come between.
 
@@ -375,19 +354,12 @@ class Books:
         book.ask(opens=opens)
 
     def find_inherited(self, subject: Subject) -> list[Range]:
-        """What a process had from its parent, and neither has written since.
-
-        In the image before, or when it was read ahead of this one.
-        """
+        """What a process had from its parent in the image before, and neither has written since."""
         book = self._books[subject]
         parent = self._books[subject.parent] if subject.parent else None
-        if parent is None or book.written is None or parent.written is None:
+        if not (book.before and parent and parent.before):
             return []
-        if book.apart:
-            is_same = book.apart_from is subject.parent
-            changed = join_ranges([*book.written, *parent.written])
-            return subtract(book.apart.shared, changed) if is_same else []
-        if not (book.before and parent.before):
+        if book.written is None or parent.written is None:
             return []
         if book.before.document["process"]["parent"] != parent.before.document["pid"]:
             return []  # another one, who had ended

@@ -25,7 +25,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import interrogate, mapping_flags, proc, resources
 from .ahead import LEAST_BYTES as LEAST_AHEAD_BYTES
-from .ahead import Parents
 from .away import Away, Doze, NotAsItIs, hold_pager, read_away
 from .beside import Beside
 from .bookkeeping import Books
@@ -60,7 +59,6 @@ from .tree import (
     Ended,
     describe_ended,
     end_tree,
-    find_descendants,
     find_names,
     look_at_descendants,
     refuse_sessions,
@@ -227,10 +225,8 @@ class Capture:
         """What can be done before the processes are stopped, is."""
         wishes, root, doze = self.wishes, self.root, self.doze
         Beside(lambda: load_kinds([self.pid]))  # while the kernel looks at the mappings
-        if len(family := [self.pid, *find_descendants(self.pid)]) > 1:
-            mapping_flags.begin_list(family)
         root.look(wishes.progress, dozes=doze is not None)
-        self.seen = look_at_descendants(root, wishes.progress)
+        self.seen = look_at_descendants(self.pid, wishes.progress)
         load_kinds([self.pid, *self.seen])
         self.taken = time.time()
         if wishes.leave_running:
@@ -271,30 +267,12 @@ class Capture:
             with contextlib.suppress(NotFound, Unsupported, KernelError, OSError):
                 self._go_ahead_of(subject, writer)
         self._go_ahead_of(self.root, writer)
-        if self._is_family:
-            parents = Parents()
-            try:
-                for subject in self.seen.values():
-                    with contextlib.suppress(NotFound, OSError):
-                        self.books.read_apart(subject, parents, writer)
-            finally:
-                parents.close()
         reach("dump.ahead")
-
-    @property
-    def _is_family(self) -> bool:
-        """Whether at first small processes are worth to be read ahead: with others they are large.
-
-        And whether there is then no need to clone them.
-        """
-        is_first = not self.base and not self.obstacle
-        return is_first and bool(self.seen) and mapping_flags.has_list()
 
     def _go_ahead_of(self, subject: Subject, writer: ImageWriter) -> None:
         resident = int(proc.read_bytes(proc.witness(subject.pid), "statm").split()[1]) * PAGE_BYTES
         is_forked = subject is not self.root and proc.shares_with_parent(subject.pid)
-        is_large = resident >= LEAST_AHEAD_BYTES or self._is_family
-        is_worth_it = is_large and not is_forked and not self.obstacle
+        is_worth_it = resident >= LEAST_AHEAD_BYTES and not is_forked and not self.obstacle
         if not self.base:
             book = self.books.open_ahead(subject)
         elif is_worth_it:
@@ -422,14 +400,11 @@ class Capture:
         """Whether to copy what is to be read takes less time than to clone the processes."""
         if not any(mapping_flags.is_large(subject.witness) for subject in self.tree):
             return False
-        if not any(self.books[subject].knows_before for subject in self.tree):
-            return False
         clone_s = copy_s = 0.0
         copied_bytes = 0
         for subject in self.tree:
             book, is_child = self.books[subject], subject is not self.root
-            knows_parent = book.before or (book.apart and book.written is not None)
-            if is_child and not knows_parent and proc.shares_with_parent(subject.pid):
+            if is_child and not book.before and proc.shares_with_parent(subject.pid):
                 return False  # what it shares is yet to be found out
             began = time.monotonic()
             subject.look_at_pages()
@@ -437,7 +412,7 @@ class Capture:
             self._known.add(subject)
             changed = subject.ranges
             if book.knows_before:
-                changed = intersect(changed, book.to_read)
+                changed = book.to_read
                 copy_s += _COPY_RUN_S * len(changed)
                 changed = subtract(changed, self.books.find_inherited(subject))
             copied_bytes += length_bytes(changed)

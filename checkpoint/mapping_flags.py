@@ -16,7 +16,6 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from . import proc
-from .errors import NotFound
 from .home import run_directory
 from .linux import PAGE_BYTES
 from .linux.bpf import Layout, Mapping, MappingList, find_layout
@@ -115,27 +114,8 @@ def _may_choose_nodes() -> bool:
 
 
 def is_large(pid: int) -> bool:
-    """Whether to read smaps takes longer than the list: for so much memory, or where it is open."""
-    return has_list() or _resident_bytes(pid) >= LARGE_BYTES
-
-
-def has_list() -> bool:
-    """Whether the list is open already: from then on it tells of every process sooner."""
-    return bool(_seen and _seen[0].owner_pid == os.getpid() and _seen[0].mappings)
-
-
-def begin_list(pids: Iterable[int]) -> None:
-    """Open the list if these processes are so large together; they may run, or end meanwhile."""
-    total = 0
-    for pid in pids:
-        with contextlib.suppress(NotFound):
-            total += _resident_bytes(pid)
-    if total >= LARGE_BYTES:
-        _open()
-
-
-def _resident_bytes(pid: int) -> int:
-    return int(proc.read_bytes(pid, "statm").split()[1]) * PAGE_BYTES
+    """Whether the process has so much memory that to read smaps takes long."""
+    return int(proc.read_bytes(pid, "statm").split()[1]) * PAGE_BYTES >= LARGE_BYTES
 
 
 def _told(pid: int) -> list[tuple[Mapping, frozenset[str]]] | None:

@@ -51,32 +51,26 @@ def refuse_ourselves(pid: int) -> None:
             return
 
 
-def look_at_descendants(parent: Subject, progress: Progress | None) -> dict[int, Subject]:
+def look_at_descendants(pid: int, progress: Progress | None) -> dict[int, Subject]:
     """A first look at the descendants there are now, while they run; by pid.
 
     Raises Unsupported for one that cannot be dumped, naming it.
     """
     found: dict[int, Subject] = {}
-    for child in living_children(parent.pid):
+    for child in _living_children(pid):
         with contextlib.suppress(NotFound):
             refuse_unfit(child)
-            subject = found[child] = Subject(child, parent)
+            subject = found[child] = Subject(child)
             try:
                 subject.look(progress)
             except NotFound:
                 found.pop(child).close()
                 raise
-            found |= look_at_descendants(subject, progress)
+        found |= look_at_descendants(child, progress)
     return found
 
 
-def find_descendants(pid: int) -> list[int]:
-    """The pids of those there are now; they may end, or have others, at any moment."""
-    children = living_children(pid)
-    return children + [below for child in children for below in find_descendants(child)]
-
-
-def living_children(pid: int) -> list[int]:
+def _living_children(pid: int) -> list[int]:
     found = []
     with contextlib.suppress(NotFound):
         for child in proc.children(pid):

@@ -36,22 +36,6 @@ def stored_pages(image: Image) -> dict[int, bytes]:
     return found
 
 
-def stored_pages_of_all(image: Image) -> dict[int, dict[int, bytes]]:
-    """{pid: {address: content}} of all processes, with what they have from their parents."""
-    found = {image.document["pid"]: stored_pages(image)}
-    for member in image.document.get("members", ()):
-        view = image.in_space(member["space"])
-        assert view is not None
-        pages, parent = stored_pages(view), found[member["process"]["parent"]]
-        for start, end in member["inherited"]:
-            for page in range(start, end, PAGE_BYTES):
-                assert page not in pages
-                if page in parent:
-                    pages[page] = parent[page]
-        found[member["pid"]] = pages
-    return found
-
-
 def compare_memory(pid: int, found: dict[int, bytes]) -> None:
     """Every byte of the process's own pages is in `found`, and that has no others."""
     found = dict(found)

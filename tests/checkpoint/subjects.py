@@ -15,8 +15,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lzy.checkpoint import proc
-
 PATIENCE_S = 30.0
 
 PRELUDE = """
@@ -219,12 +217,3 @@ def kill_at_every_step(
         check(f"killed before step {fatal}")
         kills += 1
         fatal += every
-
-
-def await_end(pid: int) -> None:
-    """Wait for the end of a process, our child by now or another's."""
-    try:
-        os.waitpid(pid, 0)
-    except ChildProcessError:
-        while Path(f"/proc/{pid}").exists() and not proc.has_ended(pid):
-            os.sched_yield()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import random
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,8 +16,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 import deeds
 from deeds import BASE, PAGES
-from oracle import compare_memory, stored_pages, stored_pages_of_all, untouched
-from subjects import await_end
+from oracle import compare_memory, stored_pages, untouched
 
 from lzy.checkpoint import ahead, capture, mapping_flags, proc, tracking
 from lzy.checkpoint.carried import write_content
@@ -27,8 +25,6 @@ from lzy.checkpoint.dump import dump
 from lzy.checkpoint.errors import NotFound
 from lzy.checkpoint.linux import PAGE_BYTES
 from lzy.checkpoint.store import Store
-from lzy.checkpoint.subject import Subject
-from lzy.checkpoint.tree import find_descendants
 from lzy.checkpoint.writer import ImageWriter
 
 ROUNDS = int(os.environ.get("LZY_TEST_ROUNDS", "8"))
@@ -37,18 +33,9 @@ import os, random, sys
 sys.path.insert(0, sys.argv[1])
 import deeds
 deeds.lay_out()
-known = [deed for deed in deeds.DEEDS if deed is not deeds.nothing]
-number, children = int(sys.argv[2]), int(sys.argv[3])
-if children:
-    known.remove(deeds.fork)  # who is of the tree stays the same
-for child in range(1, children + 1):
-    if os.fork() == 0:
-        number += 10 * child
-        if child == 1 and os.fork() == 0:  # one of them has one, too
-            number += 100
-        break
 os.write(1, b".")
-pick = random.Random(number)
+known = [deed for deed in deeds.DEEDS if deed is not deeds.nothing]
+pick = random.Random(int(sys.argv[2]))
 for seed in range(1 << 40):
     pick.choice(known)(seed)
 """
@@ -56,28 +43,19 @@ for seed in range(1 << 40):
 
 @pytest.fixture
 def restless(request: pytest.FixtureRequest) -> Iterator[int]:
-    """The pid of a process, or (number, children) of the first of some."""
-    number, children = request.param if isinstance(request.param, tuple) else (request.param, 0)
+    """Its pid."""
     here = str(Path(__file__).parent)
     child = subprocess.Popen(
-        [sys.executable, "-ESsc", RESTLESS, here, str(number), str(children)],
-        stdout=subprocess.PIPE,
+        [sys.executable, "-ESsc", RESTLESS, here, str(request.param)], stdout=subprocess.PIPE
     )
-    pids: list[int] = []
     try:
         assert child.stdout
-        for _ in range(children + 2 if children else 1):
-            assert child.stdout.read(1) == b"."
-        pids = find_descendants(child.pid) if children else []
+        assert child.stdout.read(1) == b"."
         yield child.pid
         assert child.poll() is None
     finally:
-        for pid in pids:
-            os.kill(pid, signal.SIGKILL)
         child.kill()
         child.communicate()
-        for pid in pids:
-            await_end(pid)
 
 
 def read_all(pid: int) -> dict[int, bytes]:
@@ -131,50 +109,6 @@ def test_what_is_written_meanwhile_is_as_it_was_at_the_stop(
             if not further:
                 tracking.withdraw(restless)
     assert drafts == ROUNDS
-
-
-@pytest.mark.parametrize("restless", [(1, 2), (2, 2)], indirect=True)
-def test_what_a_family_writes_meanwhile_is_as_it_was_at_the_stop(
-    restless: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What a child shares with its parent while it is read ahead, and what either has written."""
-    monkeypatch.setenv("LZY_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(mapping_flags, "LARGE_BYTES", 0)
-    pids, pick = [restless, *find_descendants(restless)], random.Random(restless)
-    split, inherited_bytes, cloned = Subject.split, 0, 0
-
-    def count(subject: Subject) -> str:
-        nonlocal cloned
-        cloned += 1
-        return split(subject)
-
-    monkeypatch.setattr(Subject, "split", count)
-    rounds = ROUNDS // 2
-    with Store.open(tmp_path / "store", create=True) as store:
-        for number in range(rounds):
-            monkeypatch.setattr(capture, "_CLONE_LOOKS", pick.choice([0, math.inf, math.inf]))
-            at_the_stop: dict[int, dict[int, bytes]] = {}
-
-            def look(stage: str, found: dict[int, dict[int, bytes]] = at_the_stop) -> None:
-                if stage == "dump.tracked":
-                    found |= {pid: read_all(pid) for pid in pids}
-
-            monkeypatch.setattr(capture, "reach", look)
-            report = dump(restless, store, name=f"it{number}", leave_running=True)
-            assert report.base is None
-            assert report.processes == len(pids)
-            with store.load(report.image) as image:
-                stored = stored_pages_of_all(image)
-                members = image.document["members"]
-            inherited_bytes += sum(e - s for member in members for s, e in member["inherited"])
-            for pid in pids:
-                theirs, mine = at_the_stop[pid], stored[pid]
-                for page in theirs.keys() | mine.keys():
-                    content = mine.get(page) or untouched(page)
-                    assert content == theirs.get(page, untouched(page)), f"{pid}: {page:#x} differs"
-            tracking.withdraw(restless)
-    assert inherited_bytes > 0
-    assert cloned < rounds * len(pids)
 
 
 def test_what_became_zeros_meanwhile_is_zeros(
